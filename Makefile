@@ -1,0 +1,34 @@
+# Every target sets up what it needs: a fresh clone needs nothing beyond make and Python 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test install check bench clean
+
+demo: $(STAMP)  ## train on real patient data with and without curvature control
+	$(BIN)/lowland compare --out lowland-results/compare
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+install: $(STAMP)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/exact.py
+
+# The stamp is written last: an interrupted set-up leaves none, and the next run starts afresh.
+$(STAMP): pyproject.toml constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowland needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist lowland-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

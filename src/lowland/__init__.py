@@ -1,0 +1,6 @@
+"""Measure and control the curvature of neural-network losses."""
+
+from lowland import exact
+from lowland.moments import HessianMoments
+
+__all__ = ["HessianMoments", "exact"]

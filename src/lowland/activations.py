@@ -1,0 +1,115 @@
+"""Element-wise activations and their first three derivatives.
+
+The Hessian of a network needs two derivatives of its activation, the gradient of a function of
+that Hessian needs a third. Every form below is free of overflow and of the cancellation in
+``1 - sigmoid(a)``: derivatives keep their relative accuracy far into the saturated range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Derivatives = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An element-wise function phi together with phi', phi'' and phi'''.
+
+    Attributes:
+        name: The name used in ``activation="..."`` arguments.
+        function: Maps pre-activations of any shape to ``(phi, phi', phi'', phi''')``, each of that
+            shape.
+        piecewise_linear: True if phi'' = phi''' = 0 wherever they exist. Moments are then exact
+            for almost every parameter vector; on a kink they are those of the linear piece that
+            PyTorch's own derivative picks.
+    """
+
+    name: str
+    function: Callable[[Tensor], Derivatives]
+    piecewise_linear: bool = False
+
+    def __call__(self, a: Tensor) -> Derivatives:
+        return self.function(a)
+
+
+def _sigmoid_family(a: Tensor) -> Derivatives:
+    high, low = torch.sigmoid(a), torch.sigmoid(-a)  # low = 1 - high, without the cancellation
+    slope = high * low
+    return high, slope, slope * (low - high), slope * (1 - 6 * slope)
+
+
+def _identity(a: Tensor) -> Derivatives:
+    zero = torch.zeros_like(a)
+    return a, torch.ones_like(a), zero, zero
+
+
+def _tanh(a: Tensor) -> Derivatives:
+    value = torch.tanh(a)
+    # sech(a)^2 as a product of sigmoids: 1 - tanh(a)^2 has no digits left for |a| > 20.
+    slope = 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
+    return value, slope, -2 * value * slope, slope * (4 - 6 * slope)
+
+
+def _softplus(a: Tensor) -> Derivatives:
+    high, slope, bend, _ = _sigmoid_family(a)
+    return torch.logaddexp(a, torch.zeros_like(a)), high, slope, bend
+
+
+def _gelu(a: Tensor) -> Derivatives:
+    cdf = 0.5 * torch.special.erfc(a * -math.sqrt(0.5))  # erfc keeps the left tail's digits
+    square = a * a
+    pdf = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))
+    return a * cdf, cdf + a * pdf, pdf * (2 - square), pdf * a * (square - 4)
+
+
+def _silu(a: Tensor) -> Derivatives:
+    high, slope, bend, twist = _sigmoid_family(a)
+    return a * high, high + a * slope, 2 * slope + a * bend, 3 * bend + a * twist
+
+
+def _leaky_relu(a: Tensor, slope: float) -> Derivatives:
+    zero = torch.zeros_like(a)
+    gain = torch.where(a > 0, torch.ones_like(a), zero + slope)
+    return a * gain, gain, zero, zero
+
+
+def leaky_relu(negative_slope: float = 0.01) -> Activation:
+    """``max(a, 0) + negative_slope * min(a, 0)``; zero slope is the ReLU."""
+    name = "relu" if negative_slope == 0 else "leaky_relu"
+    return Activation(name, partial(_leaky_relu, slope=negative_slope), piecewise_linear=True)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    activation.name: activation
+    for activation in (
+        Activation("identity", _identity, piecewise_linear=True),
+        Activation("sigmoid", _sigmoid_family),
+        Activation("tanh", _tanh),
+        Activation("softplus", _softplus),
+        Activation("gelu", _gelu),
+        Activation("silu", _silu),
+        leaky_relu(0.0),
+        leaky_relu(),
+    )
+}
+
+
+def get_activation(activation: str | Activation) -> Activation:
+    """Look an activation up by name; an :class:`Activation` passes through.
+
+    Raises:
+        ValueError: If the name is not one of ``ACTIVATIONS``.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"unknown activation {activation!r}: expected one of {known}")
+    return ACTIVATIONS[activation]

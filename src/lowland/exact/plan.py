@@ -1,0 +1,166 @@
+"""How to run a computation: order of summation, and sizes that respect memory and cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Order = Literal["samples", "parameters"]
+
+MEBIBYTE = 1 << 20
+DEFAULT_MEMORY_BUDGET = 256 * MEBIBYTE
+
+
+@dataclass(frozen=True)
+class Size:
+    """The extent of a problem. ``inputs`` and ``outputs`` count trained rows, biases included."""
+
+    networks: int
+    samples: int
+    inputs: int
+    hidden: int
+    outputs: int
+    itemsize: int
+
+    @property
+    def dim(self) -> int:
+        return self.inputs * self.hidden + self.outputs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen order and the sizes of its pieces.
+
+    Attributes:
+        order: ``"samples"`` or ``"parameters"``.
+        networks: Networks handled together.
+        run: Samples handled together.
+        block: Rows of ``W`` whose part of ``H`` is held at a time (order ``"parameters"``).
+        keep: Whether the backward pass may keep what the forward pass has built: ``H`` in the
+            order ``"parameters"``, the terms of all runs in the order ``"samples"``.
+    """
+
+    order: Order
+    networks: int
+    run: int
+    block: int
+    keep: bool
+
+
+# Seconds per multiply-add in a matrix product, per element touched in an element-wise pass, and per
+# operation launched, as fitted by `python benchmarks/cost_model.py` on two cores in float64. Only
+# their ratios matter to the choice.
+MULTIPLY_ADD = 1.6e-11
+TOUCH = 4.0e-10
+LAUNCH = 5.0e-6
+
+# Pieces of about this size stay in the second-level cache between the operations on them.
+CACHE_BYTES = 4 * MEBIBYTE
+
+
+def cost(size: Size, order: Order) -> float:
+    """Predicted seconds for the moments and their gradient, one network, by the fitted model."""
+    n, d, h, p = size.samples, size.inputs, size.hidden, size.dim
+    per_sample = 60 * h * TOUCH
+    if order == "parameters":
+        launches = 120 * max(1, n * _row_count(size) * size.itemsize / CACHE_BYTES)
+        work = 2 * p * p + 2 * d * d * h
+        return n * (work * MULTIPLY_ADD + (5 * p + 2 * d * d) * TOUCH + per_sample) + (
+            launches * LAUNCH
+        )
+    runs = max(1.0, n / _kernel_run(size, CACHE_BYTES))
+    work = 1.5 * d + 9 * h
+    return n * (n * (work * MULTIPLY_ADD + 9 * TOUCH) + per_sample) + 60 * runs * runs * LAUNCH
+
+
+def choose_order(size: Size, budget: int) -> Order:
+    """The cheaper order, of those that fit into the budget."""
+    if _matrix_bytes(size, rows=1) > budget // 2:
+        return "samples"
+    return min(("samples", "parameters"), key=lambda order: cost(size, order))
+
+
+def make_plan(
+    size: Size, order: Literal["auto", "samples", "parameters"], budget: int, *, on_cpu: bool
+) -> Plan:
+    """Choose the order if it is open, and cut the problem into pieces.
+
+    Args:
+        size: The extent of the problem.
+        order: The order wanted, or ``"auto"``.
+        budget: Bytes of temporaries that must not be exceeded.
+        on_cpu: On a processor pieces are cut to fit its cache, on an accelerator the budget.
+
+    Raises:
+        ValueError: If the order is unknown, or the budget too small for its smallest piece.
+    """
+    if order == "auto":
+        order = choose_order(size, budget)
+    if order not in ("samples", "parameters"):
+        raise ValueError(
+            f"unknown order {order!r}: expected 'auto', 'samples' (cost quadratic in the samples) "
+            "or 'parameters' (cost quadratic in the parameters)"
+        )
+    if order == "parameters":
+        return _plan_parameters(size, budget, on_cpu=on_cpu)
+    return _plan_samples(size, budget, on_cpu=on_cpu)
+
+
+def _row_count(size: Size) -> int:
+    """Rows of temporaries per sample and network in the order "parameters"."""
+    return 2 * size.dim + size.inputs * size.inputs + 24 * size.hidden + size.inputs + 16
+
+
+def _term_rows(size: Size) -> int:
+    return 30 * size.hidden + 2 * size.inputs + 16
+
+
+def _matrix_bytes(size: Size, rows: int) -> int:
+    """A block of ``H`` with that many rows of ``W``, its multiple ``C`` and one product."""
+    return 3 * (rows * size.hidden + size.outputs) * size.dim * size.itemsize
+
+
+def _too_small(budget: int, needed: int, order: Order) -> ValueError:
+    other = "samples" if order == "parameters" else "parameters"
+    return ValueError(
+        f"a memory budget of {budget / MEBIBYTE:.3g} MiB is too small for order={order!r}, whose "
+        f"smallest piece here takes {needed / MEBIBYTE:.3g} MiB; raise memory_budget or try "
+        f"order={other!r}"
+    )
+
+
+def _plan_parameters(size: Size, budget: int, *, on_cpu: bool) -> Plan:
+    smallest = 2 * max(_matrix_bytes(size, rows=1), _row_count(size) * size.itemsize)
+    if smallest > budget:
+        raise _too_small(budget, smallest, "parameters")
+    matrices = runs = budget // 2
+    if on_cpu:
+        runs = min(runs, CACHE_BYTES)
+    per_row = _matrix_bytes(size, rows=1)
+    block = max(1, min(size.inputs, matrices // per_row))
+    per_network = _matrix_bytes(size, rows=block)
+    piece = _row_count(size) * size.itemsize
+    run = max(1, min(size.samples, max(32, runs // piece), budget // 2 // piece))
+    networks = max(1, min(size.networks, matrices // per_network, runs // (piece * run)))
+    kept = size.networks * size.dim * size.dim * size.itemsize
+    return Plan("parameters", networks, run, block, keep=kept <= budget // 4)
+
+
+def _kernel_run(size: Size, limit: float) -> int:
+    """The run whose kernels (four, run by run) and terms (two runs) fill the limit."""
+    terms = 2 * _term_rows(size)
+    return int(((terms * terms + 16 * limit / size.itemsize) ** 0.5 - terms) / 8)
+
+
+def _plan_samples(size: Size, budget: int, *, on_cpu: bool) -> Plan:
+    limit = budget // 2
+    if on_cpu:
+        limit = min(limit, CACHE_BYTES)
+    smallest = 2 * (2 * _term_rows(size) + 4) * size.itemsize
+    if smallest > budget:
+        raise _too_small(budget, smallest, "samples")
+    run = max(1, min(size.samples, max(32, _kernel_run(size, limit)), _kernel_run(size, budget / 2)))
+    piece = (4 * run + 2 * _term_rows(size)) * run * size.itemsize
+    networks = max(1, min(size.networks, limit // piece))
+    kept = networks * size.samples * _term_rows(size) * size.itemsize
+    return Plan("samples", networks, run, 0, keep=kept <= budget // 4)

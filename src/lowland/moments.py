@@ -1,0 +1,104 @@
+"""The waist of the library: two moments of the Hessian's spectrum, and what they imply."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HessianMoments:
+    r"""``Tr H`` and ``Tr H^2`` of a symmetric ``P x P`` matrix, and the bounds that follow.
+
+    With the eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_P`, their mean
+    :math:`m = \mathrm{Tr} H / P` and standard deviation
+    :math:`s = \sqrt{\mathrm{Tr} H^2 / P - m^2}`, Wolkowicz and Styan bracket every eigenvalue.
+    All quantities keep the gradients and the leading (ensemble) dimensions of the two traces.
+
+    Attributes:
+        dim: ``P``, the number of parameters.
+        trace: ``Tr H``, shape ``(*ensemble)``.
+        trace_sq: ``Tr H^2``, shape ``(*ensemble)``.
+        stderr: Standard errors of ``(trace, trace_sq)`` where they are estimates, None where they
+            are exact.
+
+    Raises:
+        ValueError: If ``dim`` is not positive or the two traces differ in shape.
+
+    References:
+        H. Wolkowicz and G. P. H. Styan, Bounds for eigenvalues using traces, Linear Algebra and
+        its Applications 29 (1980), theorems 2.1 to 2.5.
+    """
+
+    dim: int
+    trace: Tensor
+    trace_sq: Tensor
+    stderr: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise ValueError(f"dim must be at least 1, the number of parameters; got {self.dim}")
+        if self.trace.shape != self.trace_sq.shape:
+            raise ValueError(
+                f"trace and trace_sq must have one shape; got {tuple(self.trace.shape)} "
+                f"and {tuple(self.trace_sq.shape)}"
+            )
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean eigenvalue ``m``."""
+        return self.trace / self.dim
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviation ``s`` of the eigenvalues.
+
+        At zero spread the square root has no gradient; the subgradient zero is used there.
+        """
+        second = self.trace_sq / self.dim
+        variance = second - self.mean.square()
+        # Below this the difference is rounding noise, and 1 / s would amplify it without limit.
+        flat = variance <= 4 * torch.finfo(variance.dtype).eps * second
+        root = torch.where(flat, 1, variance).sqrt()
+        return torch.where(flat, variance.detach().clamp(min=0).sqrt(), root)
+
+    @property
+    def upper(self) -> Tensor:
+        """The upper bound ``m + s sqrt(P - 1)`` on the largest eigenvalue: what HSR descends."""
+        return self.mean + self.std * math.sqrt(self.dim - 1)
+
+    @property
+    def lower(self) -> Tensor:
+        """The lower bound ``m - s sqrt(P - 1)`` on the smallest eigenvalue."""
+        return self.mean - self.std * math.sqrt(self.dim - 1)
+
+    @property
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """``(low, high)`` for the distance between the largest and the smallest eigenvalue."""
+        dim = self.dim
+        if dim == 1:
+            return torch.zeros_like(self.trace), torch.zeros_like(self.trace)
+        low = 2.0 if dim % 2 == 0 else 2 * dim / math.sqrt(dim * dim - 1)
+        return low * self.std, math.sqrt(2 * dim) * self.std
+
+    def bracket(self, k: int) -> tuple[Tensor, Tensor]:
+        """``(low, high)`` for the ``k``-th largest eigenvalue, ``k = 1`` the largest.
+
+        Raises:
+            ValueError: If ``k`` is not between 1 and ``dim``.
+        """
+        dim = self.dim
+        if not 1 <= k <= dim:
+            raise ValueError(f"k must be between 1 (the largest eigenvalue) and {dim}; got {k}")
+        mean, std = self.mean, self.std
+        low = mean - std * math.sqrt((k - 1) / (dim - k + 1))
+        high = mean + std * math.sqrt((dim - k) / k)
+        # The extreme eigenvalues also lie on the far side of the mean.
+        if dim > 1 and k == 1:
+            low = mean + std / math.sqrt(dim - 1)
+        if dim > 1 and k == dim:
+            high = mean - std / math.sqrt(dim - 1)
+        return low, high

@@ -1,6 +1,19 @@
 """Measure and control the curvature of neural-network losses."""
 
 from lowland import exact
+from lowland.engines import hessian_moments
+from lowland.exact.modules import UnsupportedModelError
 from lowland.moments import HessianMoments
+from lowland.penalties import HSR, FlatnessAware, HessianTrace
 
-__all__ = ["HessianMoments", "exact"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "HSR",
+    "FlatnessAware",
+    "HessianMoments",
+    "HessianTrace",
+    "UnsupportedModelError",
+    "exact",
+    "hessian_moments",
+]

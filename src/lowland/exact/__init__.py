@@ -1,5 +1,19 @@
 """The closed form: exact moments, their gradient, and what contributes to it."""
 
 from lowland.exact.api import hessian, moments, trace
+from lowland.exact.attribution import (
+    Direction,
+    direction,
+    pair_contributions,
+    sample_contributions,
+)
 
-__all__ = ["hessian", "moments", "trace"]
+__all__ = [
+    "Direction",
+    "direction",
+    "hessian",
+    "moments",
+    "pair_contributions",
+    "sample_contributions",
+    "trace",
+]

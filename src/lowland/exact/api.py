@@ -74,9 +74,7 @@ def moments(
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem(order, memory_budget)
     first, second = run_moments(problem, setup.weight, setup.output)
-    return HessianMoments(
-        setup.size.dim, first.view(setup.ensemble), second.view(setup.ensemble)
-    )
+    return HessianMoments(setup.size.dim, first.view(setup.ensemble), second.view(setup.ensemble))
 
 
 def trace(
@@ -141,9 +139,7 @@ class Setup:
 
     def problem(self, order: OrderChoice, memory_budget: int) -> Problem:
         """The problem of both moments."""
-        plan = make_plan(
-            self.size, order, memory_budget, on_cpu=self.weight.device.type == "cpu"
-        )
+        plan = make_plan(self.size, order, memory_budget, on_cpu=self.weight.device.type == "cpu")
         return Problem(self.arch, self.data, plan, plan.run, plan.networks)
 
     def trace_problem(self, memory_budget: int) -> Problem:
@@ -197,7 +193,9 @@ def prepare(
         ) from error
     networks = math.prod(ensemble)
     if networks == 0:
-        raise ValueError(f"expected at least one network; got an ensemble of shape {tuple(ensemble)}")
+        raise ValueError(
+            f"expected at least one network; got an ensemble of shape {tuple(ensemble)}"
+        )
 
     samples = x.shape[-2]
     scale: float | Tensor = 1 / samples if reduction == "mean" else 1.0

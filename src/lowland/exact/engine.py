@@ -113,6 +113,17 @@ class _Group:
                 second.add_(pairs.sum((1, 2)), alpha=1 if i == j else 2)
         return first, second
 
+    def pairs(self) -> Tensor:
+        """The terms of the double sum over samples, ``(networks, samples, samples)``."""
+        rows = [
+            torch.cat(
+                [samples.pair_contributions(self.arch, left, right) for right in self.all_terms()],
+                dim=2,
+            )
+            for left in map(self.terms, range(len(self.runs)))
+        ]
+        return torch.cat(rows, dim=1)
+
     def adjoints(
         self, trace_weight: Scalars, square_weight: Scalars, hessian: Tensor | None
     ) -> Iterator[tuple[slice, Terms, Adjoint]]:
@@ -170,7 +181,11 @@ class _Moments(Function):
             parts = [group.moments() for _, group in problem.groups(weight, output)]
         kept = [part[2] for part in parts if part[2] is not None]
         hessian = torch.cat(kept) if kept else weight.new_empty(0)
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), hessian
+        return (
+            torch.cat([part[0] for part in parts]),
+            torch.cat([part[1] for part in parts]),
+            hessian,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

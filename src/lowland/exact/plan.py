@@ -24,6 +24,7 @@ class Size:
 
     @property
     def dim(self) -> int:
+        """``P``, the number of trained parameters."""
         return self.inputs * self.hidden + self.outputs
 
 
@@ -159,7 +160,9 @@ def _plan_samples(size: Size, budget: int, *, on_cpu: bool) -> Plan:
     smallest = 2 * (2 * _term_rows(size) + 4) * size.itemsize
     if smallest > budget:
         raise _too_small(budget, smallest, "samples")
-    run = max(1, min(size.samples, max(32, _kernel_run(size, limit)), _kernel_run(size, budget / 2)))
+    run = max(
+        1, min(size.samples, max(32, _kernel_run(size, limit)), _kernel_run(size, budget / 2))
+    )
     piece = (4 * run + 2 * _term_rows(size)) * run * size.itemsize
     networks = max(1, min(size.networks, limit // piece))
     kept = networks * size.samples * _term_rows(size) * size.itemsize

@@ -45,6 +45,7 @@ class Data:
 
     @property
     def samples(self) -> int:
+        """The number of samples."""
         return self.x.shape[-2]
 
     def of_networks(self, networks: slice) -> Data:
@@ -89,12 +90,8 @@ class Architecture:
 
     @property
     def trains_output_weights(self) -> bool:
-        return self.output_rows.stop > 1
-
-    def dim(self, hidden: int) -> int:
-        """``P``, the number of trained parameters."""
-        rows, outputs = self.input_rows, self.output_rows
-        return (rows.stop - rows.start) * hidden + outputs.stop - outputs.start
+        """Whether ``v`` is trained beyond its bias."""
+        return bool(self.output_rows.stop > 1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""Moments of any module by brute force: form the Hessian, take its traces."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lowland.moments import HessianMoments
+
+DEFAULT_MEMORY_LIMIT = 4 << 30
+
+
+def dense_hessian(
+    model: nn.Module,
+    criterion: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+) -> Tensor:
+    """The Hessian of ``criterion(model(x), y)`` in the trainable parameters, with its graph.
+
+    Args:
+        model: Any module whose loss can be differentiated twice.
+        criterion: Maps the model's output and ``y`` to a scalar.
+        x: Whatever the model takes.
+        y: Whatever the criterion takes.
+        memory_limit: Bytes that the matrix itself may take.
+
+    Returns:
+        ``(P, P)``, parameters in the order of ``model.parameters()``, flattened. It can be
+        differentiated in the parameters if gradients are enabled.
+
+    Raises:
+        ValueError: If there is no trainable parameter, the loss is not a scalar, or the matrix
+            would exceed the limit.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(
+            "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "
+            "those whose curvature you want"
+        )
+    sizes = [p.numel() for p in named.values()]
+    dim, itemsize = sum(sizes), next(iter(named.values())).element_size()
+    if dim * dim * itemsize > memory_limit:
+        raise ValueError(
+            f"the Hessian of {dim} parameters takes {dim * dim * itemsize / 2**30:.3g} GiB, more "
+            f"than the limit of {memory_limit / 2**30:.3g} GiB; train a subset of the parameters, "
+            "or raise memory_limit"
+        )
+
+    def loss_of(flat: Tensor) -> Tensor:
+        parts = {
+            name: part.view_as(p)
+            for (name, p), part in zip(named.items(), flat.split(sizes), strict=True)
+        }
+        output = torch.func.functional_call(model, parts, (x,))
+        target = y
+        if (
+            isinstance(y, Tensor)
+            and y.ndim + 1 == output.ndim
+            and output.shape[-1] == 1
+            and isinstance(criterion, nn.BCEWithLogitsLoss | nn.MSELoss)
+        ):
+            # (samples,) means one target per sample here as in the closed form; PyTorch would
+            # broadcast it to (samples, samples).
+            target = y.unsqueeze(-1)
+        if isinstance(criterion, nn.BCEWithLogitsLoss | nn.MSELoss):
+            target = target.to(output.dtype)
+        loss: Tensor = criterion(output, target)
+        if loss.ndim:
+            raise ValueError(
+                f"the criterion must return a scalar for its Hessian to be a matrix; got shape "
+                f"{tuple(loss.shape)}: use reduction='mean' or 'sum'"
+            )
+        return loss
+
+    flat = torch.cat([p.reshape(-1) for p in named.values()])
+    matrix: Tensor = torch.func.hessian(loss_of)(flat)
+    return matrix
+
+
+def dense_moments(
+    model: nn.Module,
+    criterion: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+) -> HessianMoments:
+    """Moments of :func:`dense_hessian`; arguments and errors are the same.
+
+    Notes:
+        Time and memory grow with ``P^2``, and differentiating through it takes several times that.
+        It is the reference for the other engines and the fallback for small models.
+    """
+    matrix = dense_hessian(model, criterion, x, y, memory_limit=memory_limit)
+    return HessianMoments(math.isqrt(matrix.numel()), matrix.trace(), matrix.square().sum())

@@ -1,0 +1,83 @@
+"""One call for the moments of a model, whichever engine computes them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lowland.dense import dense_moments
+from lowland.exact.modules import (
+    UnsupportedModelError,
+    check_supported,
+    module_moments,
+    module_trace,
+)
+from lowland.moments import HessianMoments
+
+Method = Literal["auto", "exact", "dense"]
+
+# Above this many parameters brute force takes minutes rather than seconds; it must be asked for.
+DENSE_LIMIT = 2048
+
+
+def hessian_moments(
+    model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, method: Method = "auto"
+) -> HessianMoments:
+    """``Tr H`` and ``Tr H^2`` of ``criterion(model(x), y)`` in the trainable parameters.
+
+    Args:
+        model: For ``"exact"`` an ``nn.Sequential`` of Linear, activation, ``Linear(hidden, 1)``.
+            For ``"dense"`` any module.
+        criterion: For ``"exact"`` ``nn.BCEWithLogitsLoss`` or ``nn.MSELoss`` with the reduction
+            ``"mean"`` or ``"sum"``. For ``"dense"`` anything that returns a scalar.
+        x: Inputs, ``(samples, inputs)`` for ``"exact"``.
+        y: Targets, ``(samples,)`` or ``(samples, 1)`` for ``"exact"``.
+        method: ``"exact"`` is the closed form, ``"dense"`` brute force by automatic
+            differentiation, ``"auto"`` the closed form where it covers the model and else brute
+            force, up to a few thousand parameters.
+
+    Returns:
+        Scalar moments, differentiable in the model's parameters. Frozen parameters
+        (``requires_grad=False``) are constants: the Hessian is that of the others.
+
+    Raises:
+        UnsupportedModelError: If the closed form does not cover the model or the criterion.
+        TypeError, ValueError: As :func:`lowland.exact.moments`.
+
+    Example:
+        >>> import torch, lowland
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        >>> x, y = torch.randn(50, 3), torch.ones(50)
+        >>> moments = lowland.hessian_moments(model, nn.BCEWithLogitsLoss(), x, y)
+        >>> moments.dim, bool(moments.lower <= moments.upper)
+        (21, True)
+    """
+    if _resolve(model, criterion, method) == "exact":
+        return module_moments(model, criterion, x, y)
+    return dense_moments(model, criterion, x, y)
+
+
+def hessian_trace(
+    model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, method: Method = "auto"
+) -> Tensor:
+    """``Tr H`` alone, which the closed form has in linear time; as :func:`hessian_moments`."""
+    if _resolve(model, criterion, method) == "exact":
+        return module_trace(model, criterion, x, y)
+    return dense_moments(model, criterion, x, y).trace
+
+
+def _resolve(model: nn.Module, criterion: nn.Module, method: Method) -> Literal["exact", "dense"]:
+    if method in ("exact", "dense"):
+        return method
+    if method != "auto":
+        raise ValueError(f"unknown method {method!r}: expected 'auto', 'exact' or 'dense'")
+    try:
+        check_supported(model, criterion)
+    except UnsupportedModelError:
+        dim = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if dim > DENSE_LIMIT:
+            raise
+        return "dense"
+    return "exact"

@@ -1,0 +1,83 @@
+"""Penalties on the curvature of a loss, as functions of the Hessian's two moments."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from lowland.engines import Method, hessian_moments, hessian_trace
+
+
+class CurvaturePenalty(nn.Module, ABC):
+    """A weighted function of the Hessian of ``criterion(model(x), y)``.
+
+    Add it to the loss and call ``backward()`` once::
+
+        loss = criterion(model(x), y) + penalty(model, x, y)
+
+    Args:
+        criterion: The loss whose curvature is penalized.
+        weight: Factor of the penalty, at least zero.
+        method: The engine, see :func:`lowland.hessian_moments`.
+
+    Raises:
+        ValueError: If the weight is negative or not finite.
+    """
+
+    def __init__(self, criterion: nn.Module, weight: float, *, method: Method = "auto") -> None:
+        super().__init__()
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight must be a finite number of at least 0; got {weight}")
+        self.criterion = criterion
+        self.weight = weight
+        self.method: Method = method
+
+    def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The penalty, a scalar tensor with a graph to the model's trainable parameters."""
+        return self.weight * self.measure(model, x, y)
+
+    @abstractmethod
+    def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The quantity that is penalized, before its weight."""
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print(penalty)``."""
+        return f"weight={self.weight}, method={self.method!r}"
+
+
+class HSR(CurvaturePenalty):
+    r"""``weight * U``: the Wolkowicz-Styan upper bound on the largest eigenvalue.
+
+    :math:`U = m + s \sqrt{P - 1}` with the mean ``m`` and the standard deviation ``s`` of the
+    eigenvalues. Descending it narrows the whole spectrum: the lower bound on the smallest
+    eigenvalue rises at the same time.
+
+    References:
+        arXiv:2606.28662, theorem 1.
+    """
+
+    def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """``U``."""
+        return hessian_moments(model, self.criterion, x, y, self.method).upper
+
+
+class HessianTrace(CurvaturePenalty):
+    """``weight * Tr H``, in time linear in the samples and the parameters.
+
+    References:
+        Liu et al. (2023), who estimate it; here it is exact where the closed form covers the model.
+    """
+
+    def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """``Tr H``."""
+        return hessian_trace(model, self.criterion, x, y, self.method)
+
+
+class FlatnessAware(CurvaturePenalty):
+    """``weight * Tr H^2 / B`` with the batch size ``B``: the sum of the squared eigenvalues."""
+
+    def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """``Tr H^2 / B``."""
+        return hessian_moments(model, self.criterion, x, y, self.method).trace_sq / len(x)

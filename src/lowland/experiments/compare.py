@@ -1,0 +1,310 @@
+"""Train on one data set with and without curvature control, and compare what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score
+
+from lowland import exact
+from lowland.datasets import Dataset, Splits, stratified_splits
+from lowland.networks import initial_weights, logits, mean_loss
+from lowland.spectrum import extreme_eigenvalues
+from lowland.training import BASELINE, LOSS, METHODS, Method, Schedule, Trained, train
+
+SIGNIFICANCE = 0.05
+"""Adjusted p-values below this are called a difference."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number measured on every trained network.
+
+    Attributes:
+        name: Column in the tables.
+        title: For people.
+        symbol: For sentences and axes.
+        meaning: One line for the report.
+        scale: What values are multiplied with for people.
+        unit: Behind values so multiplied.
+    """
+
+    name: str
+    title: str
+    symbol: str
+    meaning: str
+    scale: float = 1.0
+    unit: str = ""
+
+
+MEASURES = (
+    Measure(
+        "accuracy",
+        "Test accuracy",
+        "test accuracy",
+        "share of test samples classified right",
+        100,
+        " %",
+    ),
+    Measure(
+        "macro_f1",
+        "Test macro-F1",
+        "test macro-F1",
+        "mean over both classes of the F1 score",
+        100,
+        " %",
+    ),
+    Measure(
+        "log_loss", "Test log-loss", "test log-loss", "mean cross-entropy on the test part, in nats"
+    ),
+    Measure(
+        "lambda_max", "λ_max", "λ_max", "largest eigenvalue of the Hessian of the training loss"
+    ),
+    Measure("lambda_min", "λ_min", "λ_min", "smallest eigenvalue of the same Hessian"),
+    Measure("upper_bound", "Upper bound", "the upper bound", "m + s √(P-1), never below λ_max"),
+    Measure("lower_bound", "Lower bound", "the lower bound", "m - s √(P-1), never above λ_min"),
+    Measure("trace", "Trace", "the trace", "sum of the eigenvalues, Tr H"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a comparison's numbers, beside the data.
+
+    Attributes:
+        methods: What to compare; the baseline is always there, and first.
+        hidden: Hidden units.
+        activation: Of the hidden layer.
+        seeds: Networks per method, each with a split and a starting point of its own.
+        first_seed: The first of that many consecutive seeds.
+        test_size: Fraction of the samples to test on.
+        schedule: How long and how fast to train.
+    """
+
+    methods: tuple[Method, ...] = tuple(METHODS.values())
+    hidden: int = 4
+    activation: str = "sigmoid"
+    seeds: int = 10
+    first_seed: int = 0
+    test_size: float = 0.25
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        others = tuple(method for method in self.methods if method != BASELINE)
+        object.__setattr__(self, "methods", (BASELINE, *others))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method's value of one measure; ``p`` is NaN for the baseline."""
+
+    mean: float
+    stderr: float
+    difference: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        dataset: The data.
+        settings: What was run.
+        networks: One row per trained network: method, seed, each measure, steps, converged.
+        history: One row per network and checkpoint: method, seed, step, loss, lambda_max.
+        summary: One row per method and measure: mean, stderr, difference from the baseline, and p,
+            adjusted over the methods (NaN for the baseline itself).
+        seconds: Per method, time in its own gradients for all its networks together.
+        parameters: ``P``, the number of weights of each network.
+    """
+
+    dataset: Dataset
+    settings: Settings
+    networks: pd.DataFrame
+    history: pd.DataFrame
+    summary: pd.DataFrame
+    seconds: dict[str, float]
+    parameters: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """The summary with one row per method: ``<measure>``, ``<measure>_stderr``, ``<measure>_p``."""
+        rows = []
+        for method in self.settings.methods:
+            row: dict[str, object] = {"method": method.name}
+            for measure in MEASURES:
+                cell = self.cell(method.name, measure.name)
+                row[measure.name] = cell.mean
+                row[f"{measure.name}_stderr"] = cell.stderr
+                row[f"{measure.name}_p"] = cell.p
+            rows.append(row | {"seconds": self.seconds[method.name]})
+        return pd.DataFrame(rows)
+
+    def cell(self, method: str, measure: str) -> Cell:
+        """One entry of the summary."""
+        row = self.summary.set_index(["method", "measure"]).loc[(method, measure)]
+        return Cell(*(float(row[name]) for name in ("mean", "stderr", "difference", "p")))
+
+
+def compare(
+    dataset: Dataset, settings: Settings, *, on_step: Callable[[int], None] | None = None
+) -> Comparison:
+    """Train every method on the same splits from the same starting points, and measure.
+
+    Args:
+        dataset: The data.
+        settings: What to run.
+        on_step: Called with the number of training steps done, after each of them.
+
+    Raises:
+        DataError: If the data cannot be split.
+        DivergenceError: If training leaves the finite numbers.
+    """
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    splits = stratified_splits(dataset, seeds, test_size=settings.test_size)
+    start = initial_weights(seeds, inputs=len(dataset.features), hidden=settings.hidden)
+    trained = train(
+        settings.methods,
+        start,
+        splits.x_train,
+        splits.y_train,
+        schedule=settings.schedule,
+        activation=settings.activation,
+        on_step=on_step,
+    )
+    networks = pd.concat(
+        [_measure(result, splits, seeds, settings.activation) for result in trained],
+        ignore_index=True,
+    )
+    history = pd.concat([_curves(result, seeds) for result in trained], ignore_index=True)
+    return Comparison(
+        dataset,
+        settings,
+        networks,
+        history,
+        summarize(networks, test_fraction=splits.y_test.shape[1] / splits.y_train.shape[1]),
+        {result.method.name: result.seconds for result in trained},
+        start[0][0].numel() + start[1][0].numel(),
+    )
+
+
+def _measure(trained: Trained, splits: Splits, seeds: range, activation: str) -> pd.DataFrame:
+    """One row per network."""
+    x, y = splits.x_train, splits.y_train
+    smallest, largest = extreme_eigenvalues(trained.weights, x, y, activation=activation, loss=LOSS)
+    moments = exact.moments(trained.weights, x, y, activation=activation, loss=LOSS)
+    predicted = logits(trained.weights, splits.x_test, activation) > 0
+    pairs = list(zip(splits.y_test.numpy(), predicted.numpy(), strict=True))
+    log_loss = mean_loss(
+        trained.weights, splits.x_test, splits.y_test, activation=activation, loss=LOSS
+    )
+    return pd.DataFrame(
+        {
+            "method": trained.method.name,
+            "seed": list(seeds),
+            "accuracy": [accuracy_score(true, label) for true, label in pairs],
+            "macro_f1": [f1_score(true, label, average="macro") for true, label in pairs],
+            "log_loss": log_loss.numpy(),
+            "lambda_max": largest.numpy(),
+            "lambda_min": smallest.numpy(),
+            "upper_bound": moments.upper.numpy(),
+            "lower_bound": moments.lower.numpy(),
+            "trace": moments.trace.numpy(),
+            "steps": trained.steps.numpy(),
+            "converged": trained.converged.numpy(),
+        }
+    )
+
+
+def _curves(trained: Trained, seeds: range) -> pd.DataFrame:
+    """One row per network and checkpoint."""
+    count = len(trained.checkpoints)
+    return pd.DataFrame(
+        {
+            "method": trained.method.name,
+            "seed": np.repeat(list(seeds), count),
+            "step": np.tile(trained.checkpoints, len(seeds)),
+            "loss": trained.loss.T.flatten().numpy(),
+            "lambda_max": trained.lambda_max.T.flatten().numpy(),
+        }
+    )
+
+
+def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
+    """Means, standard errors over seeds, and paired tests against the baseline.
+
+    Args:
+        networks: As in :class:`Comparison`.
+        test_fraction: Test samples per training sample.
+
+    Returns:
+        As in :class:`Comparison`. Each measure's p-values are adjusted over the methods by Holm's
+        method, but not over measures, each of which is a question of its own.
+    """
+    rows = []
+    names = [name for name in networks["method"].unique() if name != BASELINE.name]
+    for measure in MEASURES:
+        table = networks.pivot(index="seed", columns="method", values=measure.name)
+        base = table[BASELINE.name].to_numpy()
+        raw = [paired_test(table[name].to_numpy() - base, test_fraction) for name in names]
+        adjusted = dict(zip(names, holm(raw), strict=True))
+        for name in (BASELINE.name, *names):
+            values = table[name].to_numpy()
+            rows.append(
+                {
+                    "method": name,
+                    "measure": measure.name,
+                    "mean": values.mean(),
+                    "stderr": values.std(ddof=1) / math.sqrt(len(values)),
+                    "difference": (values - base).mean(),
+                    "p": adjusted.get(name, math.nan),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def paired_test(differences: NDArray[np.float64], test_fraction: float) -> float:
+    r"""The two-sided p-value of the corrected resampled t-test.
+
+    Random splits overlap, so differences are not independent and the ordinary paired t-test finds
+    too much. The correction widens the variance of the mean of ``J`` differences:
+
+    .. math:: t = \bar d / \sqrt{(1/J + n_\mathrm{test} / n_\mathrm{train})\, s_d^2}
+
+    with ``J - 1`` degrees of freedom.
+
+    Args:
+        differences: One per split, method minus baseline.
+        test_fraction: ``n_test / n_train``.
+
+    References:
+        C. Nadeau and Y. Bengio, Inference for the generalization error, Machine Learning 52 (2003).
+    """
+    count = len(differences)
+    mean, variance = differences.mean(), differences.var(ddof=1)
+    if variance == 0:  # then t is 0 / 0 or infinite
+        return 1.0 if mean == 0 else 0.0
+    t = mean / math.sqrt((1 / count + test_fraction) * variance)
+    return float(2 * stats.t.sf(abs(t), count - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number.
+
+    References:
+        S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of
+        Statistics 6 (1979).
+    """
+    order = np.argsort(p_values)
+    factors = np.arange(len(p_values), 0, -1)
+    stepped = np.maximum.accumulate(factors * np.asarray(p_values)[order])
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(stepped, 1)
+    return adjusted.tolist()

@@ -1,0 +1,272 @@
+"""Full-batch gradient descent on whole ensembles, with and without a curvature penalty."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd import grad
+
+from lowland import exact
+from lowland.networks import (
+    Inputs,
+    PerNetwork,
+    Targets,
+    Weights,
+    loss_gradient,
+    mean_loss,
+    select,
+)
+from lowland.spectrum import extreme_eigenvalues
+
+LOSS = "bce"
+
+Penalty = Callable[[Weights, Inputs, Targets, str], PerNetwork]
+
+
+class DivergenceError(ArithmeticError):
+    """Training left the finite numbers."""
+
+
+def hsr_penalty(weights: Weights, x: Inputs, y: Targets, activation: str) -> PerNetwork:
+    """The upper bound ``U = m + s sqrt(P - 1)`` on the largest eigenvalue (arXiv:2606.28662)."""
+    return exact.moments(weights, x, y, activation=activation, loss=LOSS).upper
+
+
+def trace_penalty(weights: Weights, x: Inputs, y: Targets, activation: str) -> PerNetwork:
+    """The trace ``Tr H`` (Liu et al. 2023, as compared in arXiv:2606.28662)."""
+    return exact.trace(weights, x, y, activation=activation, loss=LOSS)
+
+
+def flatness_penalty(weights: Weights, x: Inputs, y: Targets, activation: str) -> PerNetwork:
+    """``Tr H^2 / B``, with ``B`` the batch size: here the number of training samples."""
+    second = exact.moments(weights, x, y, activation=activation, loss=LOSS).trace_sq
+    return second / x.shape[1]
+
+
+@dataclass(frozen=True)
+class Method:
+    r"""A way to train: :math:`\theta \leftarrow \theta - \eta (\nabla L + w \nabla R)`.
+
+    Attributes:
+        name: As on the command line.
+        title: As in tables and figures.
+        formula: What the method descends, for people.
+        penalty: ``R``, one value per network; None for plain gradient descent.
+        weight: ``w``, in units of loss per unit of ``R``.
+    """
+
+    name: str
+    title: str
+    formula: str
+    penalty: Penalty | None = None
+    weight: float = 0.0
+
+
+BASELINE = Method("baseline", "Baseline", "L")
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        BASELINE,
+        # The weights make each penalty lower the largest eigenvalue clearly on the default data at
+        # the default learning rate, without costing accuracy there.
+        Method("hsr", "HSR", "L + w (m + s √(P-1))", hsr_penalty, 1.0),
+        Method("hessian-trace", "Hessian trace", "L + w Tr H", trace_penalty, 0.1),
+        Method("flatness-aware", "Flatness-aware", "L + w Tr(H²) / B", flatness_penalty, 1000.0),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: Most steps of gradient descent.
+        learning_rate: ``eta``, of the loss and the penalty alike.
+        active: Fraction of the steps, from the first one on, in which the penalty acts.
+        tolerance: A network stops when its ``||grad L||`` is below this fraction of the initial
+            one (arXiv:2606.28662, section VI-A).
+        checkpoints: How often loss and eigenvalues are measured, the first and last step included.
+    """
+
+    steps: int = 400
+    learning_rate: float = 1.0
+    active: float = 0.5
+    tolerance: float = 1e-3
+    checkpoints: int = 26
+
+    @property
+    def active_steps(self) -> int:
+        """Steps in which the penalty acts."""
+        return math.ceil(self.active * self.steps)
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        """The steps before which measurements are taken, evenly spaced; the last one is the end."""
+        count = min(self.checkpoints, self.steps + 1)
+        return sorted({round(i * self.steps / (count - 1)) for i in range(count)})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One method's networks after training, and how they got there.
+
+    Attributes:
+        method: What they were trained by.
+        weights: The final ``(W, v)``.
+        steps: Steps each network took.
+        converged: Whether each stopped by its gradient, rather than by the number of steps.
+        seconds: Time in this method's own gradients, for all its networks together.
+        checkpoints: The steps at which the curves were measured.
+        loss: The training loss ``L``, without the penalty; a stopped network keeps its value.
+        lambda_max: The largest eigenvalue of the Hessian of ``L``.
+    """
+
+    method: Method
+    weights: Weights
+    steps: Int[Tensor, " networks"]
+    converged: Bool[Tensor, " networks"]
+    seconds: float
+    checkpoints: list[int]
+    loss: Float[Tensor, "checkpoints networks"]
+    lambda_max: Float[Tensor, "checkpoints networks"]
+
+
+def train(
+    methods: Sequence[Method],
+    start: Weights,
+    x: Inputs,
+    y: Targets,
+    *,
+    schedule: Schedule,
+    activation: str,
+    on_step: Callable[[int], None] | None = None,
+) -> list[Trained]:
+    """Train one ensemble per method from common starting points, all in one loop over steps.
+
+    Args:
+        methods: What to compare.
+        start: ``(W, v)`` at which network ``i`` of every method starts.
+        x: ``(networks, samples, inputs)``; network ``i`` of every method sees the same samples.
+        y: ``(networks, samples)``, 0 or 1.
+        schedule: How long and how fast.
+        activation: Of the hidden layer.
+        on_step: Called with the number of steps done, after each of them.
+
+    Returns:
+        One result per method, in their order.
+
+    Raises:
+        DivergenceError: If a gradient is no longer finite.
+    """
+    groups = [
+        _Group(method, start, x, y, schedule=schedule, activation=activation) for method in methods
+    ]
+    checkpoints = set(schedule.checkpoint_steps)
+    for step in range(schedule.steps):
+        for group in groups:
+            if step in checkpoints:
+                group.measure()
+            if len(group.running):
+                group.step(step)
+        if on_step is not None:
+            on_step(step + 1)
+    for group in groups:
+        group.measure()
+    return [group.result() for group in groups]
+
+
+class _Group:
+    """The networks of one method in the middle of training."""
+
+    def __init__(
+        self,
+        method: Method,
+        start: Weights,
+        x: Inputs,
+        y: Targets,
+        *,
+        schedule: Schedule,
+        activation: str,
+    ) -> None:
+        self.method, self.schedule, self.activation = method, schedule, activation
+        self.x, self.y = x, y
+        self.weights = (start[0].clone(), start[1].clone())
+        self.running = torch.arange(len(x), device=x.device)
+        self.running_data = x, y
+        self.threshold: PerNetwork | None = None
+        self.steps = torch.zeros_like(self.running)
+        self.seconds = 0.0
+        self.loss: list[PerNetwork] = []
+        self.lambda_max: list[PerNetwork] = []
+
+    def step(self, step: int) -> None:
+        """One step of every network that has not converged."""
+        begin = time.perf_counter()
+        gradient = self._loss_gradient(step)
+        if not len(self.running):
+            return
+        weights = select(self.weights, self.running)
+        if self.method.penalty is not None and step < self.schedule.active_steps:
+            extra = self._penalty_gradient(self.method.penalty, weights)
+            for slope, more in zip(gradient, extra, strict=True):
+                slope.add_(more, alpha=self.method.weight)
+        for whole, part, slope in zip(self.weights, weights, gradient, strict=True):
+            whole[self.running] = part.sub_(slope, alpha=self.schedule.learning_rate)
+        self.steps[self.running] += 1
+        self.seconds += time.perf_counter() - begin
+
+    def _loss_gradient(self, step: int) -> Weights:
+        """The gradient of the loss for the networks that go on; those that converged leave."""
+        weights = select(self.weights, self.running)
+        gradient = loss_gradient(weights, *self.running_data, activation=self.activation, loss=LOSS)
+        norm = torch.cat([part.flatten(1) for part in gradient], 1).norm(dim=1)
+        if not bool(norm.isfinite().all()):
+            raise DivergenceError(
+                f"{self.method.title} diverged at step {step}; use a smaller learning rate or a "
+                "smaller weight"
+            )
+        if self.threshold is None:
+            self.threshold = self.schedule.tolerance * norm
+        moving = norm >= self.threshold[self.running]
+        if not bool(moving.all()):
+            self.running = self.running[moving]
+            self.running_data = self.x[self.running], self.y[self.running]
+            gradient = select(gradient, moving)
+        return gradient
+
+    def _penalty_gradient(self, penalty: Penalty, weights: Weights) -> Weights:
+        leaves = (weights[0].clone().requires_grad_(), weights[1].clone().requires_grad_())
+        first, second = grad(penalty(leaves, *self.running_data, self.activation).sum(), leaves)
+        return first, second
+
+    def measure(self) -> None:
+        """Note where the curves of loss and largest eigenvalue are."""
+        _, largest = extreme_eigenvalues(
+            self.weights, self.x, self.y, activation=self.activation, loss=LOSS
+        )
+        self.lambda_max.append(largest)
+        self.loss.append(
+            mean_loss(self.weights, self.x, self.y, activation=self.activation, loss=LOSS)
+        )
+
+    def result(self) -> Trained:
+        converged = torch.ones_like(self.steps, dtype=torch.bool)
+        converged[self.running] = False
+        return Trained(
+            self.method,
+            self.weights,
+            self.steps,
+            converged,
+            self.seconds,
+            self.schedule.checkpoint_steps,
+            torch.stack(self.loss),
+            torch.stack(self.lambda_max),
+        )

@@ -26,16 +26,18 @@ class Activation:
         name: The name used in ``activation="..."`` arguments.
         function: Maps pre-activations of any shape to ``(phi, phi', phi'', phi''')``, each of that
             shape.
-        piecewise_linear: True if phi'' = phi''' = 0 wherever they exist. Moments are then exact
-            for almost every parameter vector; on a kink they are those of the linear piece that
-            PyTorch's own derivative picks.
+        negative_slope: For a piecewise linear phi its slope below zero (the one above is 1), else
+            None. Then phi'' = phi''' = 0 wherever they exist, and moments are exact for almost
+            every parameter vector; on a kink they are those of the piece that PyTorch's own
+            derivative picks.
     """
 
     name: str
     function: Callable[[Tensor], Derivatives]
-    piecewise_linear: bool = False
+    negative_slope: float | None = None
 
     def __call__(self, a: Tensor) -> Derivatives:
+        """``(phi, phi', phi'', phi''')`` at ``a``."""
         return self.function(a)
 
 
@@ -83,13 +85,13 @@ def _leaky_relu(a: Tensor, slope: float) -> Derivatives:
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
     """``max(a, 0) + negative_slope * min(a, 0)``; zero slope is the ReLU."""
     name = "relu" if negative_slope == 0 else "leaky_relu"
-    return Activation(name, partial(_leaky_relu, slope=negative_slope), piecewise_linear=True)
+    return Activation(name, partial(_leaky_relu, slope=negative_slope), negative_slope)
 
 
 ACTIVATIONS: dict[str, Activation] = {
     activation.name: activation
     for activation in (
-        Activation("identity", _identity, piecewise_linear=True),
+        Activation("identity", _identity, negative_slope=1.0),
         Activation("sigmoid", _sigmoid_family),
         Activation("tanh", _tanh),
         Activation("softplus", _softplus),

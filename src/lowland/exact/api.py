@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lowland.activations import Activation, get_activation
 from lowland.exact import parameters
+from lowland.exact.compiled import covers
 from lowland.exact.engine import Problem, run_moments
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, Plan, Size, make_plan
+from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, Size, make_plan
 from lowland.exact.terms import Architecture, Data
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments
@@ -45,8 +46,8 @@ def moments(
         x: ``(samples, inputs)``, or ``(*ensemble, samples, inputs)`` to give each network its own.
         y: ``(samples,)``, or ``(*ensemble, samples)``.
         activation: ``"identity"``, ``"sigmoid"``, ``"tanh"``, ``"softplus"``, ``"gelu"``,
-            ``"silu"``, ``"relu"``, ``"leaky_relu"``, or an :class:`~lowland.activations.Activation`.
-            For the piecewise linear ones the result is exact almost everywhere.
+            ``"silu"``, ``"relu"``, ``"leaky_relu"``, or an
+            :class:`~lowland.activations.Activation`. For the piecewise linear ones the result is exact almost everywhere.
         loss: ``"bce"`` (binary cross-entropy on the logit, targets 0 or 1) or ``"mse"`` (squared
             error without a factor one half, as in PyTorch).
         order: Sum over pairs of ``"samples"`` or of ``"parameters"``; ``"auto"`` takes the one that
@@ -116,11 +117,12 @@ def hessian(
     setup = prepare(weights, x, y, activation, loss, reduction)
     # The result is as large as the matrix; a budget beside it only sets the length of runs.
     needed = 8 * setup.size.dim**2 * setup.size.itemsize
-    problem = setup.problem("parameters", max(DEFAULT_MEMORY_BUDGET, needed))
+    budget = max(DEFAULT_MEMORY_BUDGET, needed)
+    problem = setup.problem("parameters", budget, compiled=False)
     whole = parameters.Block(slice(0, setup.size.inputs), with_output=True)
     with torch.no_grad():
         parts = [
-            group.hessian_rows(whole) for _, group in problem.groups(setup.weight, setup.output)
+            part.hessian_rows(whole) for _, part in problem.references(setup.weight, setup.output)
         ]
     dim = setup.size.dim
     return torch.cat(parts).view(*setup.ensemble, dim, dim)
@@ -137,23 +139,32 @@ class Setup:
     ensemble: torch.Size
     size: Size
 
-    def problem(self, order: OrderChoice, memory_budget: int) -> Problem:
-        """The problem of both moments."""
-        plan = make_plan(self.size, order, memory_budget, on_cpu=self.weight.device.type == "cpu")
-        return Problem(self.arch, self.data, plan, plan.run, plan.networks)
+    def problem(self, order: OrderChoice, memory_budget: int, *, compiled: bool = True) -> Problem:
+        """The problem of both moments; ``compiled=False`` insists on the PyTorch path."""
+        device = self.weight.device
+        plan = make_plan(
+            self.size,
+            order,
+            memory_budget,
+            on_cpu=device.type == "cpu",
+            compiled=compiled and covers(self.arch, device),
+        )
+        return Problem(self.arch, self.data, plan)
 
     def trace_problem(self, memory_budget: int) -> Problem:
-        """The problem of the trace alone, whose runs are sized like those of any linear pass."""
-        linear = Size(
-            self.size.networks, self.size.samples, 1, self.size.hidden, 1, self.size.itemsize
+        """The problem of the trace alone, planned like a matrix of next to no rows."""
+        device = self.weight.device
+        plan = make_plan(
+            replace(self.size, inputs=1, outputs=1),
+            "parameters",
+            memory_budget,
+            on_cpu=device.type == "cpu",
+            compiled=covers(self.arch, device),
         )
-        plan: Plan = make_plan(
-            linear, "parameters", memory_budget, on_cpu=self.weight.device.type == "cpu"
-        )
-        return Problem(self.arch, self.data, None, plan.run, plan.networks)
+        return Problem(self.arch, self.data, plan, trace_alone=True)
 
 
-def prepare(
+def prepare(  # noqa: PLR0917 - the arguments of every public function, in their order
     weights: Sequence[Tensor],
     x: Tensor,
     y: Tensor,

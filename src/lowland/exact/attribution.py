@@ -93,12 +93,12 @@ def sample_contributions(
         ``(*ensemble, samples, hidden + 1, 1)``. They come on top of the memory budget.
     """
     setup = prepare(weights, x, y, activation, loss, reduction)
-    problem = setup.problem(order, memory_budget)
+    problem = setup.problem(order, memory_budget, compiled=False)
     in_weight: list[Tensor] = []
     in_output: list[Tensor] = []
     with torch.no_grad():
         weight, output = setup.weight, setup.output
-        for _, group in problem.groups(weight, output):
+        for _, group in problem.references(weight, output):
             first, second, matrix = group.moments()
             with torch.enable_grad():
                 first, second = first.requires_grad_(), second.requires_grad_()
@@ -143,7 +143,7 @@ def pair_contributions(
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem("samples", memory_budget)
     with torch.no_grad():
-        parts = [group.pairs() for _, group in problem.groups(setup.weight, setup.output)]
+        parts = [part.pairs() for _, part in problem.references(setup.weight, setup.output)]
     matrix = torch.cat(parts)
     return matrix.view(*setup.ensemble, *matrix.shape[1:])
 

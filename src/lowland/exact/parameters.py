@@ -107,7 +107,7 @@ def _add_residual(
 
 def adjoint(arch: Architecture, terms: Terms, block: Block, matrix: HessianRows) -> Adjoint:
     r"""The adjoint of :math:`\langle C, H\rangle` for the rows ``matrix`` of a symmetric ``C``."""
-    networks, hidden, count = terms.u.shape
+    networks, hidden, _ = terms.u.shape
     x_block = terms.x[:, block.inputs]
     size, inputs = x_block.shape[1], terms.x.shape[1]
     product = matrix @ _jacobian(terms.x, terms.u, terms.z)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from lowland.exact.compiled import packed_entries, workspace_bytes
+
 Order = Literal["samples", "parameters"]
 
 MEBIBYTE = 1 << 20
@@ -39,6 +43,8 @@ class Plan:
         block: Rows of ``W`` whose part of ``H`` is held at a time (order ``"parameters"``).
         keep: Whether the backward pass may keep what the forward pass has built: ``H`` in the
             order ``"parameters"``, the terms of all runs in the order ``"samples"``.
+        compiled: Whether the order ``"parameters"`` takes the compiled code; ``run`` and ``block``
+            are then its own affair.
     """
 
     order: Order
@@ -46,6 +52,7 @@ class Plan:
     run: int
     block: int
     keep: bool
+    compiled: bool = False
 
 
 # Seconds per multiply-add in a matrix product, per element touched in an element-wise pass, and per
@@ -53,58 +60,84 @@ class Plan:
 # their ratios matter to the choice.
 MULTIPLY_ADD = 1.6e-11
 TOUCH = 4.0e-10
-LAUNCH = 5.0e-6
+LAUNCH = 1.0e-5
+COMPILED_MULTIPLY_ADD = 3.0e-11
+COMPILED_UNIT = 1.0e-8  # one hidden unit of one sample, forward and backward
 
 # Pieces of about this size stay in the second-level cache between the operations on them.
 CACHE_BYTES = 4 * MEBIBYTE
 
 
-def cost(size: Size, order: Order) -> float:
+def cost(size: Size, order: Order, *, compiled: bool = False) -> float:
     """Predicted seconds for the moments and their gradient, one network, by the fitted model."""
     n, d, h, p = size.samples, size.inputs, size.hidden, size.dim
+    if order == "parameters" and compiled:
+        entries = packed_entries(d, h, size.outputs)
+        return n * (2 * entries * COMPILED_MULTIPLY_ADD + h * COMPILED_UNIT) + 20 * LAUNCH
     per_sample = 60 * h * TOUCH
     if order == "parameters":
         launches = 120 * max(1, n * _row_count(size) * size.itemsize / CACHE_BYTES)
         work = 2 * p * p + 2 * d * d * h
-        return n * (work * MULTIPLY_ADD + (5 * p + 2 * d * d) * TOUCH + per_sample) + (
-            launches * LAUNCH
-        )
+        touched = 5 * p + 2 * d * d
+        return n * (work * MULTIPLY_ADD + touched * TOUCH + per_sample) + launches * LAUNCH
     runs = max(1.0, n / _kernel_run(size, CACHE_BYTES))
     work = 1.5 * d + 9 * h
-    return n * (n * (work * MULTIPLY_ADD + 9 * TOUCH) + per_sample) + 60 * runs * runs * LAUNCH
-
-
-def choose_order(size: Size, budget: int) -> Order:
-    """The cheaper order, of those that fit into the budget."""
-    if _matrix_bytes(size, rows=1) > budget // 2:
-        return "samples"
-    return min(("samples", "parameters"), key=lambda order: cost(size, order))
+    pairs = n * (work * MULTIPLY_ADD + 9 * TOUCH)
+    return n * (pairs + per_sample) + 60 * runs * (runs + 1) * LAUNCH
 
 
 def make_plan(
-    size: Size, order: Literal["auto", "samples", "parameters"], budget: int, *, on_cpu: bool
+    size: Size,
+    order: Literal["auto", "samples", "parameters"],
+    budget: int,
+    *,
+    on_cpu: bool,
+    compiled: bool,
 ) -> Plan:
     """Choose the order if it is open, and cut the problem into pieces.
 
     Args:
         size: The extent of the problem.
-        order: The order wanted, or ``"auto"``.
+        order: The order wanted, or ``"auto"``: the one predicted to be faster among those whose
+            smallest piece fits into the budget.
         budget: Bytes of temporaries that must not be exceeded.
         on_cpu: On a processor pieces are cut to fit its cache, on an accelerator the budget.
+        compiled: Whether compiled code covers the problem.
 
     Raises:
         ValueError: If the order is unknown, or the budget too small for its smallest piece.
     """
-    if order == "auto":
-        order = choose_order(size, budget)
-    if order not in ("samples", "parameters"):
+    if order not in ("auto", "samples", "parameters"):
         raise ValueError(
             f"unknown order {order!r}: expected 'auto', 'samples' (cost quadratic in the samples) "
             "or 'parameters' (cost quadratic in the parameters)"
         )
-    if order == "parameters":
-        return _plan_parameters(size, budget, on_cpu=on_cpu)
-    return _plan_samples(size, budget, on_cpu=on_cpu)
+    compiled = compiled and _compiled_networks(size, budget) > 0
+    if order == "auto":
+        fits = _smallest_parameters(size) <= budget
+        dear = cost(size, "parameters", compiled=compiled) > cost(size, "samples")
+        order = "samples" if dear or not (fits or compiled) else "parameters"
+    if order == "samples":
+        return _plan_samples(size, budget, on_cpu=on_cpu)
+    if compiled:
+        networks = min(size.networks, _compiled_networks(size, budget))
+        kept = size.networks * packed_entries(size.inputs, size.hidden, size.outputs)
+        keep = kept * size.itemsize <= budget // 4
+        return Plan("parameters", networks, size.samples, 0, keep=keep, compiled=True)
+    return _plan_parameters(size, budget, on_cpu=on_cpu)
+
+
+def _compiled_networks(size: Size, budget: int) -> int:
+    """How many packed Hessians fit, one copy a thread; 0 if its workspace does not."""
+    threads = torch.get_num_threads()
+    shape = (size.inputs, size.hidden, size.outputs)
+    if threads * workspace_bytes(*shape, size.itemsize) > budget // 4:
+        return 0
+    return budget // 2 // ((threads + 1) * packed_entries(*shape) * size.itemsize)
+
+
+def _smallest_parameters(size: Size) -> int:
+    return 2 * max(_matrix_bytes(size, rows=1), _row_count(size) * size.itemsize)
 
 
 def _row_count(size: Size) -> int:
@@ -131,7 +164,7 @@ def _too_small(budget: int, needed: int, order: Order) -> ValueError:
 
 
 def _plan_parameters(size: Size, budget: int, *, on_cpu: bool) -> Plan:
-    smallest = 2 * max(_matrix_bytes(size, rows=1), _row_count(size) * size.itemsize)
+    smallest = _smallest_parameters(size)
     if smallest > budget:
         raise _too_small(budget, smallest, "parameters")
     matrices = runs = budget // 2

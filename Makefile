@@ -20,7 +20,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/exact.py
+	$(BIN)/python benchmarks/exact.py --keep
 
 # The stamp is written last: an interrupted set-up leaves none, and the next run starts afresh.
 $(STAMP): pyproject.toml constraints.txt

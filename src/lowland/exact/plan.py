@@ -55,35 +55,40 @@ class Plan:
     compiled: bool = False
 
 
-# Seconds per multiply-add in a matrix product, per element touched in an element-wise pass, and per
-# operation launched, as fitted by `python benchmarks/cost_model.py` on two cores in float64. Only
-# their ratios matter to the choice.
-MULTIPLY_ADD = 1.6e-11
-TOUCH = 4.0e-10
-LAUNCH = 1.0e-5
-COMPILED_MULTIPLY_ADD = 3.0e-11
-COMPILED_UNIT = 1.0e-8  # one hidden unit of one sample, forward and backward
-
 # Pieces of about this size stay in the second-level cache between the operations on them.
 CACHE_BYTES = 4 * MEBIBYTE
 
+Path = Literal["samples", "parameters", "compiled"]
 
-def cost(size: Size, order: Order, *, compiled: bool = False) -> float:
-    """Predicted seconds for the moments and their gradient, one network, by the fitted model."""
+# Seconds for each unit of `work`, as fitted by `python benchmarks/cost_model.py` on two cores in
+# float64. Only their ratios matter to the choice.
+PRICES: dict[Path, tuple[float, float, float]] = {
+    "samples": (1.6e-11, 4.0e-10, 1.0e-5),
+    "parameters": (1.6e-11, 4.0e-10, 1.0e-5),
+    "compiled": (3.0e-11, 1.0e-8, 2.0e-4),
+}
+
+
+def work(size: Size, path: Path) -> tuple[float, float, float]:
+    """The work of the moments and their gradient, for one network.
+
+    Returns:
+        Multiply-adds in matrix products, elements touched between them, and operations launched
+        (for the compiled path: multiply-adds, hidden units evaluated, and calls).
+    """
     n, d, h, p = size.samples, size.inputs, size.hidden, size.dim
-    if order == "parameters" and compiled:
-        entries = packed_entries(d, h, size.outputs)
-        return n * (2 * entries * COMPILED_MULTIPLY_ADD + h * COMPILED_UNIT) + 20 * LAUNCH
-    per_sample = 60 * h * TOUCH
-    if order == "parameters":
-        launches = 120 * max(1, n * _row_count(size) * size.itemsize / CACHE_BYTES)
-        work = 2 * p * p + 2 * d * d * h
-        touched = 5 * p + 2 * d * d
-        return n * (work * MULTIPLY_ADD + touched * TOUCH + per_sample) + launches * LAUNCH
+    if path == "compiled":
+        return 2.0 * n * packed_entries(d, h, size.outputs), float(n * h), 1.0
+    if path == "parameters":
+        runs = max(1.0, n * _row_count(size) * size.itemsize / CACHE_BYTES)
+        return n * (2.0 * p * p + 2 * d * d * h), n * (5.0 * p + 2 * d * d + 60 * h), 120 * runs
     runs = max(1.0, n / _kernel_run(size, CACHE_BYTES))
-    work = 1.5 * d + 9 * h
-    pairs = n * (work * MULTIPLY_ADD + 9 * TOUCH)
-    return n * (pairs + per_sample) + 60 * runs * (runs + 1) * LAUNCH
+    return n * n * (1.5 * d + 9 * h), n * (9.0 * n + 60 * h), 60 * runs * (runs + 1)
+
+
+def cost(size: Size, path: Path) -> float:
+    """Predicted seconds for the moments and their gradient, one network."""
+    return sum(amount * price for amount, price in zip(work(size, path), PRICES[path], strict=True))
 
 
 def make_plan(
@@ -115,7 +120,8 @@ def make_plan(
     compiled = compiled and _compiled_networks(size, budget) > 0
     if order == "auto":
         fits = _smallest_parameters(size) <= budget
-        dear = cost(size, "parameters", compiled=compiled) > cost(size, "samples")
+        path: Path = "compiled" if compiled else "parameters"
+        dear = cost(size, path) > cost(size, "samples")
         order = "samples" if dear or not (fits or compiled) else "parameters"
     if order == "samples":
         return _plan_samples(size, budget, on_cpu=on_cpu)

@@ -1,0 +1,236 @@
+"""What the exact moments and the gradient of HSR cost: `make bench`.
+
+One table, in multiples of one plain loss gradient on the same data; medians of interleaved rounds
+in float64. The result is printed and kept in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timing import interleaved, median_ratio, seconds
+from torch import Tensor, nn
+
+import lowland
+from lowland.exact import compiled
+
+SIZES = ((4_000, 2, 10, 5.0), (100_000, 10, 16, 12.0), (1_000, 30, 32, 40.0))
+SCALING = (1_000, 10_000, 100_000, 1_000_000)
+MARK = "<!-- measured below, by `make bench` -->"
+
+
+class Case:
+    """One network and its data, with every way to get at the gradient of the bound."""
+
+    def __init__(self, samples: int, inputs: int, hidden: int, *ensemble: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.x = normal(samples, inputs)
+        self.y = (normal(samples) > 0).double()
+        self.weights = [
+            (normal(*ensemble, inputs + 1, hidden) / math.sqrt(inputs)).requires_grad_(),
+            normal(*ensemble, hidden + 1, 1).requires_grad_(),
+        ]
+        self.dim = (inputs + 1) * hidden + hidden + 1
+        self.model = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.Sigmoid(), nn.Linear(hidden, 1)
+        ).double()
+        self.criterion = nn.BCEWithLogitsLoss()
+
+    def plain(self) -> object:
+        loss = self.criterion(self.model(self.x), self.y.unsqueeze(1))
+        return torch.autograd.grad(loss, list(self.model.parameters()))
+
+    def upper(self, weights: list[Tensor], order: str = "auto") -> Tensor:
+        return lowland.exact.moments(
+            weights, self.x, self.y, activation="sigmoid", loss="bce", order=order
+        ).upper.sum()
+
+    def ours(self, order: str = "auto") -> object:
+        return torch.autograd.grad(self.upper(self.weights, order), self.weights)
+
+    def forward_alone(self) -> object:
+        with torch.no_grad():
+            return self.upper(self.weights)
+
+    def one_by_one(self) -> object:
+        return [
+            torch.autograd.grad(self.upper([w, v]), [w, v])
+            for w, v in zip(*self.weights, strict=True)
+        ]
+
+    def brute_force(self) -> object:
+        shapes = [weight.shape for weight in self.weights]
+        flat = torch.cat([weight.detach().flatten() for weight in self.weights]).requires_grad_()
+
+        def loss(flat: Tensor) -> Tensor:
+            first, last = (
+                part.view(shape)
+                for part, shape in zip(
+                    flat.split([shape.numel() for shape in shapes]), shapes, strict=True
+                )
+            )
+            hidden = torch.sigmoid(self.x @ first[1:] + first[0])
+            return self.criterion((hidden @ last[1:] + last[0]).squeeze(1), self.y)
+
+        hessian = torch.func.hessian(loss)(flat)
+        moments = lowland.HessianMoments(self.dim, hessian.trace(), hessian.square().sum())
+        return torch.autograd.grad(moments.upper, flat)
+
+    def quadratic_value(self) -> object:
+        """One value of the bound by the paper's double sum over samples."""
+        with torch.no_grad():
+            return self.upper(self.weights, "samples")
+
+
+def costs(rounds: int) -> list[str]:
+    lines = [
+        "| n, inputs, hidden | P | moments and HSR gradient | reach | moments alone | "
+        "`torch.func.hessian` + autograd | we are faster by |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for samples, inputs, hidden, reach in SIZES:
+        case = Case(samples, inputs, hidden)
+        times = interleaved(
+            {"plain": case.plain, "ours": case.ours, "forward": case.forward_alone}, rounds=rounds
+        )
+        ours = median_ratio(times["ours"], times["plain"])
+        forward = median_ratio(times["forward"], times["plain"])
+        brute, factor = brute_force_cost(case, times)
+        lines.append(
+            f"| {samples:,}, {inputs}, {hidden} | {case.dim:,} | {ours:.1f} | ≤ {reach:g} | "
+            f"{forward:.1f} | {brute} | {factor} |"
+        )
+        print(lines[-1], file=sys.stderr)
+    return lines
+
+
+def brute_force_cost(case: Case, times: dict[str, list[float]]) -> tuple[str, str]:
+    # The Hessian's graph holds every sample's forward pass once for each of P directions.
+    needed = 40 * case.dim * case.x.shape[0] * case.weights[0].shape[-1] * 8
+    if needed > 12 << 30:
+        return f"does not fit ({needed / 2**30:,.0f} GiB)", "—"
+    took = statistics.median(seconds(case.brute_force) for _ in range(3))
+    plain, ours = statistics.median(times["plain"]), statistics.median(times["ours"])
+    return f"{took / plain:,.0f}", f"{took / ours:,.0f}"
+
+
+def numerical_gradient(rounds: int) -> str:
+    case = Case(4_000, 2, 10)
+    times = interleaved(
+        {"value": case.quadratic_value, "ours": case.ours}, rounds=max(3, rounds // 5)
+    )
+    factor = 2 * case.dim * median_ratio(times["value"], times["ours"])
+    return (
+        f"Numerical gradient at n = 4,000, P = {case.dim}: central differences of the paper's double "
+        f"sum over samples take {2 * case.dim} values of the bound; by the time of one value we are "
+        f"**{factor:,.0f}** times faster (reach: ≥ 10,000)."
+    )
+
+
+def ensemble(rounds: int) -> str:
+    case = Case(1_000, 2, 5, 256)
+    times = interleaved(
+        {"together": case.ours, "loop": case.one_by_one}, rounds=max(3, rounds // 3)
+    )
+    share = median_ratio(times["together"], times["loop"])
+    return (
+        f"Ensemble of 256 networks (n = 1,000, 2 inputs, 5 hidden): one call costs **{share:.3f}** of "
+        f"a loop over single calls (reach: ≤ 0.1); {statistics.median(times['together']) / 256 * 1e6:.0f} "
+        "µs a network."
+    )
+
+
+def scaling(rounds: int) -> str:
+    medians = []
+    for samples in SCALING:
+        case = Case(samples, 2, 10)
+        few = max(3, min(rounds, 3_000_000 // samples))
+        medians.append(statistics.median(interleaved({"ours": case.ours}, rounds=few)["ours"]))
+    logs = [(math.log(n), math.log(t)) for n, t in zip(SCALING, medians, strict=True)]
+    mean_n, mean_t = (sum(column) / len(logs) for column in zip(*logs, strict=True))
+    slope = sum((n - mean_n) * (t - mean_t) for n, t in logs) / sum(
+        (n - mean_n) ** 2 for n, _ in logs
+    )
+    peaks = [peak_mebibytes(samples) for samples in SCALING]
+    return (
+        f"Time against n from {SCALING[0]:,} to {SCALING[-1]:,} (2 inputs, 10 hidden): exponent "
+        f"**{slope:.2f}** (reach: ≤ 1.05), "
+        + ", ".join(f"{t * 1e3:.2f} ms" for t in medians)
+        + "; peak memory beyond the data "
+        + ", ".join(f"{peak:.1f} MiB" for peak in peaks)
+        + "."
+    )
+
+
+def peak_mebibytes(samples: int) -> float:
+    """How much a process's peak memory grows in one call; a fresh process for each size."""
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); from exact import Case;"
+        "Case(1000, 2, 10).ours(); case = Case(int(sys.argv[2]), 2, 10); case.x.sum();"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "open('/proc/self/clear_refs', 'w').write('5');"
+        "status = lambda key: next(int(l.split()[1]) for l in open('/proc/self/status') "
+        "if l.startswith(key));"
+        "before = status('VmRSS'); case.ours(); print((status('VmHWM') - before) / 1024)"
+    )
+    run = subprocess.run(  # noqa: S603 - our own file in our own interpreter
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(samples)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(run.stdout)
+
+
+def import_time(rounds: int) -> str:
+    def run(module: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)  # noqa: S603
+
+    times = interleaved(
+        {"torch": run("torch"), "lowland": run("lowland")}, rounds=max(5, rounds // 3)
+    )
+    ratio = median_ratio(times["lowland"], times["torch"])
+    return f"`import lowland` takes **{ratio:.2f}** times as long as `import torch` (reach: ≤ 1.2)."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--keep", action="store_true", help="write the result to README.md")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
+    head = (
+        f"Python {platform.python_version()}, PyTorch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, float64, {rounds} rounds, compiled code "
+        f"{'in use' if compiled.is_available() else 'not built'}. Costs are multiples of one plain "
+        "loss gradient of the same data."
+    )
+    paragraphs = [
+        head,
+        "\n".join(costs(rounds)),
+        numerical_gradient(rounds),
+        ensemble(rounds),
+        scaling(rounds),
+        import_time(rounds),
+    ]
+    report = "\n\n".join(paragraphs)
+    print(report)
+    if arguments.keep:
+        page = Path(__file__).with_name("README.md")
+        page.write_text(page.read_text().partition(MARK)[0] + MARK + "\n\n" + report + "\n")
+
+
+if __name__ == "__main__":
+    main()

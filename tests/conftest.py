@@ -1,0 +1,39 @@
+"""Settings of all tests: annotations are checked, examples are few and repeatable."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+from jaxtyping import config, install_import_hook
+
+# Before anything imports lowland: each of its functions then checks shapes and types of arguments.
+install_import_hook("lowland", "shapecheck.checked")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+settings.register_profile(
+    "lowland",
+    deadline=None,  # the first call of an operation is slow for reasons of its own
+    max_examples=40,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("lowland")
+
+
+@pytest.fixture
+def as_installed(monkeypatch):
+    """Run the library as its users do, who have no run-time check of annotations."""
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs CUDA")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip)

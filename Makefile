@@ -23,7 +23,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/exact.py --keep
 
 # The stamp is written last: an interrupted set-up leaves none, and the next run starts afresh.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard src/lowland/exact/csrc/*)
 	rm -rf $(VENV)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowland needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,8 @@
 """Fit the prices of lowland.exact.plan, and see how well the model chooses between the orders.
 
 Times every path on a grid of sizes, fits one price for each kind of work by non-negative least
-squares on relative errors, and reports how often the cheaper order is chosen and what a wrong choice
-costs.
+squares on relative errors, and reports how often the cheaper order is chosen and what a wrong
+choice costs.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def make(
 
 
 @st.composite
-def cases(draw, dtypes=(torch.float64,), ensembles=True, activations=tuple(oracle.ACTIVATIONS)):
+def cases(draw, dtypes=(torch.float64,), *, ensembles=True, activations=tuple(oracle.ACTIVATIONS)):
     network = oracle.Network(
         inputs=draw(st.integers(1, 5), label="inputs"),
         hidden=draw(st.integers(1, 5), label="hidden"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -41,7 +40,7 @@ def publish(files: Mapping[str, bytes], folder: Path) -> None:
             (stage / name).write_bytes(content)
         folder.mkdir(parents=True, exist_ok=True)
         for name in files:
-            os.replace(stage / name, folder / name)
+            (stage / name).replace(folder / name)
     except OSError as error:
         raise OutputError(f"cannot write to {str(folder)!r}: {error.strerror}") from error
     finally:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from io import BytesIO
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -25,7 +26,7 @@ COLORS = {
 
 MARKERS = {"baseline": "o", "hsr": "s", "hessian-trace": "^", "flatness-aware": "D"}
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # rcParams, whose names matplotlib types one by one
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -180,7 +181,7 @@ def render(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _legend(figure: Figure, names: Sequence[str], *, line: bool = False, columns: int = 4) -> None:
+def _legend(figure: Figure, names: Iterable[str], *, line: bool = False, columns: int = 4) -> None:
     """The methods, outside the axes, where no data can be."""
     handles = [
         Line2D(

@@ -11,7 +11,6 @@ from importlib.metadata import version
 import jinja2
 import torch
 
-
 from lowland.experiments.compare import MEASURES, SIGNIFICANCE, Comparison, Measure
 from lowland.training import Method
 

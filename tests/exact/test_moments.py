@@ -1,10 +1,11 @@
 import cases
-import lowland
 import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import lowland
 from lowland import exact
 
 BOTH_TYPES = (torch.float64, torch.float32)
@@ -186,5 +187,7 @@ def test_an_activation_of_ones_own_is_taken():
 
     blocks = torch.func.hessian(loss, argnums=(0, 1))(*weights)
     trace_sq = sum(block.square().sum() for row in blocks for block in row)
-    moments = lowland.exact.moments(weights, x, y, activation=Activation("square", square), loss="mse")
+    moments = lowland.exact.moments(
+        weights, x, y, activation=Activation("square", square), loss="mse"
+    )
     torch.testing.assert_close(moments.trace_sq, trace_sq, rtol=1e-10, atol=0)

@@ -47,7 +47,8 @@ def moments(
         y: ``(samples,)``, or ``(*ensemble, samples)``.
         activation: ``"identity"``, ``"sigmoid"``, ``"tanh"``, ``"softplus"``, ``"gelu"``,
             ``"silu"``, ``"relu"``, ``"leaky_relu"``, or an
-            :class:`~lowland.activations.Activation`. For the piecewise linear ones the result is exact almost everywhere.
+            :class:`~lowland.activations.Activation`. For the piecewise linear ones the result is
+            exact almost everywhere.
         loss: ``"bce"`` (binary cross-entropy on the logit, targets 0 or 1) or ``"mse"`` (squared
             error without a factor one half, as in PyTorch).
         order: Sum over pairs of ``"samples"`` or of ``"parameters"``; ``"auto"`` takes the one that

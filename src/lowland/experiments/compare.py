@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
@@ -135,7 +134,7 @@ class Comparison:
     parameters: int
 
     def to_frame(self) -> pd.DataFrame:
-        """The summary with one row per method: ``<measure>``, ``<measure>_stderr``, ``<measure>_p``."""
+        """The summary, one row a method: ``<measure>``, ``<measure>_stderr``, ``<measure>_p``."""
         rows = []
         for method in self.settings.methods:
             row: dict[str, object] = {"method": method.name}
@@ -149,8 +148,8 @@ class Comparison:
 
     def cell(self, method: str, measure: str) -> Cell:
         """One entry of the summary."""
-        row = self.summary.set_index(["method", "measure"]).loc[(method, measure)]
-        return Cell(*(float(row[name]) for name in ("mean", "stderr", "difference", "p")))
+        chosen = (self.summary["method"] == method) & (self.summary["measure"] == measure)
+        return Cell(**self.summary.loc[chosen, [field.name for field in fields(Cell)]].iloc[0])
 
 
 def compare(
@@ -251,7 +250,7 @@ def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
     rows = []
     names = [name for name in networks["method"].unique() if name != BASELINE.name]
     for measure in MEASURES:
-        table = networks.pivot(index="seed", columns="method", values=measure.name)
+        table = networks.pivot_table(index="seed", columns="method", values=measure.name)
         base = table[BASELINE.name].to_numpy()
         raw = [paired_test(table[name].to_numpy() - base, test_fraction) for name in names]
         adjusted = dict(zip(names, holm(raw), strict=True))

@@ -2,7 +2,7 @@
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import config, install_import_hook
 
 # Before anything imports lowland: each of its functions then checks shapes and types of arguments.
@@ -15,6 +15,7 @@ settings.register_profile(
     "lowland",
     deadline=None,  # the first call of an operation is slow for reasons of its own
     max_examples=40,
+    phases=set(Phase) - {Phase.explain},  # it traces every line of PyTorch, for minutes
     derandomize="CI" in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

@@ -24,7 +24,7 @@ from torch import Tensor
 from lowland.activations import Activation
 from lowland.losses import Loss
 
-Rows = Float[Tensor, "networks rows samples"]
+Rows = Float[Tensor, "#networks _ samples"]
 PerNetwork = Float[Tensor, "networks 1 1"]
 
 

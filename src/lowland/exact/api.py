@@ -122,9 +122,9 @@ def hessian(
     problem = setup.problem("parameters", budget, compiled=False)
     whole = parameters.Block(slice(0, setup.size.inputs), with_output=True)
     with torch.no_grad():
-        parts = [
-            part.hessian_rows(whole) for _, part in problem.references(setup.weight, setup.output)
-        ]
+        parts = problem.on_references(
+            setup.weight, setup.output, lambda part: part.hessian_rows(whole)
+        )
     dim = setup.size.dim
     return torch.cat(parts).view(*setup.ensemble, dim, dim)
 

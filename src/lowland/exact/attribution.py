@@ -16,6 +16,7 @@ from lowland.activations import Activation
 from lowland.exact.api import OrderChoice, Reduction, Setup, prepare
 from lowland.exact.engine import run_moments
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
+from lowland.exact.reference import Reference
 from lowland.exact.terms import sensitivities
 from lowland.losses import Loss
 from lowland.moments import HessianMoments
@@ -94,32 +95,26 @@ def sample_contributions(
     """
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem(order, memory_budget, compiled=False)
-    in_weight: list[Tensor] = []
-    in_output: list[Tensor] = []
+
+    def shares(group: Reference) -> tuple[Tensor, Tensor]:
+        first, second, matrix = group.moments()
+        with torch.enable_grad():
+            first, second = first.requires_grad_(), second.requires_grad_()
+            upper = HessianMoments(setup.size.dim, first, second).upper.sum()
+        a, b = torch.autograd.grad(upper, (first, second))
+        networks, samples = group.output.shape[0], setup.size.samples
+        in_weight = group.output.new_zeros(networks, samples, *setup.weight.shape[1:])
+        in_output = group.output.new_zeros(networks, samples, setup.output.shape[1])
+        for run, terms, adjoint in group.adjoints(a, b, matrix):
+            in_a, in_v = sensitivities(problem.arch, group.output, terms, adjoint)
+            inputs = terms.inputs.expand(networks, -1, -1)
+            in_weight[:, run] += torch.einsum("ekn,ejn->enkj", inputs, in_a)
+            in_output[:, run] += in_v.mT
+        return in_weight, in_output
+
     with torch.no_grad():
-        weight, output = setup.weight, setup.output
-        for _, group in problem.references(weight, output):
-            first, second, matrix = group.moments()
-            with torch.enable_grad():
-                first, second = first.requires_grad_(), second.requires_grad_()
-                upper = HessianMoments(setup.size.dim, first, second).upper.sum()
-            a, b = torch.autograd.grad(upper, (first, second))
-            networks, hidden = group.output.shape[0], weight.shape[2]
-            shares = weight.new_zeros(networks, setup.size.samples, weight.shape[1], hidden)
-            output_shares = weight.new_zeros(networks, setup.size.samples, hidden + 1)
-            for run, terms, adjoint in group.adjoints(a, b, matrix):
-                in_a, in_v = sensitivities(problem.arch, group.output, terms, adjoint)
-                inputs = terms.inputs.expand(networks, -1, -1)
-                shares[:, run] += torch.einsum("ekn,ejn->enkj", inputs, in_a)
-                output_shares[:, run] += in_v.mT
-            in_weight.append(shares)
-            in_output.append(output_shares)
-    shape = setup.ensemble
-    joined, joined_output = torch.cat(in_weight), torch.cat(in_output)
-    return (
-        joined.view(*shape, *joined.shape[1:]),
-        joined_output.view(*shape, *joined_output.shape[1:], 1),
-    )
+        parts = problem.on_references(setup.weight, setup.output, shares)
+    return _shaped(setup, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def pair_contributions(
@@ -143,7 +138,7 @@ def pair_contributions(
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem("samples", memory_budget)
     with torch.no_grad():
-        parts = [part.pairs() for _, part in problem.references(setup.weight, setup.output)]
+        parts = problem.on_references(setup.weight, setup.output, Reference.pairs)
     matrix = torch.cat(parts)
     return matrix.view(*setup.ensemble, *matrix.shape[1:])
 

@@ -8,9 +8,9 @@ with ``C``; autograd never sees the inside of the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from lowland.exact.compiled import Kernel, make_kernel
 from lowland.exact.plan import Plan
 from lowland.exact.reference import PerNetwork, Reference
 from lowland.exact.terms import Architecture, Data
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -31,39 +33,52 @@ class Problem:
     plan: Plan
     trace_alone: bool = False
 
-    def references(self, weight: Tensor, output: Tensor) -> Iterator[tuple[slice, Reference]]:
-        """The PyTorch path, for each group of networks that are handled together."""
-        for chosen in self._groups(weight.shape[0]):
-            data = self.data.of_networks(chosen)
-            yield (
-                chosen,
-                Reference(
-                    self.arch,
-                    weight[chosen],
-                    output[chosen],
-                    data,
-                    self.plan,
-                    trace_alone=self.trace_alone,
-                ),
-            )
+    def on_references(
+        self, weight: Tensor, output: Tensor, compute: Callable[[Reference], Result]
+    ) -> list[Result]:
+        """``compute`` on the PyTorch path, for each group of networks that are handled together."""
+        with _full_precision(weight):
+            return [
+                compute(self._reference(weight, output, chosen))
+                for chosen in self._groups(weight.shape[0])
+            ]
 
-    def passes(self, weight: Tensor, output: Tensor) -> Iterator[tuple[slice, Reference | Kernel]]:
-        """The path that the plan has chosen, group by group."""
-        if not self.plan.compiled:
-            yield from self.references(weight, output)
-            return
-        for chosen in self._groups(weight.shape[0]):
-            data = self.data.of_networks(chosen)
-            yield (
-                chosen,
-                make_kernel(
-                    self.arch, weight[chosen], output[chosen], data, trace_alone=self.trace_alone
-                ),
-            )
+    def on_passes(
+        self, weight: Tensor, output: Tensor, compute: Callable[[slice, Reference | Kernel], Result]
+    ) -> list[Result]:
+        """``compute`` on the path that the plan has chosen, group by group."""
+        make = self._kernel if self.plan.compiled else self._reference
+        with _full_precision(weight):
+            return [
+                compute(chosen, make(weight, output, chosen))
+                for chosen in self._groups(weight.shape[0])
+            ]
+
+    def _reference(self, weight: Tensor, output: Tensor, chosen: slice) -> Reference:
+        data = self.data.of_networks(chosen)
+        return Reference(
+            self.arch,
+            weight[chosen],
+            output[chosen],
+            data,
+            self.plan,
+            trace_alone=self.trace_alone,
+        )
+
+    def _kernel(self, weight: Tensor, output: Tensor, chosen: slice) -> Kernel:
+        data = self.data.of_networks(chosen)
+        return make_kernel(
+            self.arch, weight[chosen], output[chosen], data, trace_alone=self.trace_alone
+        )
 
     def _groups(self, networks: int) -> Iterator[slice]:
         size = self.plan.networks
         return (slice(start, start + size) for start in range(0, networks, size))
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Autocast would round the factors of each matrix product to 16 bits."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class _Moments(Function):
@@ -73,8 +88,7 @@ class _Moments(Function):
         problem: Problem, weight: Tensor, output: Tensor, *data: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem = replace(problem, data=Data(*data))
-        with torch.autocast(weight.device.type, enabled=False):
-            parts = [part.moments() for _, part in problem.passes(weight, output)]
+        parts = problem.on_passes(weight, output, lambda _, part: part.moments())
         kept = [part[2] for part in parts if part[2] is not None and problem.plan.keep]
         return (
             _join([part[0] for part in parts]),
@@ -113,15 +127,12 @@ class _Gradient(Function):
         *data: Any,
     ) -> tuple[Tensor, Tensor]:
         problem = replace(problem, data=Data(*data))
-        with torch.autocast(weight.device.type, enabled=False):
-            parts = [
-                part.gradient(
-                    trace_weight[chosen],
-                    square_weight[chosen],
-                    hessian[chosen] if hessian.numel() else None,
-                )
-                for chosen, part in problem.passes(weight, output)
-            ]
+
+        def gradient(chosen: slice, part: Reference | Kernel) -> tuple[Tensor, Tensor]:
+            kept = hessian[chosen] if hessian.numel() else None
+            return part.gradient(trace_weight[chosen], square_weight[chosen], kept)
+
+        parts = problem.on_passes(weight, output, gradient)
         return _join([part[0] for part in parts]), _join([part[1] for part in parts])
 
     @staticmethod

@@ -98,17 +98,20 @@ class _Moments(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        problem, weight, output_weight, *data = inputs
+        problem, weight, output_weight, x, y, scale = inputs
         hessian = output[2]
         ctx.mark_non_differentiable(hessian)
-        ctx.save_for_backward(weight, output_weight, hessian)
-        ctx.problem, ctx.data = problem, data
+        # Saved rather than kept as attributes, tensors are guarded against changes in place.
+        guarded = [scale] if isinstance(scale, Tensor) else []
+        ctx.save_for_backward(weight, output_weight, hessian, x, y, *guarded)
+        ctx.problem, ctx.scale = problem, scale if not guarded else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, output, hessian = ctx.saved_tensors
+        weight, output, hessian, x, y, *guarded = ctx.saved_tensors
+        scale = guarded[0] if guarded else ctx.scale
         in_weight, in_output = _Gradient.apply(  # type: ignore[no-untyped-call]
-            ctx.problem, weight, output, hessian, grads[0], grads[1], *ctx.data
+            ctx.problem, weight, output, hessian, grads[0], grads[1], x, y, scale
         )
         return None, in_weight, in_output, None, None, None
 

@@ -3,6 +3,9 @@
 Nothing here uses lowland: activations and losses are PyTorch's own, the Hessian is
 ``torch.func.hessian``'s, and gradients are autograd's through all of it. Parameters are ordered as
 ``W`` row by row, then ``v``, biases first.
+
+Where PyTorch's own derivative is ``p (1 - p)`` with ``p`` close to one, no digits are left; there
+the function is written with the small one of ``p`` and ``1 - p``.
 """
 
 from dataclasses import dataclass
@@ -10,12 +13,26 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+
+def _sigmoid(a):
+    return torch.where(a > 0, 1 - torch.sigmoid(-a), torch.sigmoid(a))
+
+
+def _tanh(a):
+    tail = 2 * torch.sigmoid(-2 * a.abs())
+    return torch.where(a.abs() < 1, torch.tanh(a), a.sign() * (1 - tail))
+
+
+def _softplus(a):
+    # PyTorch's is linear beyond a threshold; below zero it never gets there.
+    return torch.where(a > 0, a + functional.softplus(-a), functional.softplus(a))
+
+
 ACTIVATIONS = {
     "identity": lambda a: a,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    # PyTorch's softplus is linear beyond a threshold; at 500 that is exact in every float type.
-    "softplus": lambda a: functional.softplus(a, threshold=500),
+    "sigmoid": _sigmoid,
+    "tanh": _tanh,
+    "softplus": _softplus,
     "gelu": functional.gelu,
     "silu": functional.silu,
     "relu": functional.relu,
@@ -24,12 +41,7 @@ ACTIVATIONS = {
 
 
 def _bce(logits, targets, reduction):
-    """Binary cross-entropy as softplus of the signed logit.
-
-    The derivative of PyTorch's own is ``p - y``, which has no digits left for a sample that is
-    fitted well.
-    """
-    losses = functional.softplus((1 - 2 * targets) * logits, threshold=500)
+    losses = _softplus((1 - 2 * targets) * logits)
     return losses.mean() if reduction == "mean" else losses.sum()
 
 

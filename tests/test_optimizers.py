@@ -193,7 +193,7 @@ def test_negative_settings_are_refused(settings):
 @pytest.mark.usefixtures("as_installed")
 def test_an_optimizer_in_place_of_its_class_is_refused():
     p = nn.Parameter(torch.ones(1))
-    with pytest.raises(TypeError, match="must be a class such as torch.optim.SGD"):
+    with pytest.raises(TypeError, match="must be a class such as"):
         lowland.SAM([p], torch.optim.SGD([p], lr=0.1), lr=0.1)
 
 

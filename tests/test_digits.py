@@ -4,11 +4,12 @@ import gzip
 import os
 from pathlib import Path
 
-import lowland
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+import lowland
 
 
 def read(path):

@@ -265,6 +265,4 @@ def _check_weights(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             f"{weight.shape[-1]} hidden units, so weights[1] must end in "
             f"({weight.shape[-1] + 1}, 1), bias in row 0; got {tuple(output.shape)}"
         )
-    if weight.shape[-1] == 0:
-        raise ValueError(f"expected at least one hidden unit; got {tuple(weight.shape)}")
     return weight, output

@@ -67,8 +67,17 @@ def check_supported(model: nn.Module, criterion: nn.Module) -> None:
 def _read(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Setup:
     first, activation, last = _read_layers(model)
     loss = _read_criterion(criterion)
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y.squeeze(1)
+    if x.ndim != 2 or x.shape[1] != first.in_features:
+        raise ValueError(
+            f"x and the model do not match: {first} takes x of shape "
+            f"(samples, {first.in_features}); got {tuple(x.shape)}"
+        )
+    if tuple(y.shape) not in ((len(x),), (len(x), 1)):
+        raise ValueError(
+            f"x and y do not match: y must have shape ({len(x)},) or ({len(x)}, 1), one target per "
+            f"sample; got {tuple(y.shape)}"
+        )
+    y = y.reshape(-1)
     weights = None
     if isinstance(criterion, nn.BCEWithLogitsLoss) and criterion.pos_weight is not None:
         weights = torch.where(y > 0, criterion.pos_weight.to(x.dtype).reshape(()), 1)
@@ -100,20 +109,22 @@ def _trained_rows(layer: nn.Linear) -> slice:
 
 
 def _read_layers(model: nn.Module) -> tuple[nn.Linear, Activation, nn.Linear]:
-    if not isinstance(model, nn.Sequential):
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         raise UnsupportedModelError(
             "the closed form reads nn.Sequential(Linear, activation, Linear(hidden, 1)); got "
             f"{type(model).__name__}; {_ELSEWHERE}"
         )
-    layers = [layer for layer in model if not isinstance(layer, nn.Identity)]
-    if any(isinstance(layer, nn.Identity) for layer in model) and len(layers) == 2:
-        layers.insert(1, nn.Identity())  # a linear hidden layer
-    for index, layer in enumerate(layers):
+    _require_no_hooks(model, "the model")
+    for index, layer in enumerate(model):
         if type(layer) is not nn.Linear and _read_activation(layer) is None:
             raise UnsupportedModelError(
                 f"layer {index} of the model, {layer}, is not covered by the closed form; "
                 f"{_ELSEWHERE}"
             )
+        _require_no_hooks(layer, f"layer {index} of the model, {layer},")
+    layers = [layer for layer in model if not isinstance(layer, nn.Identity)]
+    if len(layers) == 2 and len(model) > 2:
+        layers.insert(1, nn.Identity())  # a linear hidden layer
     if len(layers) != 3:
         raise UnsupportedModelError(
             "the closed form covers one hidden layer, nn.Sequential(Linear, activation, "
@@ -126,18 +137,39 @@ def _read_layers(model: nn.Module) -> tuple[nn.Linear, Activation, nn.Linear]:
             "the closed form reads the layers Linear, activation, Linear in this order; got "
             f"{', '.join(type(layer).__name__ for layer in layers)}; {_ELSEWHERE}"
         )
-    if first.weight is last.weight:
-        raise UnsupportedModelError(f"the two layers share one weight; {_ELSEWHERE}")
-    if last.out_features != 1:
-        raise UnsupportedModelError(
-            f"the closed form covers one output; layer {last} has {last.out_features}; {_ELSEWHERE}"
-        )
+    _require_fit(first, last)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "
             "those whose curvature you want"
         )
     return first, activation, last
+
+
+def _require_fit(first: nn.Linear, last: nn.Linear) -> None:
+    if not {id(p) for p in first.parameters()}.isdisjoint(id(p) for p in last.parameters()):
+        raise UnsupportedModelError(f"the two linear layers share a parameter; {_ELSEWHERE}")
+    if last.in_features != first.out_features:
+        raise ValueError(
+            f"the layers do not fit: {first} gives {first.out_features} values and {last} takes "
+            f"{last.in_features}; make them equal"
+        )
+    if last.out_features != 1:
+        raise UnsupportedModelError(
+            f"the closed form covers one output; layer {last} has {last.out_features}; {_ELSEWHERE}"
+        )
+
+
+def _require_no_hooks(module: nn.Module, name: str) -> None:
+    """What changes a module's outputs from outside is invisible to the closed form.
+
+    Pruning and the older weight normalization are hooks of this kind.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):  # noqa: SLF001
+        raise UnsupportedModelError(
+            f"{name} has forward hooks, which may change its outputs and which the closed form "
+            f"would leave out; remove them, or {_ELSEWHERE}"
+        )
 
 
 _MODULES: dict[type[nn.Module], str] = {
@@ -150,24 +182,31 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
 }
 
+# PyTorch's softplus is a straight line beyond its threshold; from here on the bend that it leaves
+# out is at most 2e-9.
+_SOFTPLUS_THRESHOLD = 20
+
 
 def _read_activation(layer: nn.Module) -> Activation | None:
-    if isinstance(layer, nn.LeakyReLU):
+    if type(layer) is nn.LeakyReLU:
         return leaky_relu(layer.negative_slope)
     if isinstance(layer, nn.GELU) and layer.approximate != "none":
         return None
-    if isinstance(layer, nn.Softplus) and layer.beta != 1:
+    if isinstance(layer, nn.Softplus) and (
+        layer.beta != 1 or layer.threshold < _SOFTPLUS_THRESHOLD
+    ):
         return None
     name = _MODULES.get(type(layer))
     return None if name is None else ACTIVATIONS[name]
 
 
 def _read_criterion(criterion: nn.Module) -> Loss:
-    if not isinstance(criterion, nn.BCEWithLogitsLoss | nn.MSELoss):
+    if type(criterion) not in (nn.BCEWithLogitsLoss, nn.MSELoss):
         raise UnsupportedModelError(
             "the closed form covers nn.BCEWithLogitsLoss and nn.MSELoss; got "
             f"{type(criterion).__name__}; {_ELSEWHERE}"
         )
+    _require_no_hooks(criterion, "the criterion")
     if criterion.reduction not in ("mean", "sum"):
         raise ValueError(
             f"the criterion's reduction must be 'mean' or 'sum' for its Hessian to be a matrix; "

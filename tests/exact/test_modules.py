@@ -1,0 +1,340 @@
+"""Models and criteria as PyTorch has them: read right, or refused; never silently wrong."""
+
+import cases
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import lowland
+from lowland import UnsupportedModelError
+from lowland.exact import modules
+
+ACTIVATIONS = {
+    "identity": nn.Identity,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "relu in place": lambda: nn.ReLU(inplace=True),
+    "leaky relu": nn.LeakyReLU,
+    "leaky relu of another slope": lambda: nn.LeakyReLU(0.3),
+}
+CRITERIA = {
+    "bce": nn.BCEWithLogitsLoss,
+    "bce, sum": lambda: nn.BCEWithLogitsLoss(reduction="sum"),
+    "bce, rare class": lambda: nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0)),
+    "bce, rare class, sum": lambda: nn.BCEWithLogitsLoss(
+        pos_weight=torch.tensor([0.25]), reduction="sum"
+    ),
+    "mse": nn.MSELoss,
+    "mse, sum": lambda: nn.MSELoss(reduction="sum"),
+}
+FREEZING = {
+    "nothing": [],
+    "first layer": ["0.weight", "0.bias"],
+    "last layer": ["2.weight", "2.bias"],
+    "biases": ["0.bias", "2.bias"],
+    "weights": ["0.weight", "2.weight"],
+    "all but the last bias": ["0.weight", "0.bias", "2.weight"],
+    "first weight, last bias": ["0.weight", "2.bias"],
+}
+BCE = nn.BCEWithLogitsLoss()
+
+
+def network(middle=nn.Tanh, *, inputs=3, hidden=4, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    layers = nn.Linear(inputs, hidden, **options), middle(), nn.Linear(hidden, 1, **options)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def data(samples=12, inputs=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, inputs, generator=generator, dtype=torch.float64)
+    y = (torch.randn(samples, generator=generator) > 0).double()
+    return x.to(dtype), y.to(dtype)
+
+
+def gradient(model, criterion, x, y, method):
+    """The moments and the gradient of both, flat over the trainable parameters."""
+    moments = lowland.hessian_moments(model, criterion, x, y, method)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    total = moments.trace + 0.3 * moments.trace_sq
+    grads = torch.autograd.grad(total, trained, allow_unused=True, materialize_grads=True)
+    return moments, torch.cat([grad.flatten() for grad in grads])
+
+
+def assert_exact_is_dense(model, criterion, x, y):
+    exact, mine = gradient(model, criterion, x, y, "exact")
+    dense, theirs = gradient(model, criterion, x, y, "dense")
+    assert exact.dim == dense.dim == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert exact.trace.shape == exact.trace_sq.shape == ()
+    scale = (dense.dim * dense.trace_sq).sqrt()
+    assert (exact.trace - dense.trace).abs() <= 1e-10 * scale
+    assert (exact.trace_sq - dense.trace_sq).abs() <= 1e-10 * dense.trace_sq
+    assert cases.relative_error(mine, theirs) <= 1e-9
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(sorted(ACTIVATIONS)),
+    st.sampled_from(sorted(CRITERIA)),
+    st.sampled_from(sorted(FREEZING)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_covered_model_agrees_with_brute_force(middle, criterion, frozen, bias, column):
+    model = network(ACTIVATIONS[middle], bias=bias)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in FREEZING[frozen])
+    assume(any(p.requires_grad for p in model.parameters()))
+    x, y = data()
+    assert_exact_is_dense(model, CRITERIA[criterion](), x, y.unsqueeze(1) if column else y)
+
+
+def test_biases_may_be_frozen_or_missing_layer_by_layer():
+    x, y = data()
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 1)).double()
+    assert_exact_is_dense(model, BCE, x, y)
+    model[2].bias.requires_grad_(requires_grad=False)
+    assert_exact_is_dense(model, BCE, x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_labels_of_integer_types(dtype):
+    x, y = data()
+    assert_exact_is_dense(network(), BCE, x, y.to(dtype))
+    weighted = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))
+    assert_exact_is_dense(network(), weighted, x, y.to(dtype))
+
+
+def test_single_precision_model():
+    expected = lowland.hessian_moments(network(), BCE, *data(), "exact")
+    model = network(dtype=torch.float32)
+    moments = lowland.hessian_moments(model, BCE, *data(dtype=torch.float32), "exact")
+    assert moments.trace.dtype == torch.float32
+    torch.testing.assert_close(moments.trace_sq.double(), expected.trace_sq, rtol=1e-5, atol=0)
+
+
+def test_identities_stand_anywhere():
+    x, y = data()
+    first, last = nn.Linear(3, 4).double(), nn.Linear(4, 1).double()
+    assert_exact_is_dense(nn.Sequential(nn.Identity(), first, nn.GELU(), last), BCE, x, y)
+    assert_exact_is_dense(nn.Sequential(first, nn.GELU(), last, nn.Identity()), BCE, x, y)
+
+
+def test_a_subclass_of_sequential_that_only_builds_is_read():
+    class Classifier(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    assert_exact_is_dense(Classifier().double(), BCE, *data())
+
+
+def test_order_and_budget_reach_the_closed_form():
+    x, y = data()
+    expected = modules.module_moments(network(), BCE, x, y).trace_sq
+    for order in cases.ORDERS:
+        moments = modules.module_moments(network(), BCE, x, y, order=order, memory_budget=1 << 20)
+        torch.testing.assert_close(moments.trace_sq, expected, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="memory budget"):
+        modules.module_moments(network(), BCE, x, y, memory_budget=16)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_trace_alone(reduction):
+    model, (x, y) = network(nn.SiLU), data()
+    criterion = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0), reduction=reduction)
+    trace = modules.module_trace(model, criterion, x, y)
+    expected = lowland.hessian_moments(model, criterion, x, y, "dense").trace
+    torch.testing.assert_close(trace, expected, rtol=1e-10, atol=0)
+    grads = torch.autograd.grad(trace, list(model.parameters()))
+    brute = torch.autograd.grad(expected, list(model.parameters()), materialize_grads=True)
+    for mine, theirs in zip(grads, brute, strict=True):
+        assert cases.relative_error(mine, theirs) <= 1e-9
+
+
+def test_training_mode_and_gradients_so_far_are_left_alone():
+    model, (x, y) = network(), data()
+    model.train()
+    BCE(model(x).squeeze(1), y).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    lowland.hessian_moments(model, BCE, x, y, "exact")
+    assert model.training
+    for parameter, grad in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter.grad, grad)
+
+
+class _Doubled(nn.Linear):
+    def forward(self, values):
+        return 2 * super().forward(values)
+
+
+class _DoubledSlope(nn.LeakyReLU):
+    def forward(self, values):
+        return 2 * super().forward(values)
+
+
+class _DoubledModel(nn.Sequential):
+    def forward(self, values):
+        return 2 * super().forward(values)
+
+
+class _DoubledLoss(nn.BCEWithLogitsLoss):
+    def forward(self, logits, targets):
+        return 2 * super().forward(logits, targets)
+
+
+def _tied_weight():
+    model = network(inputs=1, hidden=1)
+    model[2].weight = model[0].weight
+    return model
+
+
+def _tied_bias():
+    model = network(hidden=1)
+    model[2].bias = model[0].bias
+    return model
+
+
+def _hooked():
+    model = network()
+    model[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+def _hooked_before():
+    model = network()
+    model.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    return model
+
+
+def _patched():
+    model = network()
+    model[0].forward = lambda values: torch.zeros(len(values), 4, dtype=values.dtype)
+    return model
+
+
+def _normalized():
+    model = network()
+    parametrizations.weight_norm(model[0])
+    return model
+
+
+def _pruned():
+    model = network()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+NOT_COVERED = {
+    "not a sequential": (lambda: nn.Linear(3, 1), "reads nn.Sequential.*got Linear"),
+    "own forward": (
+        lambda: _DoubledModel(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),
+        "reads nn.Sequential.*got _DoubledModel",
+    ),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv1d(3, 4, 1), nn.Tanh(), nn.Linear(4, 1)),
+        r"layer 0 of the model, Conv1d\(3, 4.* is not covered",
+    ),
+    "softmax": (lambda: network(nn.Softmax), r"layer 1 of the model, Softmax\(dim=None\)"),
+    "tanh GELU": (lambda: network(lambda: nn.GELU("tanh")), "layer 1 .*approximate='tanh'"),
+    "steep softplus": (lambda: network(lambda: nn.Softplus(beta=2)), r"layer 1 .*Softplus\(beta=2"),
+    "cut softplus": (lambda: network(lambda: nn.Softplus(threshold=1)), "layer 1 .*threshold=1"),
+    "own linear layer": (
+        lambda: nn.Sequential(nn.Identity(), _Doubled(3, 4), nn.Tanh(), nn.Linear(4, 1)),
+        "layer 1 of the model, _Doubled",
+    ),
+    "own activation": (lambda: network(_DoubledSlope), "layer 1 of the model, _DoubledSlope"),
+    "dropout": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1)),
+        r"layer 2 of the model, Dropout\(p=0.5",
+    ),
+    "one layer": (lambda: nn.Sequential(nn.Linear(3, 1)), "one hidden layer.*got 1 layers"),
+    "deep": (
+        lambda: nn.Sequential(
+            nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)
+        ),
+        "one hidden layer.*got 5 layers",
+    ),
+    "another order": (
+        lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 4), nn.Linear(4, 1)),
+        "Linear, activation, Linear in this order; got Tanh, Linear, Linear",
+    ),
+    "two outputs": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+        r"covers one output; layer Linear\(in_features=4, out_features=2.* has 2",
+    ),
+    "tied weight": (_tied_weight, "two linear layers share a parameter"),
+    "tied bias": (_tied_bias, "two linear layers share a parameter"),
+    "hook": (_hooked, r"layer 1 of the model, Tanh\(\), has forward hooks.*remove them"),
+    "hook before": (_hooked_before, "the model has forward hooks"),
+    "patched": (_patched, "layer 0 of the model.* has forward hooks"),
+    "weight normalization": (_normalized, "(?s)layer 0 of the model, ParametrizedLinear"),
+    "pruning": (_pruned, "layer 0 of the model.* has forward hooks"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_COVERED)
+def test_models_that_are_not_covered(what):
+    make, message = NOT_COVERED[what]
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        lowland.hessian_moments(make().double(), BCE, *data(), "exact")
+    assert "use method='dense'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "error", "message"),
+    [
+        (nn.L1Loss(), UnsupportedModelError, "nn.MSELoss; got L1Loss; use method='dense'"),
+        (_DoubledLoss(), UnsupportedModelError, "got _DoubledLoss"),
+        (
+            nn.BCEWithLogitsLoss(weight=torch.ones(12)),
+            UnsupportedModelError,
+            r"does not cover BCEWithLogitsLoss\(weight=...\); use method='dense'",
+        ),
+        (
+            nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)),
+            UnsupportedModelError,
+            "must hold one value for a model of one output; got 2",
+        ),
+        (nn.MSELoss(reduction="none"), ValueError, "must be 'mean' or 'sum'.*got 'none'"),
+    ],
+)
+def test_criteria_that_are_not_covered(criterion, error, message):
+    with pytest.raises(error, match=message):
+        lowland.hessian_moments(network(), criterion, *data(), "exact")
+
+
+def test_layers_that_do_not_fit():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(5, 1)).double()
+    with pytest.raises(ValueError, match=r"gives 4 values and Linear\(in_features=5.* takes 5"):
+        lowland.hessian_moments(model, BCE, *data())
+
+
+@pytest.mark.parametrize("shape", [(12, 2), (12,), (2, 12, 3)])
+def test_inputs_that_the_model_does_not_take(shape):
+    x = torch.zeros(shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"Linear\(in_features=3.*takes x of shape \(samples, 3\)"):
+        lowland.hessian_moments(network(), BCE, x, data()[1])
+
+
+@pytest.mark.parametrize("shape", [(), (12, 2), (11,), (2, 12)])
+def test_targets_that_do_not_match(shape):
+    with pytest.raises(ValueError, match=r"y must have shape \(12,\) or \(12, 1\).*got"):
+        lowland.hessian_moments(network(), BCE, data()[0], torch.zeros(shape))
+
+
+def test_a_model_of_another_type_than_its_data():
+    with pytest.raises(TypeError, match="x is float64 on cpu but the weights are float32"):
+        lowland.hessian_moments(network(dtype=torch.float32), BCE, *data())
+
+
+@pytest.mark.parametrize("method", ["exact", "dense", "auto"])
+def test_a_model_frozen_altogether(method):
+    with pytest.raises(ValueError, match=r"no trainable parameter.*set requires_grad"):
+        lowland.hessian_moments(network().requires_grad_(requires_grad=False), BCE, *data(), method)

@@ -1,0 +1,187 @@
+"""What is refused at the door, and in which words."""
+
+import math
+
+import cases
+import oracle
+import pytest
+import torch
+
+from lowland import exact
+
+pytestmark = pytest.mark.usefixtures("as_installed")
+
+EVERY_CALL = [
+    exact.moments,
+    exact.trace,
+    exact.hessian,
+    exact.direction,
+    exact.sample_contributions,
+    exact.pair_contributions,
+]
+SETTINGS = {"activation": "tanh", "loss": "bce"}
+
+
+def good(**changes):
+    """A problem that every function takes: 3 inputs, 4 hidden units, 6 samples."""
+    case = cases.make(oracle.Network(3, 4, "tanh", "bce"), 6)
+    problem = {"w": case.weights[0], "v": case.weights[1], "x": case.x, "y": case.y, **changes}
+    return [problem["w"], problem["v"]], problem["x"], problem["y"]
+
+
+def zeros(*shape, **options):
+    return torch.zeros(*shape, **{"dtype": torch.float64, **options})
+
+
+def with_value(shape, value):
+    tensor = zeros(*shape)
+    tensor.view(-1)[-1] = value
+    return tensor
+
+
+@pytest.mark.parametrize("call", EVERY_CALL)
+def test_the_good_problem_is_taken(call):
+    call(*good(), **SETTINGS)
+
+
+SHAPES = {
+    "x without samples' axis": ({"x": zeros(3)}, r"expected x of shape \(samples, 3\).*got \(3,\)"),
+    "too many inputs": ({"x": zeros(6, 4)}, r"expected x of shape \(samples, 3\).*got \(6, 4\)"),
+    "too few inputs": ({"x": zeros(6, 2)}, r"bias in row 0; got \(6, 2\)"),
+    "more targets than samples": (
+        {"y": zeros(7)},
+        r"x has 6 samples, so y must have shape \(6,\); got \(7,\)",
+    ),
+    "targets as a column": ({"y": zeros(6, 1)}, r"y must have shape \(6,\); got \(6, 1\)"),
+    "a scalar target": ({"y": zeros(())}, r"y must have shape \(6,\); got \(\)"),
+    "layers that do not chain": (
+        {"v": zeros(4, 1)},
+        r"has 4 hidden units, so weights\[1\] must end in \(5, 1\), bias in row 0; got \(4, 1\)",
+    ),
+    "two outputs": ({"v": zeros(5, 2)}, r"must end in \(5, 1\).*got \(5, 2\)"),
+    "a flat output layer": (
+        {"v": zeros(5)},
+        r"expected weights of shapes \(\*ensemble, inputs \+ 1, hidden\).*got \(4, 4\) and \(5,\)",
+    ),
+    "ensembles that do not broadcast": (
+        {"w": zeros(2, 4, 4), "v": zeros(3, 5, 1)},
+        r"leading \(ensemble\) dimensions do not broadcast: weights \(2,\) and \(3,\)",
+    ),
+    "data of another ensemble": (
+        {"w": zeros(2, 4, 4), "x": zeros(3, 6, 3)},
+        r"do not broadcast: weights \(2,\) and \(\), x \(3,\), y \(\)",
+    ),
+    "targets of another ensemble": ({"w": zeros(2, 4, 4), "y": zeros(3, 6)}, r"y \(3,\)"),
+    "no samples": ({"x": zeros(0, 3), "y": zeros(0)}, r"x is empty: got shape \(0, 3\)"),
+    "no networks": ({"w": zeros(0, 4, 4)}, r"weights\[0\] is empty: got shape \(0, 4, 4\)"),
+    "no networks in the targets": ({"y": zeros(0, 6)}, r"at least one network"),
+    "no hidden units": ({"w": zeros(4, 0), "v": zeros(1, 1)}, r"weights\[0\] is empty"),
+}
+
+
+@pytest.mark.parametrize("call", EVERY_CALL)
+@pytest.mark.parametrize("what", SHAPES)
+def test_shapes_that_do_not_match(what, call):
+    changes, message = SHAPES[what]
+    with pytest.raises(ValueError, match=message):
+        call(*good(**changes), **SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["w", "v", "x"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16, torch.complex128])
+def test_types_that_the_closed_form_does_not_have(name, dtype):
+    weights, x, _ = good()
+    tensor = {"w": weights[0], "v": weights[1], "x": x}[name].to(dtype)
+    shown = {"w": r"weights\[0\]", "v": r"weights\[1\]", "x": "x"}[name]
+    message = rf"{shown} must be float32 or float64; got {str(dtype).removeprefix('torch.')}"
+    with pytest.raises(TypeError, match=message):
+        exact.moments(*good(**{name: tensor}), **SETTINGS)
+
+
+def test_types_that_differ():
+    with pytest.raises(TypeError, match="x is float32 on cpu but the weights are float64 on cpu"):
+        exact.moments(*good(x=zeros(6, 3, dtype=torch.float32)), **SETTINGS)
+    with pytest.raises(TypeError, match=r"weights\[1\] is float32 on cpu but the weights are"):
+        exact.moments(*good(v=zeros(5, 1, dtype=torch.float32)), **SETTINGS)
+
+
+def test_devices_that_differ():
+    with pytest.raises(TypeError, match="x is float64 on meta but the weights are float64 on cpu"):
+        exact.moments(*good(x=zeros(6, 3, device="meta")), **SETTINGS)
+    with pytest.raises(TypeError, match="y is float64 on meta but the weights are float64 on cpu"):
+        exact.moments(*good(y=zeros(6, device="meta")), **SETTINGS)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("name", "shape", "shown"),
+    [
+        ("w", (4, 4), r"weights\[0\] has 1 NaN or infinite value out of 16"),
+        ("v", (5, 1), r"weights\[1\] has 1 NaN or infinite value out of 5"),
+        ("x", (6, 3), "x has 1 NaN or infinite value out of 18; remove or impute"),
+        ("y", (6,), "y has 1 NaN or infinite value out of 6"),
+    ],
+)
+def test_values_that_are_not_finite(name, shape, shown, value):
+    with pytest.raises(ValueError, match=shown):
+        exact.moments(*good(**{name: with_value(shape, value)}), activation="tanh", loss="mse")
+
+
+def test_infinities_that_cancel_in_a_sum_are_counted():
+    x = with_value((6, 3), math.inf)
+    x[0, 0] = -math.inf
+    with pytest.raises(ValueError, match="x has 2 NaN or infinite values out of 18"):
+        exact.moments(*good(x=x), **SETTINGS)
+
+
+def test_finite_values_whose_sum_overflows_are_taken():
+    x = torch.full((6, 3), 1e300, dtype=torch.float64)
+    x[0] = torch.finfo(torch.float64).max
+    exact.moments(*good(w=zeros(4, 4), x=x), **SETTINGS)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.5, 2.0])
+def test_labels_outside_zero_and_one(value):
+    with pytest.raises(ValueError, match=rf"labels 0 or 1 for 'bce'; got {value}"):
+        exact.moments(*good(y=with_value((6,), value)), **SETTINGS)
+    exact.moments(*good(y=with_value((6,), value)), activation="tanh", loss="mse")
+
+
+def test_complex_targets():
+    with pytest.raises(TypeError, match="y is complex128 on cpu"):
+        exact.moments(*good(y=zeros(6, dtype=torch.complex128)), **SETTINGS)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float32])
+def test_labels_of_any_type_are_the_same_labels(dtype):
+    weights, x, y = good()
+    expected = exact.moments(weights, x, y, **SETTINGS)
+    actual = exact.moments(weights, x, y.to(dtype), **SETTINGS)
+    assert torch.equal(actual.trace_sq, expected.trace_sq)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_other_numbers_of_layers(count):
+    weights, x, y = good()
+    with pytest.raises(ValueError, match=rf"expected two weight tensors \[W, v\].*got {count}"):
+        exact.moments((weights * 2)[:count], x, y, **SETTINGS)
+
+
+@pytest.mark.parametrize("call", EVERY_CALL)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"activation": "swish"}, "unknown activation 'swish': expected one of identity, sigmoid"),
+        ({"loss": "hinge"}, "unknown loss 'hinge': expected one of bce, mse"),
+        ({"reduction": "none"}, "unknown reduction 'none': expected 'mean' or 'sum'"),
+    ],
+)
+def test_unknown_names(call, setting, message):
+    with pytest.raises(ValueError, match=message):
+        call(*good(), **{**SETTINGS, **setting})
+
+
+@pytest.mark.parametrize("call", [exact.moments, exact.direction, exact.sample_contributions])
+def test_an_unknown_order(call):
+    with pytest.raises(ValueError, match=r"unknown order 'rows': expected 'auto', 'samples'"):
+        call(*good(), **SETTINGS, order="rows")

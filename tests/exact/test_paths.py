@@ -35,7 +35,10 @@ def threads(request, monkeypatch):
     torch.set_num_threads(before)
 
 
-def solve(case, *, path, budget=DEFAULT_MEMORY_BUDGET, trace_alone=False, activation=None, **rows):
+QUANTITIES = st.sampled_from(["moments", "trace"])
+
+
+def solve(case, *, path, budget=DEFAULT_MEMORY_BUDGET, quantity="moments", activation=None, **rows):
     """``(trace, trace_sq, gradient of trace + 0.3 trace_sq)`` by one path."""
     network = case.network
     weights = [part.clone().requires_grad_() for part in case.weights]
@@ -50,7 +53,7 @@ def solve(case, *, path, budget=DEFAULT_MEMORY_BUDGET, trace_alone=False, activa
     )
     problem = setup.problem("parameters", budget, compiled=path == "compiled")
     assert problem.plan.compiled == (path == "compiled")
-    problem = replace(problem, trace_alone=trace_alone)
+    problem = replace(problem, quantity=quantity)
     first, second = run_moments(problem, setup.weight, setup.output)
     grads = torch.autograd.grad((first + 0.3 * second).sum(), weights)
     return first.detach(), second.detach(), *grads
@@ -93,9 +96,9 @@ def trained_rows(draw, network):
 
 
 @needs_library
-@given(cases.cases(dtypes=BOTH_TYPES), st.booleans())
-def test_compiled_code_agrees_with_pytorch(case, trace_alone):
-    assert_paths_agree(case, trace_alone=trace_alone)
+@given(cases.cases(dtypes=BOTH_TYPES), QUANTITIES)
+def test_compiled_code_agrees_with_pytorch(case, quantity):
+    assert_paths_agree(case, quantity=quantity)
 
 
 @needs_library
@@ -107,10 +110,10 @@ def test_compiled_code_agrees_with_pytorch(case, trace_alone):
     st.integers(1, 1200),
     st.sampled_from([(), (2,), (7,)]),
     st.booleans(),
-    st.booleans(),
+    QUANTITIES,
 )
 def test_blocks_lanes_and_threads_leave_no_seam(
-    threads, activation, loss, dtype, samples, ensemble, own_data, trace_alone
+    threads, activation, loss, dtype, samples, ensemble, own_data, quantity
 ):
     case = cases.make(
         oracle.Network(3, 5, activation, loss),
@@ -119,7 +122,7 @@ def test_blocks_lanes_and_threads_leave_no_seam(
         dtype=dtype,
         own_data=own_data,
     )
-    assert_paths_agree(case, trace_alone=trace_alone)
+    assert_paths_agree(case, quantity=quantity)
 
 
 @needs_library

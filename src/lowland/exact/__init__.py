@@ -1,6 +1,6 @@
 """The closed form: exact moments, their gradient, and what contributes to it."""
 
-from lowland.exact.api import hessian, moments, trace
+from lowland.exact.api import hessian, loss_gradient, moments, trace
 from lowland.exact.attribution import (
     Direction,
     direction,
@@ -12,6 +12,7 @@ __all__ = [
     "Direction",
     "direction",
     "hessian",
+    "loss_gradient",
     "moments",
     "pair_contributions",
     "sample_contributions",

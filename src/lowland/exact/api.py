@@ -15,7 +15,7 @@ from lowland.exact import parameters
 from lowland.exact.compiled import covers
 from lowland.exact.engine import Problem, run_moments
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, Size, make_plan
-from lowland.exact.terms import Architecture, Data
+from lowland.exact.terms import Architecture, Data, Quantity
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments
 from lowland.validation import check_features, check_targets
@@ -97,8 +97,37 @@ def trace(
         ``Tr H``, shape ``(*ensemble)``.
     """
     setup = prepare(weights, x, y, activation, loss, reduction)
-    first, _ = run_moments(setup.trace_problem(memory_budget), setup.weight, setup.output)
+    first, _ = run_moments(setup.linear_problem("trace", memory_budget), setup.weight, setup.output)
     return first.view(setup.ensemble)
+
+
+def loss_gradient(
+    weights: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    activation: str | Activation,
+    loss: str | Loss,
+    reduction: Reduction = "mean",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of each network's own loss, what plain training of an ensemble descends.
+
+    Arguments and errors are those of :func:`moments`.
+
+    Returns:
+        Gradients in ``W`` and ``v``, ``(*ensemble, inputs + 1, hidden)`` and
+        ``(*ensemble, hidden + 1, 1)``; they carry no gradient.
+    """
+    setup = prepare(weights, x, y, activation, loss, reduction)
+    problem = setup.linear_problem("loss", memory_budget)
+    with torch.no_grad():
+        parts = problem.on_passes(setup.weight, setup.output, lambda _, part: part.loss_gradient())
+    in_weight, in_output = (torch.cat(part) for part in zip(*parts, strict=True))
+    return (
+        in_weight.view(*setup.ensemble, *setup.weight.shape[1:]),
+        in_output.view(*setup.ensemble, *setup.output.shape[1:], 1),
+    )
 
 
 def hessian(
@@ -152,8 +181,8 @@ class Setup:
         )
         return Problem(self.arch, self.data, plan)
 
-    def trace_problem(self, memory_budget: int) -> Problem:
-        """The problem of the trace alone, planned like a matrix of next to no rows."""
+    def linear_problem(self, quantity: Quantity, memory_budget: int) -> Problem:
+        """The problem of the trace or the loss, planned like a matrix of next to no rows."""
         device = self.weight.device
         plan = make_plan(
             replace(self.size, inputs=1, outputs=1),
@@ -162,7 +191,7 @@ class Setup:
             on_cpu=device.type == "cpu",
             compiled=covers(self.arch, device),
         )
-        return Problem(self.arch, self.data, plan, trace_alone=True)
+        return Problem(self.arch, self.data, plan, quantity)
 
 
 def prepare(  # noqa: PLR0917 - the arguments of every public function, in their order

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowland.activations import ACTIVATIONS, Activation
-from lowland.exact.terms import Architecture, Data
+from lowland.exact.terms import Architecture, Data, Quantity
 from lowland.losses import LOSSES
 
 Packed = Float[Tensor, "networks entries"]
@@ -33,7 +33,7 @@ Packed = Float[Tensor, "networks entries"]
 _ACTIVATIONS = {"sigmoid": 1, "tanh": 2, "softplus": 3, "gelu": 4, "silu": 5}
 _PIECEWISE_LINEAR = 6
 _LOSSES = {"bce": 0, "mse": 1}
-_BOTH, _TRACE_ALONE = 0, 1
+_MODES: dict[Quantity, int] = {"moments": 0, "trace": 1, "loss": 2}
 
 # A block's rows should stay in the second-level cache, and its run of samples be long enough to
 # spread the cost of adding up vector lanes.
@@ -123,19 +123,19 @@ class Kernel:
         weight: ``W``, ``(networks, inputs + 1, hidden)``.
         output: ``v``, ``(networks, hidden + 1)``.
         data: The samples.
-        trace_alone: Leave ``Tr H^2`` out; the packed tensor then holds the traces.
+        quantity: What is wanted; for the trace alone the packed tensor holds the traces.
     """
 
     arch: Architecture
     weight: Tensor
     output: Tensor
     data: Data
-    trace_alone: bool
+    quantity: Quantity
 
     def moments(self) -> tuple[Tensor, Tensor, Packed]:
         """``Tr H``, ``Tr H^2``, and the packed Hessians (or traces) behind them."""
         packed = self._accumulate()
-        if self.trace_alone:
+        if self.quantity == "trace":
             return packed[:, 0], torch.zeros_like(packed[:, 0]), packed
         traces = packed.new_empty(packed.shape[0], 2)
         self._function("traces")(
@@ -145,7 +145,7 @@ class Kernel:
 
     def _accumulate(self) -> Packed:
         networks = self.weight.shape[0]
-        entries = 1 if self.trace_alone else packed_entries(*self._shape())
+        entries = 1 if self.quantity == "trace" else packed_entries(*self._shape())
         shares = self._shares()
         # Networks are written apart; shares of one network's samples are added up.
         copies = len({share.samples.start for share in shares})
@@ -165,21 +165,31 @@ class Kernel:
         """The gradient of ``trace_weight Tr H + square_weight Tr H^2`` in ``W`` and ``v``."""
         if packed is None:
             packed = self._accumulate()
-        packed = packed.contiguous()
+        return self._pull_back(
+            "gradient",
+            packed.contiguous(),
+            trace_weight.contiguous(),
+            square_weight.contiguous(),
+        )
+
+    def loss_gradient(self) -> tuple[Tensor, Tensor]:
+        """The gradient of the loss itself in ``W`` and ``v``."""
+        return self._pull_back("loss_gradient")
+
+    def _pull_back(self, name: str, *per_network: Tensor) -> tuple[Tensor, Tensor]:
         shares = self._shares()
         copies = len({share.samples.start for share in shares})
         in_weight = self.weight.new_zeros(copies, *self.weight.shape)
         in_output = self.output.new_zeros(copies, *self.output.shape)
-        trace_weight, square_weight = trace_weight.contiguous(), square_weight.contiguous()
 
         def run(share: _Share) -> int:
             start = share.networks.start
             return self._call(
-                "gradient",
+                name,
                 share,
                 in_weight[share.copy, start:],
                 in_output[share.copy, start:],
-                before=(packed[start:], trace_weight[start:], square_weight[start:]),
+                before=[tensor[start:] for tensor in per_network],
             )
 
         _run_all(run, shares)
@@ -219,7 +229,7 @@ class Kernel:
             block=-(-block // _LANES) * _LANES,
             activation=_activation_code(arch.activation),
             loss=_LOSSES[arch.loss.name],
-            mode=_TRACE_ALONE if self.trace_alone else _BOTH,
+            mode=_MODES[self.quantity],
             negative_slope=arch.activation.negative_slope or 0.0,
             scale=1.0 if isinstance(scale, Tensor) else scale,
         )
@@ -227,7 +237,8 @@ class Kernel:
     def _shares(self) -> list[_Share]:
         """Cut the work for threads: by networks if there are enough, else by samples."""
         networks, samples = self.weight.shape[0], self.data.samples
-        work = networks * samples * (packed_entries(*self._shape()) + 100 * self.weight.shape[2])
+        entries = packed_entries(*self._shape()) if self.quantity == "moments" else 0
+        work = networks * samples * (entries + 100 * self.weight.shape[2])
         threads = min(torch.get_num_threads(), 1 + work // _WORTH_A_THREAD)
         if networks >= 2 * threads:
             return [_Share(slice(i, j), slice(0, samples), 0) for i, j in _cuts(networks, threads)]
@@ -275,14 +286,14 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def make_kernel(
-    arch: Architecture, weight: Tensor, output: Tensor, data: Data, *, trace_alone: bool
+    arch: Architecture, weight: Tensor, output: Tensor, data: Data, quantity: Quantity
 ) -> Kernel:
     """A kernel whose tensors lie in memory as the compiled code reads them."""
     scale = data.scale
     if isinstance(scale, Tensor):
         scale = scale.to(weight.dtype).contiguous()
     data = Data(data.x.contiguous(), data.y.to(weight.dtype).contiguous(), scale)
-    return Kernel(arch, weight.contiguous(), output.contiguous(), data, trace_alone)
+    return Kernel(arch, weight.contiguous(), output.contiguous(), data, quantity)
 
 
 @cache

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from lowland.exact.compiled import Kernel, make_kernel
 from lowland.exact.plan import Plan
 from lowland.exact.reference import PerNetwork, Reference
-from lowland.exact.terms import Architecture, Data
+from lowland.exact.terms import Architecture, Data, Quantity
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ class Problem:
     arch: Architecture
     data: Data
     plan: Plan
-    trace_alone: bool = False
+    quantity: Quantity = "moments"
 
     def on_references(
         self, weight: Tensor, output: Tensor, compute: Callable[[Reference], Result]
@@ -62,14 +62,12 @@ class Problem:
             output[chosen],
             data,
             self.plan,
-            trace_alone=self.trace_alone,
+            self.quantity,
         )
 
     def _kernel(self, weight: Tensor, output: Tensor, chosen: slice) -> Kernel:
         data = self.data.of_networks(chosen)
-        return make_kernel(
-            self.arch, weight[chosen], output[chosen], data, trace_alone=self.trace_alone
-        )
+        return make_kernel(self.arch, weight[chosen], output[chosen], data, self.quantity)
 
     def _groups(self, networks: int) -> Iterator[slice]:
         size = self.plan.networks

@@ -50,7 +50,7 @@ def module_trace(
 ) -> Tensor:
     """The exact trace alone, in linear time; otherwise as :func:`module_moments`."""
     setup = _read(model, criterion, x, y)
-    first, _ = run_moments(setup.trace_problem(memory_budget), setup.weight, setup.output)
+    first, _ = run_moments(setup.linear_problem("trace", memory_budget), setup.weight, setup.output)
     return first.squeeze(0)
 
 

@@ -15,8 +15,10 @@ from lowland.exact.terms import (
     Adjoint,
     Architecture,
     Data,
+    Quantity,
     Terms,
     compute_terms,
+    loss_gradient,
     pull_back,
     trace,
     trace_adjoint,
@@ -34,20 +36,19 @@ class Reference:
         output: ``v``, ``(networks, hidden + 1)``.
         data: The samples.
         plan: Order of summation and sizes of its pieces.
-        trace_alone: Leave ``Tr H^2`` out.
+        quantity: What is wanted.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - the parts of a problem, in its order
         self,
         arch: Architecture,
         weight: Tensor,
         output: Tensor,
         data: Data,
         plan: Plan,
-        *,
-        trace_alone: bool,
+        quantity: Quantity,
     ) -> None:
-        self.arch, self.output, self.plan, self.trace_alone = arch, output, plan, trace_alone
+        self.arch, self.output, self.plan, self.quantity = arch, output, plan, quantity
         total = data.samples
         self.runs = [slice(i, min(i + plan.run, total)) for i in range(0, total, plan.run)]
 
@@ -73,7 +74,7 @@ class Reference:
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """``Tr H``, ``Tr H^2``, and ``H`` itself where the plan keeps it."""
-        if self.trace_alone:
+        if self.quantity == "trace":
             first = self._trace()
             return first, torch.zeros_like(first), None
         if self.plan.order == "samples":
@@ -121,7 +122,7 @@ class Reference:
         A run may come up several times, once for each block of rows of ``H``; its adjoints add up.
         """
         a, b = trace_weight[:, None, None], square_weight[:, None, None]
-        if self.trace_alone:
+        if self.quantity == "trace":
             for run, terms in zip(self.runs, self.all_terms(), strict=True):
                 yield run, terms, trace_adjoint(terms, a)
         elif self.plan.order == "samples":
@@ -145,11 +146,18 @@ class Reference:
         self, trace_weight: PerNetwork, square_weight: PerNetwork, hessian: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The gradient of ``trace_weight Tr H + square_weight Tr H^2`` in ``W`` and ``v``."""
-        parts = (
+        return _add_up(
             pull_back(self.arch, self.output, terms, adjoint)
             for _, terms, adjoint in self.adjoints(trace_weight, square_weight, hessian)
         )
-        weight, output = next(parts)
-        for in_weight, in_output in parts:
-            weight, output = weight + in_weight, output + in_output
-        return weight, output
+
+    def loss_gradient(self) -> tuple[Tensor, Tensor]:
+        """The gradient of the loss itself in ``W`` and ``v``."""
+        return _add_up(loss_gradient(self.output, terms) for terms in self.all_terms())
+
+
+def _add_up(parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    weight, output = next(parts)
+    for in_weight, in_output in parts:
+        weight, output = weight + in_weight, output + in_output
+    return weight, output

@@ -16,6 +16,7 @@ Source: arXiv:2606.28662, section IV.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,9 @@ from lowland.losses import Loss
 
 Rows = Float[Tensor, "#networks _ samples"]
 PerNetwork = Float[Tensor, "networks 1 1"]
+
+# What is wanted of a network: both traces, Tr H alone, or only the loss's own gradient.
+Quantity = Literal["moments", "trace", "loss"]
 
 
 @dataclass(frozen=True)
@@ -238,6 +242,15 @@ def pull_back(
     """The gradient in ``W`` and ``v``, summed over the samples of ``terms``."""
     in_a, in_output = sensitivities(arch, output, terms, adjoint)
     return batched_matmul(in_a, terms.inputs.mT).mT, in_output.sum(-1)
+
+
+def loss_gradient(
+    output: Float[Tensor, "networks hidden1"], terms: Terms
+) -> tuple[Float[Tensor, "networks inputs1 hidden"], Float[Tensor, "networks hidden1"]]:
+    """The gradient of the loss itself in ``W`` and ``v``, summed over the samples of ``terms``."""
+    in_a = output[:, 1:, None] * terms.slope * terms.residual
+    in_output = (terms.hidden * terms.residual).sum(-1)
+    return batched_matmul(in_a, terms.inputs.mT).mT, in_output
 
 
 def batched_matmul(left: Tensor, right: Tensor) -> Tensor:

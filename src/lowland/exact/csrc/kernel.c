@@ -22,7 +22,7 @@
 
 enum { IDENTITY, SIGMOID, TANH, SOFTPLUS, GELU, SILU, LEAKY_RELU };
 enum { BCE, MSE };
-enum { BOTH, TRACE_ALONE };
+enum { BOTH, TRACE_ALONE, LOSS };
 
 /* A problem as the caller describes it; the order of the fields is that of compiled.py. */
 typedef struct {

@@ -71,9 +71,11 @@ def report_choices(sizes: list, times: dict, fitted: dict, rival: Path) -> None:
         chosen = min(guesses, key=guesses.__getitem__)
         regrets.append(times[chosen][index] / min(times["samples"][index], times[rival][index]))
     right = sum(regret == 1 for regret in regrets)
+    worst = sizes[int(np.argmax(regrets))]
     print(
         f"\nsamples against {rival}: right in {right} of {len(regrets)}; a choice costs "
-        f"{statistics.mean(regrets):.2f} times the best on average, {max(regrets):.2f} at worst"
+        f"{statistics.mean(regrets):.2f} times the best on average, {max(regrets):.2f} at worst\n"
+        f"({worst.samples} samples, {worst.inputs - 1} inputs, {worst.hidden} hidden)"
     )
 
 

@@ -64,9 +64,10 @@ def direction(
     output = setup.output.detach().requires_grad_()
     with torch.enable_grad():
         moments = HessianMoments(setup.size.dim, *run_moments(problem, weight, output))
-        spread = moments.std * math.sqrt(setup.size.dim - 1)
-    mean_part = torch.autograd.grad(moments.mean.sum(), (weight, output), retain_graph=True)
-    spread_part = torch.autograd.grad(spread.sum(), (weight, output))
+        mean = moments.mean.sum()
+        spread = (moments.std * math.sqrt(setup.size.dim - 1)).sum()
+    mean_part = torch.autograd.grad(mean, (weight, output), retain_graph=True)
+    spread_part = torch.autograd.grad(spread, (weight, output))
     return Direction(_shaped(setup, *mean_part), _shaped(setup, *spread_part))
 
 

@@ -63,9 +63,9 @@ Path = Literal["samples", "parameters", "compiled"]
 # Seconds for each unit of `work`, as fitted by `python benchmarks/cost_model.py` on two cores in
 # float64. Only their ratios matter to the choice.
 PRICES: dict[Path, tuple[float, float, float]] = {
-    "samples": (1.6e-11, 4.0e-10, 1.0e-5),
-    "parameters": (1.6e-11, 4.0e-10, 1.0e-5),
-    "compiled": (3.0e-11, 1.0e-8, 2.0e-4),
+    "samples": (4.3e-11, 2.2e-10, 5.7e-6),
+    "parameters": (2.8e-11, 4.7e-10, 5.8e-6),
+    "compiled": (2.7e-11, 2.1e-8, 2.3e-4),
 }
 
 

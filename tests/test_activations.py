@@ -1,0 +1,141 @@
+"""Values and derivatives against arithmetic with sixty digits, far into the saturated range."""
+
+import mpmath
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mpmath import mp
+from torch.nn import functional
+
+from lowland.activations import ACTIVATIONS, get_activation, leaky_relu
+
+BOTH_TYPES = (torch.float64, torch.float32)
+
+
+# Each derivative as its terms: its value is their sum, and what it may be wrong by is relative to
+# the sum of their sizes, since a sum that crosses zero has no scale of its own.
+def _sigmoid(a):
+    high, low = 1 / (1 + mp.exp(-a)), 1 / (1 + mp.exp(a))
+    slope = high * low
+    return [high], [slope], [slope * low, -slope * high], [slope, -6 * slope * slope]
+
+
+def _tanh(a):
+    value, slope = mp.tanh(a), mp.sech(a) ** 2
+    return [value], [slope], [-2 * value * slope], [4 * slope, -6 * slope * slope]
+
+
+def _softplus(a):
+    return [mp.log1p(mp.exp(a))], *_sigmoid(a)[:3]
+
+
+def _gelu(a):
+    cdf, pdf = mp.erfc(-a / mp.sqrt(2)) / 2, mp.npdf(a)
+    return [a * cdf], [cdf, a * pdf], [2 * pdf, -a * a * pdf], [a**3 * pdf, -4 * a * pdf]
+
+
+def _silu(a):
+    value, slope, bend, twist = _sigmoid(a)
+
+    def times(terms, factor):
+        return [factor * term for term in terms]
+
+    return (
+        times(value, a),
+        [*value, *times(slope, a)],
+        [*times(slope, 2), *times(bend, a)],
+        [*times(bend, 3), *times(twist, a)],
+    )
+
+
+SMOOTH = {
+    "identity": lambda a: ([a], [1], [0], [0]),
+    "sigmoid": _sigmoid,
+    "tanh": _tanh,
+    "softplus": _softplus,
+    "gelu": _gelu,
+    "silu": _silu,
+}
+
+
+def assert_accurate(name, a):
+    eps, tiny = torch.finfo(a.dtype).eps, torch.finfo(a.dtype).tiny
+    # exp(a) is off by a units in the last place if a was rounded once, exp(-a^2 / 2) by a^2.
+    rounded = 1 + float(a) ** 2 if name == "gelu" else 1 + abs(float(a))
+    with mpmath.workdps(60):
+        expected = SMOOTH[name](mp.mpf(float(a)))
+        for order, (actual, terms) in enumerate(zip(ACTIVATIONS[name](a), expected, strict=True)):
+            assert actual.dtype == a.dtype
+            assert actual.isfinite(), (name, order, a)
+            size = mp.fsum(map(abs, terms))
+            error = abs(mp.mpf(float(actual)) - mp.fsum(terms))
+            assert error <= 8 * eps * rounded * size + 8 * tiny * rounded, (name, order, a)
+
+
+@pytest.mark.parametrize("dtype", BOTH_TYPES)
+@pytest.mark.parametrize("name", SMOOTH)
+def test_tails_and_turning_points(name, dtype):
+    for size in (0, 1e-30, 1e-8, 1e-3, 0.5, 1, 1.3, 2, 5, 12, 17, 37, 88, 104, 300, 709, 746, 1000):
+        for sign in (1, -1):
+            assert_accurate(name, torch.tensor(float(sign * size), dtype=dtype))
+
+
+@given(
+    st.sampled_from(sorted(SMOOTH)),
+    st.sampled_from(BOTH_TYPES),
+    st.floats(-1000, 1000) | st.floats(-6, 6),
+)
+def test_three_derivatives_are_accurate_anywhere(name, dtype, value):
+    assert_accurate(name, torch.tensor(value, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", BOTH_TYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_nothing_overflows_even_beyond(name, dtype):
+    a = torch.tensor([-1e6, -1e3, 0.0, 1e3, 1e6], dtype=dtype)
+    for derivative in ACTIVATIONS[name](a):
+        assert derivative.shape == a.shape
+        assert derivative.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_values_and_slopes_are_pytorchs_on_either_side_and_on_the_kink(name):
+    function = {
+        "identity": lambda a: a,
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "softplus": functional.softplus,
+        "gelu": functional.gelu,
+        "silu": functional.silu,
+        "relu": functional.relu,
+        "leaky_relu": functional.leaky_relu,
+    }[name]
+    a = torch.tensor([-2.0, -0.1, 0.0, 0.1, 2.0], dtype=torch.float64, requires_grad=True)
+    value = function(a)
+    (slope,) = torch.autograd.grad(value.sum(), a)
+    mine, my_slope, *_ = ACTIVATIONS[name](a.detach())
+    torch.testing.assert_close(mine, value.detach())
+    torch.testing.assert_close(my_slope, slope)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.3, -1.0, 1.0])
+def test_piecewise_linear_activations_do_not_bend(slope):
+    a = torch.tensor([-3.0, 0.0, 2.0], dtype=torch.float64)
+    activation = leaky_relu(slope)
+    value, first, second, third = activation(a)
+    torch.testing.assert_close(value, functional.leaky_relu(a, slope))
+    assert first.tolist() == [slope, slope, 1]
+    assert not second.any()
+    assert not third.any()
+    assert activation.negative_slope == slope
+    assert activation.name == ("relu" if slope == 0 else "leaky_relu")
+
+
+def test_names_and_activations_are_looked_up():
+    assert list(ACTIVATIONS) == [activation.name for activation in ACTIVATIONS.values()]
+    assert get_activation("gelu") is ACTIVATIONS["gelu"]
+    own = leaky_relu(0.7)
+    assert get_activation(own) is own
+    with pytest.raises(ValueError, match="unknown activation 'swish': expected one of identity"):
+        get_activation("swish")

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from torch import nn
+
+from lowland.dense import dense_hessian, dense_moments
+
+MSE = nn.MSELoss()
+
+
+@pytest.fixture
+def data(generator):
+    x = torch.randn(9, 2, generator=generator, dtype=torch.float64)
+    return x, torch.randn(9, generator=generator, dtype=torch.float64)
+
+
+def regression(model, x):
+    """``H = 2/n X~^T X~`` of a linear model, weights first, then the bias."""
+    design = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    return 2 / len(x) * design.T @ design
+
+
+def test_linear_regression_has_its_known_hessian(data):
+    model = nn.Linear(2, 1).double()
+    expected = regression(model, data[0])
+    torch.testing.assert_close(dense_hessian(model, MSE, *data), expected)
+    moments = dense_moments(model, MSE, *data)
+    assert moments.dim == 3
+    torch.testing.assert_close(moments.trace, expected.trace())
+    torch.testing.assert_close(moments.trace_sq, (expected @ expected).trace())
+
+
+def test_frozen_parameters_leave_the_matrix(data):
+    model = nn.Linear(2, 1).double()
+    model.bias.requires_grad_(requires_grad=False)
+    expected = regression(model, data[0])[:2, :2]
+    torch.testing.assert_close(dense_hessian(model, MSE, *data), expected)
+
+
+def test_tied_parameters_count_once(data):
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+            self.second = self.first
+
+        def forward(self, x):
+            return self.first * self.second * x[:, 0]
+
+    x, y = data
+    model = Product()
+    # d2/dw2 mean (w^2 x - y)^2 = mean (12 w^2 x^2 - 4 x y)
+    expected = (12 * 1.5**2 * x[:, 0] ** 2 - 4 * x[:, 0] * y).mean()
+    torch.testing.assert_close(dense_hessian(model, MSE, x, y), expected.detach().view(1, 1))
+
+
+def test_moments_can_be_differentiated_even_twice(data):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    weight = model[0].weight
+    moments = dense_moments(model, MSE, *data)
+    (first,) = torch.autograd.grad(moments.trace_sq, weight, create_graph=True)
+    (second,) = torch.autograd.grad(first[0, 0], weight)
+    step = 1e-5
+    shifted = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[0, 0] += sign * step
+        (grad,) = torch.autograd.grad(dense_moments(model, MSE, *data).trace_sq, weight)
+        shifted.append(grad)
+        with torch.no_grad():
+            weight[0, 0] -= sign * step
+    torch.testing.assert_close(second, (shifted[0] - shifted[1]) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_any_criterion_and_target_are_taken(generator):
+    x = torch.randn(7, 2, generator=generator, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    model = nn.Linear(2, 3).double()
+    matrix = dense_hessian(model, nn.CrossEntropyLoss(), x, y)
+    assert matrix.shape == (9, 9)
+    # Softmax does not see a shift of all logits: the biases' block has that null vector.
+    torch.testing.assert_close(matrix[6:, 6:].sum(1), torch.zeros(3, dtype=torch.float64))
+
+
+def test_flat_targets_are_one_a_sample(data):
+    x, y = data
+    model = nn.Linear(2, 1).double()
+    flat = dense_moments(model, MSE, x, y)
+    column = dense_moments(model, MSE, x, y.unsqueeze(1))
+    assert torch.equal(flat.trace_sq, column.trace_sq)
+
+
+def test_a_matrix_beyond_the_limit_is_not_begun(data):
+    model = nn.Linear(2, 1).double()
+    with pytest.raises(ValueError, match=r"of 3 parameters takes .* GiB, more than the limit"):
+        dense_hessian(model, MSE, *data, memory_limit=71)
+    dense_hessian(model, MSE, *data, memory_limit=72)
+
+
+def test_a_loss_that_is_no_scalar(data):
+    with pytest.raises(ValueError, match=r"got shape \(9, 1\): use reduction='mean' or 'sum'"):
+        dense_hessian(nn.Linear(2, 1).double(), nn.MSELoss(reduction="none"), *data)
+
+
+def test_a_model_without_trainable_parameters(data):
+    model = nn.Linear(2, 1).double().requires_grad_(requires_grad=False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        dense_moments(model, MSE, *data)

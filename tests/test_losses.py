@@ -1,0 +1,78 @@
+import mpmath
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mpmath import mp
+from torch.nn import functional
+
+from lowland.losses import LOSSES, get_loss
+
+BOTH_TYPES = (torch.float64, torch.float32)
+
+
+@given(
+    st.sampled_from(BOTH_TYPES),
+    st.floats(-1000, 1000) | st.floats(-6, 6),
+    st.sampled_from([0.0, 1.0]),
+)
+def test_cross_entropy_keeps_its_digits_from_fitted_to_misfitted(dtype, value, target):
+    logit = torch.tensor(value, dtype=dtype)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    with mpmath.workdps(60):
+        s = mp.mpf(float(logit))
+        high, low = 1 / (1 + mp.exp(-s)), 1 / (1 + mp.exp(s))
+        expected = low * -1 if target else high, high * low, high * low * (low - high)
+        sizes = abs(expected[0]), expected[1], expected[1]
+        actual = LOSSES["bce"].derivatives(logit, torch.tensor(target, dtype=dtype))
+        for mine, theirs, size in zip(actual, expected, sizes, strict=True):
+            assert mine.dtype == dtype
+            error = abs(mp.mpf(float(mine)) - theirs)
+            assert error <= 8 * eps * (1 + abs(value)) * size + 8 * tiny
+
+
+@pytest.mark.parametrize("dtype", BOTH_TYPES)
+def test_a_sample_fitted_beyond_the_rounding_of_its_probability_still_counts(dtype):
+    # 1 - sigmoid(40) is zero in both types, exp(-40) is not.
+    residual, curvature, third = LOSSES["bce"].derivatives(
+        torch.tensor([40.0], dtype=dtype), torch.ones(1, dtype=dtype)
+    )
+    expected = torch.exp(torch.tensor([-40.0], dtype=dtype))
+    torch.testing.assert_close(residual, -expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(curvature, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(third, -expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_and_derivatives_are_pytorchs(name, generator):
+    brute = {
+        "bce": functional.binary_cross_entropy_with_logits,
+        "mse": functional.mse_loss,
+    }[name]
+    logits = torch.randn(9, generator=generator, dtype=torch.float64)
+    targets = (torch.randn(9, generator=generator) > 0).double()
+
+    def derivative(function):
+        return torch.func.grad(lambda s: function(s).sum())
+
+    def first(s):
+        return derivative(lambda u: brute(u, targets, reduction="none"))(s)
+
+    def second(s):
+        return derivative(first)(s)
+
+    loss = LOSSES[name]
+    expected = brute(logits, targets, reduction="none")
+    torch.testing.assert_close(loss.value(logits, targets), expected)
+    orders = first(logits), second(logits), derivative(second)(logits)
+    for mine, theirs in zip(loss.derivatives(logits, targets), orders, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_names_and_losses_are_looked_up():
+    assert get_loss("bce") is LOSSES["bce"]
+    assert get_loss(LOSSES["mse"]) is LOSSES["mse"]
+    assert LOSSES["bce"].binary
+    assert not LOSSES["mse"].binary
+    with pytest.raises(ValueError, match="unknown loss 'hinge': expected one of bce, mse"):
+        get_loss("hinge")

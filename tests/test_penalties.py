@@ -1,0 +1,170 @@
+import copy
+import math
+import pickle
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import lowland
+
+PENALTIES = [lowland.HSR, lowland.HessianTrace, lowland.FlatnessAware]
+BCE = nn.BCEWithLogitsLoss()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+@pytest.fixture
+def data(generator):
+    x = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    return x, (x[:, :1] * x[:, 1:2] > 0).double()
+
+
+def by_hand(penalty, trace, trace_sq, dim, samples):
+    return {
+        lowland.HSR: lambda: oracle.upper(trace, trace_sq, dim),
+        lowland.HessianTrace: lambda: trace,
+        lowland.FlatnessAware: lambda: trace_sq / samples,
+    }[penalty]()
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("method", ["exact", "dense"])
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_value_and_gradient_are_those_of_the_weighted_formula(kind, method, model, data):
+    penalty = kind(BCE, weight=0.25, method=method)(model, *data)
+    matrix = lowland.dense.dense_hessian(model, BCE, *data)
+    expected = 0.25 * by_hand(kind, *oracle.moments(matrix), 21, 20)
+    assert penalty.shape == ()
+    torch.testing.assert_close(penalty, expected, rtol=1e-10, atol=0)
+    parameters = list(model.parameters())
+    actual = torch.autograd.grad(penalty, parameters)
+    brute = torch.autograd.grad(expected, parameters)
+    for mine, theirs in zip(actual, brute, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_one_backward_pass_adds_to_the_gradient_of_a_plain_loss(kind, model, data):
+    x, y = data
+    penalty = kind(BCE, weight=0.1)
+    BCE(model(x), y).backward()
+    penalty(model, x, y).backward()  # gradients accumulate over two backward passes
+    separate = gradients(model)
+    model.zero_grad()
+    (BCE(model(x), y) + penalty(model, x, y)).backward()
+    for one, other in zip(gradients(model), separate, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_frozen_parameters_stay_without_a_gradient(kind, model, data):
+    model[0].weight.requires_grad_(requires_grad=False)
+    kind(BCE, weight=1.0)(model, *data).backward()
+    assert model[0].weight.grad is None
+    actual = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    kind(BCE, weight=1.0, method="dense")(model, *data).backward()
+    expected = [p.grad for p in model.parameters() if p.requires_grad]
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.5),
+        lambda parameters: torch.optim.Adam(parameters, lr=0.05),
+        lambda parameters: torch.optim.LBFGS(parameters, max_iter=4, line_search_fn="strong_wolfe"),
+    ],
+)
+def test_any_optimizer_descends_loss_and_penalty(optimizer, kind, model, data):
+    x, y = data
+    penalty = kind(BCE, weight=0.1)
+    optimizer = optimizer(model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        total = BCE(model(x), y) + penalty(model, x, y)
+        total.backward()
+        return total
+
+    before = float(closure().detach())
+    for _ in range(5):
+        optimizer.step(closure)
+    assert float(closure().detach()) < before
+
+
+def test_hsr_narrows_the_spectrum_from_both_sides(model, data):
+    penalty = lowland.HSR(BCE, weight=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = torch.linalg.eigvalsh(lowland.dense.dense_hessian(model, BCE, *data).detach())
+    for _ in range(30):
+        optimizer.zero_grad()
+        penalty(model, *data).backward()
+        optimizer.step()
+    after = torch.linalg.eigvalsh(lowland.dense.dense_hessian(model, BCE, *data).detach())
+    assert after[-1] < before[-1]
+    assert after[0] > before[0]
+
+
+def test_models_beyond_the_closed_form_are_penalized_by_brute_force(data):
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)
+    model = nn.Sequential(*layers).double()
+    lowland.HSR(BCE, weight=1.0)(model, *data).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with pytest.raises(lowland.UnsupportedModelError, match="one hidden layer"):
+        lowland.HSR(BCE, weight=1.0, method="exact")(model, *data)
+
+
+def test_without_gradients_there_is_a_value_and_no_graph(model, data):
+    with torch.no_grad():
+        assert not lowland.HSR(BCE, weight=1.0)(model, *data).requires_grad
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_zero_weight_changes_nothing(kind, model, data):
+    penalty = kind(BCE, weight=0)(model, *data)
+    penalty.backward()
+    assert penalty == 0
+    assert all((grad == 0).all() for grad in gradients(model))
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_weights_that_make_no_sense(kind, weight):
+    with pytest.raises(ValueError, match=f"finite number of at least 0; got {weight}"):
+        kind(BCE, weight=weight)
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])  # noqa: S301
+def test_copies_are_the_same_penalty(duplicate, kind, model, data):
+    penalty = kind(nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)), weight=0.3)
+    twin = duplicate(penalty)
+    assert torch.equal(twin(model, *data), penalty(model, *data))
+    assert twin.state_dict().keys() == {"criterion.pos_weight"}
+
+
+def test_print_shows_the_settings():
+    shown = repr(lowland.HSR(nn.MSELoss(), weight=0.01))
+    assert "HSR(" in shown
+    assert "weight=0.01, method='auto'" in shown
+    assert "(criterion): MSELoss()" in shown
+
+
+def test_the_base_class_is_abstract():
+    from lowland.penalties import CurvaturePenalty  # noqa: PLC0415
+
+    with pytest.raises(TypeError, match="abstract"):
+        CurvaturePenalty(BCE, weight=1.0)

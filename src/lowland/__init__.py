@@ -1,13 +1,27 @@
 """Measure and control the curvature of neural-network losses."""
 
-from lowland import exact
-from lowland.engines import hessian_moments
-from lowland.exact.modules import UnsupportedModelError
-from lowland.moments import HessianMoments
-from lowland.optimizers import SAM
-from lowland.penalties import HSR, FlatnessAware, HessianTrace
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowland import exact
+    from lowland.engines import hessian_moments
+    from lowland.exact.modules import UnsupportedModelError
+    from lowland.moments import HessianMoments
+    from lowland.optimizers import SAM
+    from lowland.penalties import HSR, FlatnessAware, HessianTrace
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "HSR": "penalties",
+    "SAM": "optimizers",
+    "FlatnessAware": "penalties",
+    "HessianMoments": "moments",
+    "HessianTrace": "penalties",
+    "UnsupportedModelError": "exact.modules",
+    "hessian_moments": "engines",
+}
 
 __all__ = [
     "HSR",
@@ -19,3 +33,23 @@ __all__ = [
     "exact",
     "hessian_moments",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name when it is first used.
+
+    PyTorch takes a second to load. The command line, whose package this is too, must be able to
+    answer a mistyped option or Ctrl-C before that.
+    """
+    if name in _HOMES:
+        value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name == "exact":
+        value = import_module(f"{__name__}.exact")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next look finds it without asking here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,39 +4,58 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from lowland.activations import ACTIVATIONS
-from lowland.output import OutputError, check_writable, publish
+from lowland.errors import UserError
+from lowland.output import check_writable, publish
 from lowland.training import METHODS, DivergenceError, Method, Schedule
 
 if TYPE_CHECKING:
     from lowland.datasets import Dataset
     from lowland.experiments.compare import Comparison, Settings
 
+_PENALTY_COST = 2  # of a step with penalties beyond one without; only the time left depends on it
+
+
+class _OneLineGroup(TyperGroup):
+    """Commands whose misuse is answered like any other bad input: by one line."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run, and exit with a code."""
+        try:
+            code = super().main(*args, **extra | {"standalone_mode": False})
+        except Exception as error:
+            # Where the parser's exceptions live depends on the version of typer.
+            if not hasattr(error, "format_message"):
+                raise
+            reason = " ".join(error.format_message().split()).rstrip(".")
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context else "lowland"
+            typer.echo(f"Error: {reason}; see {path} --help", err=True)
+            code = 2
+        return sys.exit(code)
+
+
 app = typer.Typer(
-    no_args_is_help=True,
+    cls=_OneLineGroup,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
-
-_PENALTY_COST = 25  # of a step with penalties, in steps without; only the time left depends on it
-
-
-class UsageError(ValueError):
-    """An option that makes no sense; the message says which and why."""
 
 
 def _show_version(*, wanted: bool) -> None:
@@ -45,8 +64,9 @@ def _show_version(*, wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     *,
     _: Annotated[
         bool,
@@ -59,41 +79,57 @@ def main(
     ] = False,
 ) -> None:
     """Measure and control the curvature of neural-network losses."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
 def compare(  # noqa: PLR0917 - typer fills in every one by name
     data: Annotated[
         Path | None,
-        typer.Argument(help="A CSV file with a header line; Breast Cancer Wisconsin if left out."),
+        typer.Argument(
+            metavar="DATA.CSV",
+            help="A CSV file with a header line and numeric features; "
+            "Breast Cancer Wisconsin if left out.",
+        ),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(metavar="COLUMN", help="What to predict in the CSV file: two classes."),
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="Which to compare; the baseline is always among them.")
+        str,
+        typer.Option(metavar="A,B", help="Which to compare; the baseline is always among them."),
     ] = ",".join(METHODS),
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 4,
+    hidden: Annotated[int, typer.Option(metavar="N", help="Hidden units.")] = 4,
     activation: Annotated[
-        str, typer.Option(help=f"Of the hidden layer: {', '.join(ACTIVATIONS)}.")
+        str,
+        typer.Option(metavar="NAME", help=f"Of the hidden layer: {', '.join(ACTIVATIONS)}."),
     ] = "sigmoid",
     seeds: Annotated[
-        int, typer.Option(min=2, help="Networks per method, each with its own split and start.")
-    ] = 10,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of these seeds.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Most steps of training.")] = Schedule.steps,
+        int,
+        typer.Option(metavar="N", help="Networks per method, each with its own split and start."),
+    ] = 30,
+    first_seed: Annotated[
+        int, typer.Option(metavar="N", help="The first of these consecutive seeds.")
+    ] = 0,
+    steps: Annotated[
+        int, typer.Option(metavar="N", help="Most steps of training.")
+    ] = Schedule.steps,
     learning_rate: Annotated[
-        float, typer.Option(help="Of the loss and the penalty alike.")
+        float, typer.Option(metavar="RATE", help="Of the loss and the penalty alike.")
     ] = Schedule.learning_rate,
     active: Annotated[
-        float, typer.Option(min=0, max=1, help="Fraction of the steps in which penalties act.")
+        float,
+        typer.Option(metavar="SHARE", help="Of the steps, in which penalties act: the first ones."),
     ] = Schedule.active,
     weight: Annotated[
         list[str] | None,
         typer.Option(metavar="METHOD=VALUE", help="Weight of a penalty; may be repeated."),
     ] = None,
-    test_size: Annotated[float, typer.Option(help="Fraction of the samples to test on.")] = 0.25,
+    test_size: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the samples, to test on.")
+    ] = 0.25,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for the page, tables and figures.")
     ] = Path("lowland-results/compare"),
@@ -102,17 +138,22 @@ def compare(  # noqa: PLR0917 - typer fills in every one by name
 
     Writes a page (index.html), tables (CSV) and figures (PNG, SVG).
     """
-    with _one_line_errors():
+    with _one_line_errors("nothing was written"):
         chosen = _parse_methods(methods, weight or [])
         if activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise UsageError(f"unknown activation {activation!r}: expected one of {known}")
-        if not 0 < test_size < 1:
-            raise UsageError(f"--test-size must lie between 0 and 1; got {test_size:g}")
-        if not 0 < learning_rate < math.inf:
-            raise UsageError(f"--learning-rate must be positive; got {learning_rate:g}")
-        if (data is None) != (target is None):
-            raise UsageError("a CSV file and --target COLUMN go together; one of them is missing")
+            raise UserError(f"unknown activation {activation!r}; expected one of {known}")
+        _require(hidden >= 1, "--hidden", "at least 1", hidden)
+        _require(seeds >= 2, "--seeds", "at least 2, or there is no standard error", seeds)
+        _require(0 <= first_seed < 2**32 - seeds, "--first-seed", "between 0 and 2^32", first_seed)
+        _require(steps >= 1, "--steps", "at least 1", steps)
+        _require(0 < learning_rate < math.inf, "--learning-rate", "positive", learning_rate)
+        _require(0 <= active <= 1, "--active", "between 0 and 1", active)
+        _require(0 < test_size < 1, "--test-size", "between 0 and 1", test_size)
+        if data is None and target is not None:
+            raise UserError("--target needs a CSV file: lowland compare DATA.CSV --target COLUMN")
+        if data is not None and target is None:
+            raise UserError(f"which column of {str(data)!r} to predict? add --target COLUMN")
         check_writable(out)
 
         # Imported late: neither --help nor a mistyped option should wait for scikit-learn.
@@ -130,46 +171,63 @@ def compare(  # noqa: PLR0917 - typer fills in every one by name
         )
         with _progress(settings) as on_step:
             comparison = experiment.compare(dataset, settings, on_step=on_step)
-        command = spell_out(settings, data, target, out)
-        publish(_files(comparison, command), out)
+        publish(_files(comparison, spell_out(settings, data, target, out)), out)
+    with _one_line_errors(f"the results are in {out}"):
         _show(comparison)
         typer.echo(f"The page with all of it: {out / 'index.html'}")
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(state: str) -> Iterator[None]:
     """Turn whatever a user can cause into one line and an exit code."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("Stopped; nothing was written.", err=True)
+        typer.echo(f"Stopped; {state}.", err=True)
         raise typer.Exit(130) from None
-    except (UsageError, OutputError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
     except DivergenceError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _require(met: bool, option: str, expected: str, got: float) -> None:  # noqa: FBT001
+    if not met:
+        raise UserError(f"{option} must be {expected}; got {got}")
 
 
 def _parse_methods(names: str, weights: Sequence[str]) -> tuple[Method, ...]:
     """The methods named, with the weights given."""
     known = ", ".join(METHODS)
-    chosen = {}
-    for name in filter(None, map(str.strip, names.split(","))):
+    chosen: dict[str, Method] = {}
+    for name in map(str.strip, names.split(",")):
         if name not in METHODS:
-            raise UsageError(f"unknown method {name!r}: expected some of {known}")
+            raise UserError(f"unknown method {name!r}; expected some of {known}")
+        if name in chosen:
+            raise UserError(f"method {name!r} is named twice in --methods; name it once")
         chosen[name] = METHODS[name]
+    weighted = set()
     for entry in weights:
         name, _, value = entry.partition("=")
         if name not in chosen or chosen[name].penalty is None:
-            raise UsageError(f"--weight {entry}: {name!r} is not a compared method with a penalty")
+            raise UserError(
+                f"--weight {entry}: expected METHOD=VALUE with a penalty that is compared; "
+                f"got {name!r}"
+            )
+        if name in weighted:
+            raise UserError(f"--weight {entry}: {name!r} already has a weight; give one")
+        weighted.add(name)
         try:
             number = float(value)
         except ValueError:
             number = math.nan
         if not 0 <= number < math.inf:
-            raise UsageError(f"--weight {entry}: expected METHOD=VALUE with a value of at least 0")
+            raise UserError(
+                f"--weight {entry}: expected METHOD=VALUE with a number of at least 0; "
+                f"got {value!r}"
+            )
         chosen[name] = replace(chosen[name], weight=number)
     return tuple(chosen.values())
 
@@ -248,15 +306,15 @@ def _show(comparison: Comparison) -> None:
     """The table and what it says, in the terminal."""
     from lowland import report  # noqa: PLC0415 - as in compare
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)  # a file has no width to fit into
     view = Table(box=SIMPLE_HEAD, title=comparison.dataset.name, pad_edge=False)
     view.add_column("", no_wrap=True)
     for method in comparison.settings.methods:
         view.add_column(method.title, no_wrap=True)
     for title, cells in report.table(comparison):
         view.add_row(title, *("\n".join(filter(None, cell)) for cell in cells))
-    console.print(view)
+    console = Console(highlight=False)
+    # Too narrow a terminal may wrap the lines; cut numbers would be lost.
+    needed = Console(width=1000).measure(view).maximum
+    Console(width=max(console.width, needed), highlight=False).print(view)
     for sentence in report.findings(comparison):
-        console.print(sentence, highlight=False)
+        console.print(sentence, markup=False, soft_wrap=not console.is_terminal)

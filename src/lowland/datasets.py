@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from lowland.errors import UserError
 
-class DataError(ValueError):
+_MISSING = ("", "na", "n/a", "nan", "null", "none", "?")  # as people write it, in any case
+
+
+class DataError(UserError, ValueError):
     """A table that cannot be used as it is; the message says where and what to do."""
 
 
@@ -74,34 +81,31 @@ def breast_cancer() -> Dataset:
 
 
 def read_csv(path: Path, target: str) -> Dataset:
-    """Read a table with a header line, numeric features and one column of two classes.
+    """Read a comma-separated table with a header line, numeric features and two classes.
 
     Args:
-        path: The file.
-        target: The name of the column to predict, of any type with two values. The class that
-            sorts first becomes 0.
+        path: The file, in UTF-8.
+        target: The name of the column to predict: text, numbers or booleans of two values. The
+            class that sorts first becomes 0.
 
     Raises:
         DataError: If the file cannot be read as such a table. Rows are counted from 1, without the
-            header.
+            header and empty lines.
     """
-    try:
-        frame = pd.read_csv(path)
-    except FileNotFoundError:
-        raise DataError(f"there is no file {str(path)!r}") from None
-    except OSError as error:
-        raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except (ValueError, pd.errors.ParserError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{str(path)!r} is not a CSV table: {reason}") from None
-    frame.columns = frame.columns.map(str)
-    if target not in frame.columns:
-        known = ", ".join(frame.columns)
-        raise DataError(f"no column {target!r} in {str(path)!r}; its columns are {known}")
-    labels, features = frame[target], frame.drop(columns=target)
-    y, classes = _encode(labels)
+    table = _read_table(path)
+    if target not in table.columns:
+        hint = ""
+        if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
+            hint = "; columns must be separated by commas"
+        raise DataError(
+            f"no column {target!r} in {str(path)!r}; its columns are {_list(table.columns)}{hint}"
+        )
+    y, classes = _encode(table[target])
+    features = table.drop(columns=target)
     if features.columns.empty:
-        raise DataError(f"{str(path)!r} has no column beside the target {target!r}")
+        raise DataError(
+            f"{str(path)!r} has no column beside the target {target!r}; add numeric features"
+        )
     columns = [_numbers(features[name]) for name in features.columns]
     return Dataset(
         path.stem,
@@ -112,47 +116,98 @@ def read_csv(path: Path, target: str) -> Dataset:
     )
 
 
-def _rows(bad: np.ndarray) -> str:
+def _read_table(path: Path) -> pd.DataFrame:
+    """All cells as text, under the names in the header.
+
+    pandas would otherwise rename columns of one name, take a surplus column for an index, and read
+    True as 1, each without a word.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        cells = pd.read_csv(StringIO(text), header=None, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise DataError(f"there is no file {str(path)!r}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{str(path)!r} is not text in UTF-8; save it as a CSV in UTF-8") from None
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+    except pd.errors.EmptyDataError:
+        raise DataError(f"{str(path)!r} is empty; it needs a header line and rows") from None
+    except pd.errors.ParserError as error:
+        reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
+        raise DataError(f"{str(path)!r} is not a comma-separated table: {reason}") from None
+    cells = cells.apply(lambda column: column.str.strip())
+    header = cells.iloc[0].tolist()
+    if "" in header:
+        raise DataError(
+            f"column {header.index('') + 1} of {str(path)!r} has no name in the header; name it, "
+            "or drop it if it only counts rows"
+        )
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"{str(path)!r} has several columns named {_list(twice)}; give each its own name"
+        )
+    if len(cells) == 1:
+        raise DataError(f"{str(path)!r} has a header line but no rows")
+    rows: pd.DataFrame = cells.iloc[1:].set_axis(header, axis="columns").reset_index(drop=True)
+    return rows
+
+
+def _list(names: Iterable[str]) -> str:
+    """The first names, quoted."""
+    names = list(names)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(map(repr, names[:8])) + more
+
+
+def _rows(bad: NDArray[np.bool_]) -> str:
     """``row 3`` or ``rows 3, 7, 9 and 5 more``, counted from 1."""
     numbers = [str(row + 1) for row in np.flatnonzero(bad)]
     more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
     return f"row{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:3])}{more}"
 
 
-def _encode(labels: pd.Series) -> tuple[np.ndarray, tuple[str, str]]:
-    """Labels as 0 and 1, and the names of the two classes."""
-    missing = labels.isna().to_numpy()
-    if missing.any():
-        raise DataError(f"the target {labels.name!r} is missing in {_rows(missing)}")
-    codes, found = pd.factorize(labels, sort=True)
-    if len(found) != 2:
-        shown = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
-        raise DataError(
-            f"the target {labels.name!r} must have two classes; it has {len(found)}"
-            + (f" ({shown})" if len(found) else "")
-        )
-    return codes.astype(np.float64), (str(found[0]), str(found[1]))
-
-
-def _numbers(column: pd.Series) -> np.ndarray:
-    """A feature as float64."""
-    missing = column.isna().to_numpy()
+def _refuse_missing(column: pd.Series[str]) -> None:
+    missing = column.str.lower().isin(_MISSING).to_numpy()
     if missing.any():
         raise DataError(
             f"column {column.name!r} is empty or NaN in {_rows(missing)}; "
-            "impute or drop those rows first"
+            "impute those cells or drop those rows first"
         )
+
+
+def _encode(labels: pd.Series[str]) -> tuple[NDArray[np.float64], tuple[str, str]]:
+    """Labels as 0 and 1, and the names of the two classes."""
+    _refuse_missing(labels)
+    numbers = pd.to_numeric(labels, errors="coerce")
+    # As numbers 1 and 1.0 are one class, and 2 sorts before 10.
+    codes, found = pd.factorize(labels if numbers.isna().any() else numbers, sort=True)
+    if len(found) != 2:
+        raise DataError(
+            f"the target {labels.name!r} must have two classes; it has {len(found)}: "
+            f"{_list(map(str, found))}"
+        )
+    first, second = (str(labels[codes == code].iloc[0]) for code in (0, 1))
+    return codes.astype(np.float64), (first, second)
+
+
+def _numbers(column: pd.Series[str]) -> NDArray[np.float64]:
+    """A feature as float64."""
+    _refuse_missing(column)
     values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
     text = np.isnan(values)
     if text.any():
-        example = column[text].iloc[0]
         raise DataError(
-            f"column {column.name!r} has text in {_rows(text)}, such as {example!r}; "
-            "encode it as numbers or drop the column"
+            f"column {column.name!r} must hold numbers; it has text in {_rows(text)}, such as "
+            f"{column[text].iloc[0]!r}; encode it as numbers or drop the column"
         )
     infinite = np.isinf(values)
     if infinite.any():
-        raise DataError(f"column {column.name!r} is infinite in {_rows(infinite)}")
+        raise DataError(
+            f"column {column.name!r} must hold finite numbers; it is infinite in "
+            f"{_rows(infinite)}; correct or drop those rows"
+        )
     if values.min() == values.max():
         raise DataError(
             f"column {column.name!r} is constant ({column.iloc[0]}), so it cannot be standardized; "
@@ -173,21 +228,39 @@ def stratified_splits(dataset: Dataset, seeds: range, *, test_size: float) -> Sp
         test_size: Fraction of the samples to test on, between 0 and 1.
 
     Raises:
-        DataError: If a class has too few samples to be on both sides.
+        DataError: If a class has too few samples to be on both sides, or a feature cannot be
+            standardized, since it is constant in a training part.
     """
-    x, y = dataset.x.numpy(), dataset.y.numpy()
-    parts = []
-    for seed in seeds:
-        try:
-            x_train, x_test, y_train, y_test = train_test_split(
-                x, y, test_size=test_size, stratify=y, random_state=seed
-            )
-        except ValueError as error:
-            counts = [int((y == label).sum()) for label in (0, 1)]
-            raise DataError(
-                f"cannot split {len(y)} rows ({counts[0]} of class {dataset.classes[0]!r}, "
-                f"{counts[1]} of {dataset.classes[1]!r}) with {test_size:g} for testing: {error}"
-            ) from None
-        scaler = StandardScaler().fit(x_train)
-        parts.append((scaler.transform(x_train), y_train, scaler.transform(x_test), y_test))
+    parts = [_split(dataset, seed, test_size) for seed in seeds]
     return Splits(*(torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True)))
+
+
+def _split(dataset: Dataset, seed: int, test_size: float) -> tuple[NDArray[np.float64], ...]:
+    """``(x_train, y_train, x_test, y_test)``."""
+    x, y = dataset.x.numpy(), dataset.y.numpy()
+    try:
+        x_train, x_test, y_train, y_test = train_test_split(
+            x, y, test_size=test_size, stratify=y, random_state=seed
+        )
+        possible = y_train.min() < y_train.max() and y_test.min() < y_test.max()
+    except ValueError:  # as scikit-learn puts it, the user cannot know what to do
+        possible = False
+    if not possible:
+        counts = [int((y == label).sum()) for label in (0, 1)]
+        raise DataError(
+            f"{len(y)} rows ({counts[0]} of class {dataset.classes[0]!r}, {counts[1]} of "
+            f"{dataset.classes[1]!r}) are too few to train and test on both classes with a "
+            f"fraction of {test_size:g} for testing; add rows or change the fraction"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaler = StandardScaler().fit(x_train)
+        x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
+        # What scikit-learn leaves as it is, or cannot scale, has no standard deviation of one.
+        odd = ~(np.abs(x_train.std(0) - 1) < 1e-3)
+    if odd.any():
+        raise DataError(
+            f"column {dataset.features[int(odd.argmax())]!r} cannot be standardized: in the "
+            f"training part of seed {seed} it is all but constant, or too large for float64; drop "
+            "it or rescale it"
+        )
+    return x_train, y_train, x_test, y_test

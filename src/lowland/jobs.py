@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,11 @@ def run_pieces(
     try:
         for future in as_completed(futures):
             keep(futures[future], future.result())
-    except OSError as error:  # of which BrokenProcessPool is not one
-        raise JobError(str(error)) from error
+    except BrokenExecutor as error:
+        raise JobError(
+            "a worker process died; what was finished is kept, and the same command goes on from "
+            "there"
+        ) from error
     finally:
         for future in futures:
             future.cancel()

@@ -6,13 +6,20 @@ import math
 import os
 import platform
 from base64 import b64encode
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import jinja2
 import torch
 
-from lowland.experiments.compare import MEASURES, SIGNIFICANCE, Comparison, Measure
+from lowland.experiments.compare import MEASURES, SIGNIFICANCE, Cell, Comparison, Measure
 from lowland.training import Method
+
+NOTEWORTHY = 0.1
+"""P-values below this are shown in the table."""
+
+MOST_DIGITS = 6
+"""More decimals than this are written with an exponent."""
 
 PACKAGES = ("lowland", "torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
 
@@ -35,14 +42,18 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}" if 0 <= digits <= 6 else f"{value:.3g}"
 
 
-def with_error(measure: Measure, mean: float, stderr: float) -> str:
+def with_error(measure: Measure, cell: Cell) -> str:
     """``mean ± standard error``, to the digits that the error leaves; shares in percent."""
-    mean, stderr = mean * measure.scale, stderr * measure.scale
+    mean, stderr = cell.mean * measure.scale, cell.stderr * measure.scale
+    if not math.isfinite(stderr):
+        return f"{mean:.3g}"
     if stderr == 0:
         return f"{number(mean)} ± 0"
     # One digit of the error, two if it starts with a 1: a second 9 would say nothing.
     exponent = math.floor(math.log10(stderr))
     digits = max(0, (1 if stderr < 2 * 10.0**exponent else 0) - exponent)
+    if digits > MOST_DIGITS or abs(mean) >= 1e7:
+        return f"{mean:.2e} ± {stderr:.0e}"
     return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
 
 
@@ -53,12 +64,12 @@ def p_value(p: float) -> str:
 
 def findings(comparison: Comparison) -> list[str]:
     """What the tests say about each method, in words, and what that adds up to."""
-    names = [method.name for method in comparison.settings.methods[1:]]
-    sentences = [_finding(comparison, method) for method in comparison.settings.methods[1:]]
-    if not sentences:
+    compared = comparison.settings.methods[1:]
+    if not compared:
         return ["Only the baseline was trained, so there is nothing to compare it with."]
-    better = [name for name in names if _direction(comparison, name, "accuracy") > 0]
-    flatter = [name for name in names if _direction(comparison, name, "lambda_max") < 0]
+    sentences = [_finding(comparison, method) for method in compared]
+    better = any(_direction(comparison, method, "accuracy") > 0 for method in compared)
+    flatter = any(_direction(comparison, method, "lambda_max") < 0 for method in compared)
     if not better and flatter:
         sentences.append(
             "On this data, with these settings, a flatter minimum did not come with a measurably "
@@ -71,59 +82,60 @@ def findings(comparison: Comparison) -> list[str]:
     return sentences
 
 
-def _direction(comparison: Comparison, method: str, measure: str) -> int:
-    """The sign of a difference from the baseline; 0 if the test does not call it one."""
-    cell = comparison.cell(method, measure)
+def _direction(comparison: Comparison, method: Method, measure: str) -> int:
+    """The sign of an effect; 0 if the test does not call it one."""
+    cell = comparison.cell(method.name, measure)
     if not cell.p < SIGNIFICANCE:
         return 0
-    return 1 if cell.difference > 0 else -1
+    return 1 if cell.effect > 0 else -1
 
 
 def _finding(comparison: Comparison, method: Method) -> str:
-    curvature = _change(comparison, method, "lambda_max")
-    accuracy = _change(comparison, method, "accuracy")
-    log_loss = _change(comparison, method, "log_loss")
-    return f"{method.title} {curvature}. It {accuracy}. It {log_loss}."
-
-
-def _change(comparison: Comparison, method: Method, name: str) -> str:
-    """``lowered λ_max from … to … (p = …)``, or that it did not."""
-    measure = next(measure for measure in MEASURES if measure.name == name)
-    cell, base = comparison.cell(method.name, name), comparison.cell("baseline", name)
-    before = with_error(measure, base.mean, base.stderr)
-    after = with_error(measure, cell.mean, cell.stderr)
-    direction = _direction(comparison, method.name, name)
-    if direction == 0:
-        return (
-            f"did not change {measure.symbol} measurably "
-            f"({before} without, {after}{measure.unit} with it; {p_value(cell.p)})"
+    """``HSR lowered λ_max (… → …, p = …). It did not measurably change test accuracy (…) or …``."""
+    said: dict[int, list[str]] = {-1: [], 1: [], 0: []}
+    measures = {measure.name: measure for measure in MEASURES}
+    for name in ("lambda_max", "accuracy", "log_loss"):
+        measure = measures[name]
+        base, cell = (comparison.cell(which, name) for which in ("baseline", method.name))
+        said[_direction(comparison, method, name)].append(
+            f"{measure.symbol} ({with_error(measure, base)} → {with_error(measure, cell)}"
+            f"{measure.unit}, {p_value(cell.p)})"
         )
-    verb = "raised" if direction > 0 else "lowered"
-    return f"{verb} {measure.symbol} from {before} to {after}{measure.unit} ({p_value(cell.p)})"
+    verbs = {-1: "lowered {}", 1: "raised {}", 0: "did not measurably change {}"}
+    words = {-1: " and ", 1: " and ", 0: " or "}
+    clauses = [verbs[sign].format(_join(told, words[sign])) for sign, told in said.items() if told]
+    return f"{method.title} {'. It '.join(clauses)}."
+
+
+def _join(items: Sequence[str], last: str) -> str:
+    """``a, b and c``."""
+    return last.join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
 def table(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Rows ``(measure, [(value, p) per method])`` for the terminal and the page alike."""
+    """Rows ``(measure, [(value, p) per method])`` for the terminal and the page alike.
+
+    A p-value of ``NOTEWORTHY`` or more is left out; all of them are in :meth:`Comparison.to_frame`.
+    """
     methods = comparison.settings.methods
     rows = []
     for measure in MEASURES:
         cells = [comparison.cell(method.name, measure.name) for method in methods]
         rows.append(
             (
-                measure.title + (", %" if measure.unit else ""),
+                measure.title + (f", {measure.unit.strip()}" if measure.unit else ""),
                 [
-                    (
-                        with_error(measure, cell.mean, cell.stderr),
-                        "" if math.isnan(cell.p) else p_value(cell.p),
-                    )
+                    (with_error(measure, cell), p_value(cell.p) if cell.p < NOTEWORTHY else "")
                     for cell in cells
                 ],
             )
         )
+    if comparison.networks["converged"].any():
+        count = comparison.networks.groupby("method")["converged"].sum()
+        stopped = [f"{count[method.name]} of {comparison.settings.seeds}" for method in methods]
+        rows.append(("Converged", [(cell, "") for cell in stopped]))
     seconds = [(f"{comparison.seconds[method.name]:.1f}", "") for method in methods]
-    converged = comparison.networks.groupby("method")["converged"].sum()
-    stopped = [(f"{converged[m.name]} of {comparison.settings.seeds}", "") for m in methods]
-    return [*rows, ("Converged", stopped), ("Seconds", seconds)]
+    return [*rows, ("Seconds", seconds)]
 
 
 def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: str) -> str:

@@ -11,11 +11,13 @@ from torch.autograd import grad
 
 from lowland.exact import hessian
 from lowland.networks import Inputs, PerNetwork, Targets, Weights, mean_loss, select
+from lowland.threads import threads
 
 DENSE_LIMIT = 2000
 """Up to this many parameters the whole matrix is built: 32 MB and a second or two per network."""
 
 _CHUNK_BYTES = 256 << 20  # of Hessians held at a time
+_SMALL = 300  # parameters
 _TOLERANCE = 1e-9  # of the Lanczos iteration
 
 
@@ -50,8 +52,10 @@ def extreme_eigenvalues(
         some = slice(start, start + chunk)
         part = select(weights, some)
         if dense:
-            matrices = hessian(part, x[some], y[some], activation=activation, loss=loss)
-            parts.append(torch.linalg.eigvalsh(matrices)[:, [0, -1]])
+            # The decomposition of a small matrix only loses by a second thread.
+            with threads(torch.get_num_threads() if dim > _SMALL else 1):
+                matrices = hessian(part, x[some], y[some], activation=activation, loss=loss)
+                parts.append(torch.linalg.eigvalsh(matrices)[:, [0, -1]])
         else:
             ends = _lanczos(part, x[some], y[some], activation, loss)
             parts.append(x.new_tensor([ends]))

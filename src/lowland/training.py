@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from lowland import exact
+from lowland.errors import UserError
 from lowland.networks import (
     Inputs,
     PerNetwork,
@@ -29,7 +30,7 @@ LOSS = "bce"
 Penalty = Callable[[Weights, Inputs, Targets, str], PerNetwork]
 
 
-class DivergenceError(ArithmeticError):
+class DivergenceError(UserError, ArithmeticError):
     """Training left the finite numbers."""
 
 
@@ -74,11 +75,14 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         BASELINE,
-        # The weights make each penalty lower the largest eigenvalue clearly on the default data at
-        # the default learning rate, without costing accuracy there.
-        Method("hsr", "HSR", "L + w (m + s √(P-1))", hsr_penalty, 1.0),
-        Method("hessian-trace", "Hessian trace", "L + w Tr H", trace_penalty, 0.1),
-        Method("flatness-aware", "Flatness-aware", "L + w Tr(H²) / B", flatness_penalty, 1000.0),
+        # The default weights follow one rule, which does not look at test data: the largest among
+        # 1 and 3 times a power of ten with which the training loss ends at most 10 % above the
+        # baseline's, on average over seeds 1000 to 1019 of Breast Cancer Wisconsin under the
+        # default schedule. The default run uses none of these seeds. They ended 6 % above, 28 %
+        # below and 8 % above; with the next weight 19, 34 and 14 % above.
+        Method("hsr", "HSR", "L + w (m + s √(P-1))", hsr_penalty, 0.3),
+        Method("hessian-trace", "Hessian trace", "L + w Tr H", trace_penalty, 0.3),
+        Method("flatness-aware", "Flatness-aware", "L + w Tr(H²) / B", flatness_penalty, 300.0),
     )
 }
 
@@ -96,11 +100,14 @@ class Schedule:
         checkpoints: How often loss and eigenvalues are measured, the first and last step included.
     """
 
-    steps: int = 400
+    # On the default data plain descent then lowers the loss at every step, to 0.03. Its classes are
+    # linearly separable, so the loss has no minimum: gradient and curvature fade together as the
+    # weights grow, and five times the steps would meet the criterion at a loss of 0.001.
+    steps: int = 1000
     learning_rate: float = 1.0
     active: float = 0.5
     tolerance: float = 1e-3
-    checkpoints: int = 26
+    checkpoints: int = 41
 
     @property
     def active_steps(self) -> int:
@@ -164,7 +171,7 @@ def train(
         One result per method, in their order.
 
     Raises:
-        DivergenceError: If a gradient is no longer finite.
+        DivergenceError: If a weight is no longer finite.
     """
     groups = [
         _Group(method, start, x, y, schedule=schedule, activation=activation) for method in methods
@@ -210,7 +217,7 @@ class _Group:
     def step(self, step: int) -> None:
         """One step of every network that has not converged."""
         begin = time.perf_counter()
-        gradient = self._loss_gradient(step)
+        gradient = self._loss_gradient()
         if not len(self.running):
             return
         weights = select(self.weights, self.running)
@@ -220,19 +227,19 @@ class _Group:
                 slope.add_(more, alpha=self.method.weight)
         for whole, part, slope in zip(self.weights, weights, gradient, strict=True):
             whole[self.running] = part.sub_(slope, alpha=self.schedule.learning_rate)
+            if not bool(part.isfinite().all()):
+                raise DivergenceError(
+                    f"{self.method.title} diverged at step {step + 1}; use a smaller learning rate "
+                    "or a smaller weight of the penalty"
+                )
         self.steps[self.running] += 1
         self.seconds += time.perf_counter() - begin
 
-    def _loss_gradient(self, step: int) -> Weights:
+    def _loss_gradient(self) -> Weights:
         """The gradient of the loss for the networks that go on; those that converged leave."""
         weights = select(self.weights, self.running)
         gradient = loss_gradient(weights, *self.running_data, activation=self.activation, loss=LOSS)
         norm = torch.cat([part.flatten(1) for part in gradient], 1).norm(dim=1)
-        if not bool(norm.isfinite().all()):
-            raise DivergenceError(
-                f"{self.method.title} diverged at step {step}; use a smaller learning rate or a "
-                "smaller weight"
-            )
         if self.threshold is None:
             self.threshold = self.schedule.tolerance * norm
         moving = norm >= self.threshold[self.running]
@@ -248,14 +255,20 @@ class _Group:
         return first, second
 
     def measure(self) -> None:
-        """Note where the curves of loss and largest eigenvalue are."""
-        _, largest = extreme_eigenvalues(
-            self.weights, self.x, self.y, activation=self.activation, loss=LOSS
-        )
+        """Note where the curves of loss and largest eigenvalue are; stopped networks stay put."""
+        nothing = self.x.new_zeros(len(self.x))
+        loss = self.loss[-1].clone() if self.loss else nothing
+        largest = self.lambda_max[-1].clone() if self.lambda_max else nothing.clone()
+        if len(self.running):
+            weights = select(self.weights, self.running)
+            loss[self.running] = mean_loss(
+                weights, *self.running_data, activation=self.activation, loss=LOSS
+            )
+            _, largest[self.running] = extreme_eigenvalues(
+                weights, *self.running_data, activation=self.activation, loss=LOSS
+            )
+        self.loss.append(loss)
         self.lambda_max.append(largest)
-        self.loss.append(
-            mean_loss(self.weights, self.x, self.y, activation=self.activation, loss=LOSS)
-        )
 
     def result(self) -> Trained:
         converged = torch.ones_like(self.steps, dtype=torch.bool)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
@@ -16,7 +17,10 @@ from lowland import exact
 from lowland.datasets import Dataset, Splits, stratified_splits
 from lowland.networks import initial_weights, logits, mean_loss
 from lowland.spectrum import extreme_eigenvalues
+from lowland.threads import threads
 from lowland.training import BASELINE, LOSS, METHODS, Method, Schedule, Trained, train
+
+_WORTH_THREADS = 4_000_000  # values in all training parts; below, one step is too short to share
 
 SIGNIFICANCE = 0.05
 """Adjusted p-values below this are called a difference."""
@@ -33,6 +37,8 @@ class Measure:
         meaning: One line for the report.
         scale: What values are multiplied with for people.
         unit: Behind values so multiplied.
+        by_factor: Whether it is positive and varies by factors rather than amounts, so that
+            methods are compared by the ratio: differences would be ruled by the few largest values.
     """
 
     name: str
@@ -41,6 +47,7 @@ class Measure:
     meaning: str
     scale: float = 1.0
     unit: str = ""
+    by_factor: bool = False
 
 
 MEASURES = (
@@ -49,27 +56,48 @@ MEASURES = (
         "Test accuracy",
         "test accuracy",
         "share of test samples classified right",
-        100,
-        " %",
+        scale=100,
+        unit=" %",
     ),
     Measure(
         "macro_f1",
         "Test macro-F1",
         "test macro-F1",
         "mean over both classes of the F1 score",
-        100,
-        " %",
+        scale=100,
+        unit=" %",
     ),
     Measure(
-        "log_loss", "Test log-loss", "test log-loss", "mean cross-entropy on the test part, in nats"
+        "log_loss",
+        "Test log-loss",
+        "test log-loss",
+        "mean cross-entropy on the test part, in nats",
+        by_factor=True,
     ),
     Measure(
-        "lambda_max", "λ_max", "λ_max", "largest eigenvalue of the Hessian of the training loss"
+        "train_loss",
+        "Training loss",
+        "training loss",
+        "the same on the training part, without the penalty",
+        by_factor=True,
+    ),
+    Measure(
+        "lambda_max",
+        "λ_max",
+        "λ_max",
+        "largest eigenvalue of the Hessian of the training loss",
+        by_factor=True,
     ),
     Measure("lambda_min", "λ_min", "λ_min", "smallest eigenvalue of the same Hessian"),
-    Measure("upper_bound", "Upper bound", "the upper bound", "m + s √(P-1), never below λ_max"),
+    Measure(
+        "upper_bound",
+        "Upper bound",
+        "the upper bound",
+        "m + s √(P-1), never below λ_max",
+        by_factor=True,
+    ),
     Measure("lower_bound", "Lower bound", "the lower bound", "m - s √(P-1), never above λ_min"),
-    Measure("trace", "Trace", "the trace", "sum of the eigenvalues, Tr H"),
+    Measure("trace", "Trace", "the trace", "sum of the eigenvalues, Tr H", by_factor=True),
 )
 
 
@@ -90,7 +118,7 @@ class Settings:
     methods: tuple[Method, ...] = tuple(METHODS.values())
     hidden: int = 4
     activation: str = "sigmoid"
-    seeds: int = 10
+    seeds: int = 30
     first_seed: int = 0
     test_size: float = 0.25
     schedule: Schedule = field(default_factory=Schedule)
@@ -102,11 +130,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method's value of one measure; ``p`` is NaN for the baseline."""
+    """One method's value of one measure.
+
+    Attributes:
+        mean: Over seeds.
+        stderr: Standard error of that mean.
+        effect: Mean difference from the baseline, or mean logarithm of the ratio to it where that
+            is what the test looks at.
+        p: Of the test, adjusted over the methods; NaN for the baseline itself.
+    """
 
     mean: float
     stderr: float
-    difference: float
+    effect: float
     p: float
 
 
@@ -119,8 +155,7 @@ class Comparison:
         settings: What was run.
         networks: One row per trained network: method, seed, each measure, steps, converged.
         history: One row per network and checkpoint: method, seed, step, loss, lambda_max.
-        summary: One row per method and measure: mean, stderr, difference from the baseline, and p,
-            adjusted over the methods (NaN for the baseline itself).
+        summary: One row per method and measure, with the columns of :class:`Cell`.
         seconds: Per method, time in its own gradients for all its networks together.
         parameters: ``P``, the number of weights of each network.
     """
@@ -168,6 +203,17 @@ def compare(
     """
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
     splits = stratified_splits(dataset, seeds, test_size=settings.test_size)
+    with threads(1 if splits.x_train.numel() < _WORTH_THREADS else torch.get_num_threads()):
+        return _compare(dataset, settings, splits, seeds, on_step)
+
+
+def _compare(
+    dataset: Dataset,
+    settings: Settings,
+    splits: Splits,
+    seeds: range,
+    on_step: Callable[[int], None] | None,
+) -> Comparison:
     start = initial_weights(seeds, inputs=len(dataset.features), hidden=settings.hidden)
     trained = train(
         settings.methods,
@@ -211,6 +257,7 @@ def _measure(trained: Trained, splits: Splits, seeds: range, activation: str) ->
             "accuracy": [accuracy_score(true, label) for true, label in pairs],
             "macro_f1": [f1_score(true, label, average="macro") for true, label in pairs],
             "log_loss": log_loss.numpy(),
+            "train_loss": trained.loss[-1].numpy(),
             "lambda_max": largest.numpy(),
             "lambda_min": smallest.numpy(),
             "upper_bound": moments.upper.numpy(),
@@ -244,15 +291,20 @@ def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
         test_fraction: Test samples per training sample.
 
     Returns:
-        As in :class:`Comparison`. Each measure's p-values are adjusted over the methods by Holm's
+        As in :class:`Comparison`. Differences are tested, or for measures that vary by factors the
+        logarithms of ratios. Each measure's p-values are adjusted over the methods by Holm's
         method, but not over measures, each of which is a question of its own.
     """
     rows = []
     names = [name for name in networks["method"].unique() if name != BASELINE.name]
     for measure in MEASURES:
         table = networks.pivot_table(index="seed", columns="method", values=measure.name)
-        base = table[BASELINE.name].to_numpy()
-        raw = [paired_test(table[name].to_numpy() - base, test_fraction) for name in names]
+        # No logarithm of what may turn out zero or negative, as a trace can.
+        tested = np.log(table) if measure.by_factor and (table > 0).all(axis=None) else table
+        raw = [
+            paired_test((tested[name] - tested[BASELINE.name]).to_numpy(), test_fraction)
+            for name in names
+        ]
         adjusted = dict(zip(names, holm(raw), strict=True))
         for name in (BASELINE.name, *names):
             values = table[name].to_numpy()
@@ -262,7 +314,7 @@ def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
                     "measure": measure.name,
                     "mean": values.mean(),
                     "stderr": values.std(ddof=1) / math.sqrt(len(values)),
-                    "difference": (values - base).mean(),
+                    "effect": (tested[name] - tested[BASELINE.name]).mean(),
                     "p": adjusted.get(name, math.nan),
                 }
             )

@@ -60,7 +60,9 @@ class Store:
         except OSError as error:
             raise JobError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
         except json.JSONDecodeError:
-            raise JobError(f"{str(path)!r} is not a run's settings; choose another folder") from None
+            raise JobError(
+                f"{str(path)!r} is not a run's settings; choose another folder"
+            ) from None
         return cls(folder)
 
     def path(self, piece: str) -> Path:

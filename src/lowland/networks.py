@@ -7,14 +7,14 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import grad
 
 from lowland.activations import get_activation
 from lowland.losses import get_loss
 
 Weights = tuple[Float[Tensor, "networks inputs1 hidden"], Float[Tensor, "networks hidden1 1"]]
-Inputs = Float[Tensor, "networks samples inputs"]
-Targets = Float[Tensor, "networks samples"]
+# A leading dimension of 1 is shared by all networks.
+Inputs = Float[Tensor, "#networks samples inputs"]
+Targets = Float[Tensor, "#networks samples"]
 Samples = Float[Tensor, "networks samples"]
 PerNetwork = Float[Tensor, " networks"]
 
@@ -49,25 +49,22 @@ def initial_weights(seeds: range, *, inputs: int, hidden: int) -> Weights:
 def logits(weights: Weights, x: Inputs, activation: str) -> Samples:
     """The logit ``s`` of each sample."""
     first, second = weights
+    x = x.expand(len(first), -1, -1)
     hidden = get_activation(activation)(torch.baddbmm(first[:, :1], x, first[:, 1:]))[0]
     return torch.baddbmm(second[:, :1], hidden, second[:, 1:]).squeeze(2)
 
 
 def mean_loss(weights: Weights, x: Inputs, y: Targets, *, activation: str, loss: str) -> PerNetwork:
     """The loss ``L`` of each network, a mean over its samples."""
-    return get_loss(loss).value(logits(weights, x, activation), y).mean(1)
-
-
-def loss_gradient(
-    weights: Weights, x: Inputs, y: Targets, *, activation: str, loss: str
-) -> Weights:
-    """The gradient of each network's own loss in its own weights."""
-    leaves = (weights[0].detach().requires_grad_(), weights[1].detach().requires_grad_())
-    # Networks do not touch each other, so the gradient of the sum holds one gradient per network.
-    first, second = grad(mean_loss(leaves, x, y, activation=activation, loss=loss).sum(), leaves)
-    return first, second
+    s = logits(weights, x, activation)
+    return get_loss(loss).value(s, y.expand_as(s)).mean(1)
 
 
 def select(weights: Weights, networks: Tensor | slice) -> Weights:
     """The weights of some of the networks."""
     return weights[0][networks], weights[1][networks]
+
+
+def pick(data: Tensor, networks: Tensor | slice) -> Tensor:
+    """The data of some of the networks, or what all of them share."""
+    return data if len(data) == 1 else data[networks]

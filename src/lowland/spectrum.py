@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.autograd import grad
 
 from lowland.exact import hessian
-from lowland.networks import Inputs, PerNetwork, Targets, Weights, mean_loss, select
+from lowland.networks import Inputs, PerNetwork, Targets, Weights, mean_loss, pick, select
 from lowland.threads import threads
 
 DENSE_LIMIT = 2000
@@ -54,10 +54,12 @@ def extreme_eigenvalues(
         if dense:
             # The decomposition of a small matrix only loses by a second thread.
             with threads(torch.get_num_threads() if dim > _SMALL else 1):
-                matrices = hessian(part, x[some], y[some], activation=activation, loss=loss)
+                matrices = hessian(
+                    part, pick(x, some), pick(y, some), activation=activation, loss=loss
+                )
                 parts.append(torch.linalg.eigvalsh(matrices)[:, [0, -1]])
         else:
-            ends = _lanczos(part, x[some], y[some], activation, loss)
+            ends = _lanczos(part, pick(x, some), pick(y, some), activation, loss)
             parts.append(x.new_tensor([ends]))
     smallest, largest = torch.cat(parts).unbind(1)
     return smallest, largest

@@ -19,13 +19,14 @@ from lowland.networks import (
     PerNetwork,
     Targets,
     Weights,
-    loss_gradient,
     mean_loss,
+    pick,
     select,
 )
 from lowland.spectrum import extreme_eigenvalues
 
 LOSS = "bce"
+CURVES = ("loss", "lambda_max", "lambda_min", "upper_bound", "lower_bound")
 
 Penalty = Callable[[Weights, Inputs, Targets, str], PerNetwork]
 
@@ -60,6 +61,8 @@ class Method:
         formula: What the method descends, for people.
         penalty: ``R``, one value per network; None for plain gradient descent.
         weight: ``w``, in units of loss per unit of ``R``.
+        radius: For adaptive SAM: the loss's gradient is taken at the worst point within this
+            radius, measured relative to each weight's size; 0 for the weights themselves.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Method:
     formula: str
     penalty: Penalty | None = None
     weight: float = 0.0
+    radius: float = 0.0
 
 
 BASELINE = Method("baseline", "Baseline", "L")
@@ -132,8 +136,9 @@ class Trained:
         converged: Whether each stopped by its gradient, rather than by the number of steps.
         seconds: Time in this method's own gradients, for all its networks together.
         checkpoints: The steps at which the curves were measured.
-        loss: The training loss ``L``, without the penalty; a stopped network keeps its value.
-        lambda_max: The largest eigenvalue of the Hessian of ``L``.
+        curves: The training loss ``L`` without the penalty (``loss``), and of its Hessian
+            ``lambda_max``, ``lambda_min``, ``upper_bound`` and ``lower_bound``; each of shape
+            ``(checkpoints, networks)``. A stopped network keeps its values.
     """
 
     method: Method
@@ -142,8 +147,17 @@ class Trained:
     converged: Bool[Tensor, " networks"]
     seconds: float
     checkpoints: list[int]
-    loss: Float[Tensor, "checkpoints networks"]
-    lambda_max: Float[Tensor, "checkpoints networks"]
+    curves: dict[str, Float[Tensor, "checkpoints networks"]]
+
+    @property
+    def loss(self) -> Float[Tensor, "checkpoints networks"]:
+        """The curve of the training loss."""
+        return self.curves["loss"]
+
+    @property
+    def lambda_max(self) -> Float[Tensor, "checkpoints networks"]:
+        """The curve of the largest eigenvalue."""
+        return self.curves["lambda_max"]
 
 
 def train(
@@ -162,7 +176,8 @@ def train(
         methods: What to compare.
         start: ``(W, v)`` at which network ``i`` of every method starts.
         x: ``(networks, samples, inputs)``; network ``i`` of every method sees the same samples.
-        y: ``(networks, samples)``, 0 or 1.
+            A leading dimension of 1 is shared by all networks.
+        y: ``(networks, samples)``, 0 or 1; the same.
         schedule: How long and how fast.
         activation: Of the hidden layer.
         on_step: Called with the number of steps done, after each of them.
@@ -206,25 +221,28 @@ class _Group:
         self.method, self.schedule, self.activation = method, schedule, activation
         self.x, self.y = x, y
         self.weights = (start[0].clone(), start[1].clone())
-        self.running = torch.arange(len(x), device=x.device)
+        self.running = torch.arange(len(start[0]), device=x.device)
         self.running_data = x, y
         self.threshold: PerNetwork | None = None
         self.steps = torch.zeros_like(self.running)
         self.seconds = 0.0
-        self.loss: list[PerNetwork] = []
-        self.lambda_max: list[PerNetwork] = []
+        self.curves: dict[str, list[PerNetwork]] = {}
 
     def step(self, step: int) -> None:
         """One step of every network that has not converged."""
         begin = time.perf_counter()
-        gradient = self._loss_gradient()
+        gradient = self._moving_gradient()
         if not len(self.running):
             return
         weights = select(self.weights, self.running)
-        if self.method.penalty is not None and step < self.schedule.active_steps:
-            extra = self._penalty_gradient(self.method.penalty, weights)
-            for slope, more in zip(gradient, extra, strict=True):
-                slope.add_(more, alpha=self.method.weight)
+        if step < self.schedule.active_steps:
+            if self.method.radius:
+                worst = perturbed(weights, gradient, self.method.radius)
+                gradient = self._loss_gradient(worst)
+            if self.method.penalty is not None:
+                extra = self._penalty_gradient(self.method.penalty, weights)
+                for slope, more in zip(gradient, extra, strict=True):
+                    slope.add_(more, alpha=self.method.weight)
         for whole, part, slope in zip(self.weights, weights, gradient, strict=True):
             whole[self.running] = part.sub_(slope, alpha=self.schedule.learning_rate)
             if not bool(part.isfinite().all()):
@@ -235,17 +253,21 @@ class _Group:
         self.steps[self.running] += 1
         self.seconds += time.perf_counter() - begin
 
-    def _loss_gradient(self) -> Weights:
+    def _loss_gradient(self, weights: Weights) -> Weights:
+        return exact.loss_gradient(
+            weights, *self.running_data, activation=self.activation, loss=LOSS
+        )
+
+    def _moving_gradient(self) -> Weights:
         """The gradient of the loss for the networks that go on; those that converged leave."""
-        weights = select(self.weights, self.running)
-        gradient = loss_gradient(weights, *self.running_data, activation=self.activation, loss=LOSS)
+        gradient = self._loss_gradient(select(self.weights, self.running))
         norm = torch.cat([part.flatten(1) for part in gradient], 1).norm(dim=1)
         if self.threshold is None:
             self.threshold = self.schedule.tolerance * norm
         moving = norm >= self.threshold[self.running]
         if not bool(moving.all()):
             self.running = self.running[moving]
-            self.running_data = self.x[self.running], self.y[self.running]
+            self.running_data = pick(self.x, self.running), pick(self.y, self.running)
             gradient = select(gradient, moving)
         return gradient
 
@@ -255,20 +277,17 @@ class _Group:
         return first, second
 
     def measure(self) -> None:
-        """Note where the curves of loss and largest eigenvalue are; stopped networks stay put."""
-        nothing = self.x.new_zeros(len(self.x))
-        loss = self.loss[-1].clone() if self.loss else nothing
-        largest = self.lambda_max[-1].clone() if self.lambda_max else nothing.clone()
+        """Note where the curves are; stopped networks stay put."""
+        values: dict[str, PerNetwork] = {}
         if len(self.running):
             weights = select(self.weights, self.running)
-            loss[self.running] = mean_loss(
-                weights, *self.running_data, activation=self.activation, loss=LOSS
-            )
-            _, largest[self.running] = extreme_eigenvalues(
-                weights, *self.running_data, activation=self.activation, loss=LOSS
-            )
-        self.loss.append(loss)
-        self.lambda_max.append(largest)
+            values = _measure(weights, *self.running_data, self.activation)
+        for name in CURVES:
+            curve = self.curves.setdefault(name, [])
+            latest = curve[-1].clone() if curve else self.x.new_zeros(len(self.steps))
+            if values:
+                latest[self.running] = values[name]
+            curve.append(latest)
 
     def result(self) -> Trained:
         converged = torch.ones_like(self.steps, dtype=torch.bool)
@@ -280,6 +299,31 @@ class _Group:
             converged,
             self.seconds,
             self.schedule.checkpoint_steps,
-            torch.stack(self.loss),
-            torch.stack(self.lambda_max),
+            {name: torch.stack(curve) for name, curve in self.curves.items()},
         )
+
+
+def _measure(weights: Weights, x: Inputs, y: Targets, activation: str) -> dict[str, PerNetwork]:
+    """One value of each of ``CURVES`` per network."""
+    smallest, largest = extreme_eigenvalues(weights, x, y, activation=activation, loss=LOSS)
+    moments = exact.moments(weights, x, y, activation=activation, loss=LOSS)
+    loss = mean_loss(weights, x, y, activation=activation, loss=LOSS)
+    return dict(zip(CURVES, (loss, largest, smallest, moments.upper, moments.lower), strict=True))
+
+
+def perturbed(weights: Weights, gradient: Weights, radius: float, eta: float = 0.01) -> Weights:
+    r"""The worst point nearby, to first order, of each network by itself.
+
+    :math:`w + \rho\, T^2 g / \lVert T g \rVert` with :math:`T = \mathrm{diag}(|w| + \eta)`, as
+    :class:`lowland.SAM` has it with ``adaptive=True``.
+    """
+    sizes = [part.abs() + eta for part in weights]
+    scaled = torch.cat(
+        [(size * slope).flatten(1) for size, slope in zip(sizes, gradient, strict=True)], 1
+    )
+    norm = scaled.norm(dim=1)[:, None, None].clamp(min=torch.finfo(scaled.dtype).tiny)
+    first, second = (
+        part + radius * size.square() * slope / norm
+        for part, size, slope in zip(weights, sizes, gradient, strict=True)
+    )
+    return first, second

@@ -1,0 +1,51 @@
+"""Control of the spectrum: training again from sharp and flat seeds, by each method.
+
+Source: arXiv:2606.28662, section VI-B.
+"""
+
+from __future__ import annotations
+
+import torch
+from sklearn.metrics import f1_score
+
+from lowland import exact
+from lowland.experiments.hsr.preset import Preset
+from lowland.experiments.hsr.problem import flatten, samples, start
+from lowland.experiments.hsr.search import ACTIVATION
+from lowland.jobs import Tensors
+from lowland.networks import logits
+from lowland.threads import threads
+from lowland.training import LOSS, train
+
+
+def control(preset: Preset, method: str, seeds: list[int]) -> Tensors:
+    """Train the networks of some seeds by one method; one piece of the control experiment."""
+    x, y = samples(preset, preset.train_size)
+    with threads(1):
+        (trained,) = train(
+            [preset.methods[method]],
+            start(preset, seeds),
+            x,
+            y,
+            schedule=preset.schedule,
+            activation=ACTIVATION,
+        )
+        matrices = exact.hessian(trained.weights, x, y, activation=ACTIVATION, loss=LOSS)
+        eigenvalues, eigenvectors = torch.linalg.eigh(matrices)
+        x_test, y_test = samples(preset, preset.test_size, test=True)
+        predicted = logits(trained.weights, x_test, ACTIVATION) > 0
+    return {
+        "seed": torch.tensor(seeds),
+        "parameters": flatten(trained.weights),
+        "converged": trained.converged,
+        "steps": trained.steps,
+        "checkpoints": torch.tensor(trained.checkpoints),
+        "eigenvalues": eigenvalues,
+        "bottom": eigenvectors[..., 0].contiguous(),
+        "top": eigenvectors[..., -1].contiguous(),
+        "macro_f1": torch.tensor(
+            [f1_score(y_test[0], row, average="macro") for row in predicted.double()],
+            dtype=torch.float64,
+        ),
+        **{f"curve_{name}": curve for name, curve in trained.curves.items()},
+    }

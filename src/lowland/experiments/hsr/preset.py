@@ -1,0 +1,119 @@
+"""What a run of the study consists of, read from a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lowland.errors import UserError
+from lowland.training import BASELINE, METHODS, Method, Schedule
+
+
+class PresetError(UserError):
+    """A preset that does not exist or does not make sense."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Every setting of the study. The TOML files say where each value comes from.
+
+    Attributes:
+        seeds: Networks in the search, seeds 0 to ``seeds - 1``.
+        train_size: Training samples, half of each class.
+        test_size: Test samples, half of each class.
+        mean: Class means are ``(-mean, -mean)`` and ``(mean, mean)``.
+        variance: Of either coordinate within a class; they are independent.
+        data_seed: Of the samples.
+        hidden: Hidden units.
+        initial_range: Weights start uniformly between plus and minus this.
+        learning_rate: ``eta``, of the loss and the penalty alike.
+        steps: Most steps of gradient descent.
+        tolerance: A network has converged when its ``||grad L||`` is below this fraction of the
+            initial one.
+        active: Fraction of the steps in which a method acts; then plain descent.
+        distinct: Two critical points are duplicates if they are closer than ``mu - distinct *
+            sigma`` of all pairwise distances.
+        share: Fraction of the distinct points that are called sharp, and flat.
+        hsr_weight: Of the bound beside the loss.
+        trace_weight: Of the trace beside the loss.
+        sam_radius: Of adaptive SAM.
+        checkpoints: How often curves are measured.
+        chunk: Networks in a piece of work.
+        draws: Random parameter vectors, or samples, in the figures about theory.
+    """
+
+    seeds: int
+    train_size: int
+    test_size: int
+    mean: float
+    variance: float
+    data_seed: int
+    hidden: int
+    initial_range: float
+    learning_rate: float
+    steps: int
+    tolerance: float
+    active: float
+    distinct: float
+    share: float
+    hsr_weight: float
+    trace_weight: float
+    sam_radius: float
+    checkpoints: int
+    chunk: int
+    draws: int
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """The four methods of the study, by name."""
+        hsr, trace = METHODS["hsr"], METHODS["hessian-trace"]
+        return {
+            method.name: method
+            for method in (
+                BASELINE,
+                Method(trace.name, trace.title, trace.formula, trace.penalty, self.trace_weight),
+                Method("a-sam", "A-SAM", "L(θ + ε)", radius=self.sam_radius),
+                Method(hsr.name, hsr.title, hsr.formula, hsr.penalty, self.hsr_weight),
+            )
+        }
+
+    @property
+    def schedule(self) -> Schedule:
+        """How long and how fast each network is trained."""
+        return Schedule(
+            self.steps, self.learning_rate, self.active, self.tolerance, self.checkpoints
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON can hold them."""
+        return asdict(self)
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by its name (``"quick"``, ``"paper"``) or by the path of a TOML file.
+
+    Raises:
+        PresetError: If there is no such preset, or its settings are not those of :class:`Preset`.
+    """
+    known = files("lowland.experiments.hsr") / "presets" / f"{name}.toml"
+    source = known if known.is_file() else Path(name)
+    if not source.is_file():
+        raise PresetError(f"unknown preset {name!r}: expected 'quick', 'paper' or a TOML file")
+    try:
+        settings = tomllib.loads(source.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PresetError(f"{name!r} is not a TOML file: {error}") from None
+    wanted = {field.name: field.type for field in fields(Preset)}
+    if settings.keys() != wanted.keys():
+        missing = ", ".join(sorted(wanted.keys() - settings.keys())) or "none"
+        unknown = ", ".join(sorted(settings.keys() - wanted.keys())) or "none"
+        raise PresetError(f"{name!r}: missing settings: {missing}; unknown settings: {unknown}")
+    return Preset(
+        **{
+            key: (float(value) if wanted[key] == "float" else value)
+            for key, value in settings.items()
+        }
+    )

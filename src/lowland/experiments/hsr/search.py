@@ -1,0 +1,103 @@
+"""Critical points: plain gradient descent from many seeds, and which of them are sharp or flat.
+
+Source: arXiv:2606.28662, section VI-A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lowland import exact
+from lowland.experiments.hsr.preset import Preset
+from lowland.experiments.hsr.problem import flatten, samples, start
+from lowland.jobs import Tensors
+from lowland.threads import threads
+from lowland.training import BASELINE, LOSS, Schedule, train
+
+ACTIVATION = "sigmoid"
+
+
+def search(preset: Preset, first: int, stop: int) -> Tensors:
+    """Descend from the seeds ``first`` to ``stop - 1``; one piece of the search."""
+    seeds = list(range(first, stop))
+    x, y = samples(preset, preset.train_size)
+    schedule = Schedule(
+        preset.steps, preset.learning_rate, 0.0, preset.tolerance, checkpoints=2
+    )
+    with threads(1):  # so that no number depends on the machine's cores
+        (trained,) = train(
+            [BASELINE], start(preset, seeds), x, y, schedule=schedule, activation=ACTIVATION
+        )
+        moments = exact.moments(trained.weights, x, y, activation=ACTIVATION, loss=LOSS)
+    return {
+        "seed": torch.tensor(seeds),
+        "parameters": flatten(trained.weights),
+        "converged": trained.converged,
+        "steps": trained.steps,
+        "upper_bound": moments.upper,
+        "lower_bound": moments.lower,
+        **{name: curve[-1] for name, curve in trained.curves.items() if "bound" not in name},
+    }
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which networks of a search are what; all index into its seeds.
+
+    Attributes:
+        converged: Those that met the stopping rule.
+        threshold: Distance below which two of them are duplicates.
+        distinct: One of each set of duplicates, the one with the smallest seed.
+        low, high: The bound below which a distinct point is flat, and above which it is sharp.
+        flat, sharp: The distinct points so called.
+    """
+
+    converged: Int[Tensor, " converged"]
+    threshold: float
+    distinct: Int[Tensor, " distinct"]
+    low: float
+    high: float
+    flat: Int[Tensor, " flat"]
+    sharp: Int[Tensor, " sharp"]
+
+
+def select(preset: Preset, found: Tensors) -> Selection:
+    """Drop what did not converge and what is there twice; take the ends by the bound."""
+    converged = found["converged"].nonzero().flatten()
+    keep, threshold = distinct_points(found["parameters"][converged], preset.distinct)
+    distinct = converged[keep]
+    bound = found["upper_bound"][distinct]
+    count = max(1, round(preset.share * len(distinct)))
+    order = bound.argsort(stable=True)
+    flat, sharp = order[:count], order[-count:]
+    return Selection(
+        converged,
+        threshold,
+        distinct,
+        float(bound[flat].max()),
+        float(bound[sharp].min()),
+        distinct[flat],
+        distinct[sharp],
+    )
+
+
+def distinct_points(
+    points: Float[Tensor, "points parameters"], multiple: float
+) -> tuple[Bool[Tensor, " points"], float]:
+    """One of each set of points closer than ``mu - multiple * sigma`` of all pairwise distances.
+
+    Points are taken in their order; each stays unless one that stays is too close.
+    """
+    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    row, column = torch.triu_indices(len(points), len(points), offset=1)
+    pairs = distance[row, column]
+    threshold = float(pairs.mean() - multiple * pairs.std()) if len(pairs) > 1 else 0.0
+    close = distance < threshold
+    keep = torch.zeros(len(points), dtype=torch.bool)
+    for index in range(len(points)):
+        keep[index] = not bool((close[index] & keep).any())
+    return keep, threshold

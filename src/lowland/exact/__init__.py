@@ -1,6 +1,6 @@
 """The closed form: exact moments, their gradient, and what contributes to it."""
 
-from lowland.exact.api import hessian, loss_gradient, moments, trace
+from lowland.exact.api import OrderChoice, hessian, loss_gradient, moments, trace
 from lowland.exact.attribution import (
     Direction,
     direction,
@@ -10,6 +10,7 @@ from lowland.exact.attribution import (
 
 __all__ = [
     "Direction",
+    "OrderChoice",
     "direction",
     "hessian",
     "loss_gradient",

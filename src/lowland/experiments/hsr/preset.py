@@ -111,9 +111,9 @@ def load_preset(name: str) -> Preset:
         missing = ", ".join(sorted(wanted.keys() - settings.keys())) or "none"
         unknown = ", ".join(sorted(settings.keys() - wanted.keys())) or "none"
         raise PresetError(f"{name!r}: missing settings: {missing}; unknown settings: {unknown}")
-    return Preset(
-        **{
-            key: (float(value) if wanted[key] == "float" else value)
-            for key, value in settings.items()
-        }
-    )
+    for key, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise PresetError(f"{name!r}: {key} must be a number of at least 0; got {value!r}")
+        if wanted[key] == "int" and not isinstance(value, int):
+            raise PresetError(f"{name!r}: {key} must be a whole number; got {value!r}")
+    return Preset(**settings)

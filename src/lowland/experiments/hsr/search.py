@@ -25,9 +25,7 @@ def search(preset: Preset, first: int, stop: int) -> Tensors:
     """Descend from the seeds ``first`` to ``stop - 1``; one piece of the search."""
     seeds = list(range(first, stop))
     x, y = samples(preset, preset.train_size)
-    schedule = Schedule(
-        preset.steps, preset.learning_rate, 0.0, preset.tolerance, checkpoints=2
-    )
+    schedule = Schedule(preset.steps, preset.learning_rate, 0.0, preset.tolerance, checkpoints=2)
     with threads(1):  # so that no number depends on the machine's cores
         (trained,) = train(
             [BASELINE], start(preset, seeds), x, y, schedule=schedule, activation=ACTIVATION

@@ -13,6 +13,7 @@ from lowland.activations import get_activation
 from lowland.losses import get_loss
 
 Weights = tuple[Float[Tensor, "networks inputs1 hidden"], Float[Tensor, "networks hidden1 1"]]
+SomeWeights = tuple[Float[Tensor, "some inputs1 hidden"], Float[Tensor, "some hidden1 1"]]
 Inputs = Float[Tensor, "networks samples inputs"]
 Targets = Float[Tensor, "networks samples"]
 Samples = Float[Tensor, "networks samples"]
@@ -68,6 +69,6 @@ def loss_gradient(
     return first, second
 
 
-def select(weights: Weights, networks: Tensor | slice) -> Weights:
+def select(weights: Weights, networks: Tensor | slice) -> SomeWeights:
     """The weights of some of the networks."""
     return weights[0][networks], weights[1][networks]

@@ -143,12 +143,17 @@ def bound_against_eigenvalue(networks: pd.DataFrame) -> Figure:
     """The upper bound against the eigenvalue it bounds, one point per network.
 
     Args:
-        networks: Columns method, lambda_max, upper_bound.
+        networks: Columns method, lambda_max, upper_bound. Where either is not positive, as at
+            saturated networks, there is no point.
     """
+    names = networks["method"].unique()
+    networks = networks[(networks["lambda_max"] > 0) & (networks["upper_bound"] > 0)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 4.9), layout="constrained")
         ax = figure.subplots()
-        low, high = networks["lambda_max"].min(), networks["upper_bound"].max()
+        low, high = 0.1, 1.0
+        if len(networks):
+            low, high = networks["lambda_max"].min(), networks["upper_bound"].max()
         line = np.array([low / 1.2, high * 1.2])
         ax.plot(line, line, color="black", linewidth=0.9, linestyle="--")
         ax.annotate(
@@ -175,7 +180,7 @@ def bound_against_eigenvalue(networks: pd.DataFrame) -> Figure:
         _plain_log_ticks(ax)
         ax.set_xlabel(r"largest eigenvalue  $\lambda_{\max}$")
         ax.set_ylabel(r"upper bound  $m + s\sqrt{P-1}$")
-        _legend(figure, networks["method"].unique(), columns=2)
+        _legend(figure, names, columns=2)
     return figure
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import jinja2
-import torch
 from markupsafe import Markup, escape
 
 from lowland.experiments.compare import MEASURES, SIGNIFICANCE, Cell, Comparison, Measure
@@ -32,8 +31,7 @@ def versions() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads",
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 

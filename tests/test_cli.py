@@ -131,7 +131,15 @@ BAD_INPUTS = {
     "weight without": (["--weight", "hsr"], "a number of at least 0; got ''"),
     "weight twice": (["--weight", "hsr=1", "--weight", "hsr=2"], "'hsr' already has a weight"),
     "hidden": (["--hidden", "0"], "--hidden must be at least 1; got 0"),
-    "seeds": (["--seeds", "1"], "--seeds must be at least 2, or there is no standard error; got 1"),
+    "seeds": (["--seeds", "1"], "--seeds must be between 2 and 10000; got 1"),
+    "many seeds": (
+        ["--seeds", "1000000000"],
+        "--seeds must be between 2 and 10000; got 1000000000",
+    ),
+    "too wide": (
+        ["--hidden", "1000000"],
+        "30 features and 1000000 hidden units make 32000001 parameters; exact eigenvalues are",
+    ),
     "first seed": (["--first-seed", "-1"], "--first-seed must be between 0 and 2^32; got -1"),
     "steps": (["--steps", "0"], "--steps must be at least 1; got 0"),
     "rate": (["--learning-rate", "0"], "--learning-rate must be positive; got 0"),

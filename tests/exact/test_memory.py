@@ -178,3 +178,26 @@ def test_a_budget_too_small_for_one_order_lets_auto_take_the_other():
     torch.testing.assert_close(moments.trace_sq, expected.trace_sq, rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="raise memory_budget"):
         exact.moments(*case.arguments, **case.settings, memory_budget=100)
+
+
+@pytest.mark.parametrize("with_compiled_code", [True, False])
+def test_the_trace_alone_of_a_wide_network_needs_no_matrix(monkeypatch, with_compiled_code):
+    if not with_compiled_code:
+        monkeypatch.setattr(compiled, "is_available", lambda: False)
+    case = cases.make(oracle.Network(2, 3000, "sigmoid", "bce"), 60)  # P = 12,001
+    trace = exact.trace(*case.arguments, **case.settings, memory_budget=8 << 20)
+    diagonal = torch.zeros((), dtype=torch.float64)
+    for start in range(0, 3000, 1000):  # hidden units share no diagonal entry
+        part = slice(start, start + 1000)
+        weight, output = case.weights
+        z = torch.sigmoid(weight[0, part] + case.x @ weight[1:, part])
+        slope = z * (1 - z)
+        v = output[1:, 0][part]
+        logit = case.network.logits(oracle.flatten(case.weights), case.x)
+        p = torch.sigmoid(logit)[:, None]
+        u, c = v * slope, v * slope * (1 - 2 * z)
+        x_sq = 1 + case.x.square().sum(1, keepdim=True)
+        inner = p * (1 - p) * u.square() + (p - case.y[:, None]) * c
+        diagonal += (x_sq * inner + p * (1 - p) * z.square()).sum(1).mean()
+    diagonal += (p * (1 - p)).mean()
+    torch.testing.assert_close(trace, diagonal, rtol=1e-10, atol=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from lowland.activations import Activation, get_activation
 from lowland.exact import parameters
 from lowland.exact.compiled import covers
 from lowland.exact.engine import Problem, run_moments
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, Size, make_plan
+from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, Size, make_linear_plan, make_plan
 from lowland.exact.terms import Architecture, Data
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments
@@ -153,11 +153,10 @@ class Setup:
         return Problem(self.arch, self.data, plan)
 
     def trace_problem(self, memory_budget: int) -> Problem:
-        """The problem of the trace alone, planned like a matrix of next to no rows."""
+        """The problem of the trace alone."""
         device = self.weight.device
-        plan = make_plan(
-            replace(self.size, inputs=1, outputs=1),
-            "parameters",
+        plan = make_linear_plan(
+            self.size,
             memory_budget,
             on_cpu=device.type == "cpu",
             compiled=covers(self.arch, device),

@@ -38,7 +38,7 @@ _BOTH, _TRACE_ALONE = 0, 1
 # A block's rows should stay in the second-level cache, and its run of samples be long enough to
 # spread the cost of adding up vector lanes.
 _BLOCK_BYTES = 1 << 20
-_LONGEST_BLOCK, _SHORTEST_BLOCK, _LANES = 256, 64, 16
+LONGEST_BLOCK, _SHORTEST_BLOCK, _LANES = 256, 64, 16
 
 # Multiply-adds below which a second thread costs more to wake than it saves.
 _WORTH_A_THREAD = 2_000_000
@@ -202,7 +202,7 @@ class Kernel:
     def _problem(self, networks: int) -> _Problem:
         arch, data = self.arch, self.data
         rows = _rows(*self._shape()) * self.weight.element_size()
-        block = min(_LONGEST_BLOCK, max(_SHORTEST_BLOCK, _BLOCK_BYTES // rows), data.samples)
+        block = min(LONGEST_BLOCK, max(_SHORTEST_BLOCK, _BLOCK_BYTES // rows), data.samples)
         scale = data.scale
         return _Problem(
             networks=networks,

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from lowland.exact.compiled import packed_entries, workspace_bytes
+from lowland.exact.compiled import LONGEST_BLOCK, packed_entries, workspace_bytes
 
 Order = Literal["samples", "parameters"]
 
@@ -131,6 +131,26 @@ def make_plan(
         keep = kept * size.itemsize <= budget // 4
         return Plan("parameters", networks, size.samples, 0, keep=keep, compiled=True)
     return _plan_parameters(size, budget, on_cpu=on_cpu)
+
+
+def make_linear_plan(size: Size, budget: int, *, on_cpu: bool, compiled: bool) -> Plan:
+    """The plan of what one pass over the samples gives, ``Tr H`` alone: no matrix is formed.
+
+    Raises:
+        ValueError: If the budget is too small for one sample.
+    """
+    piece = 2 * _term_rows(size) * size.itemsize  # a run's terms, and what is made of them
+    if piece > budget:
+        raise ValueError(
+            f"a memory budget of {budget / MEBIBYTE:.3g} MiB is too small: one sample's terms take "
+            f"{piece / MEBIBYTE:.3g} MiB; raise memory_budget"
+        )
+    if compiled and torch.get_num_threads() * LONGEST_BLOCK * piece <= budget:
+        return Plan("parameters", size.networks, size.samples, 0, keep=False, compiled=True)
+    limit = min(budget, CACHE_BYTES) if on_cpu else budget
+    run = max(1, min(size.samples, max(32, limit // piece), budget // piece))
+    networks = max(1, min(size.networks, limit // (piece * run)))
+    return Plan("parameters", networks, run, 0, keep=False)
 
 
 def _compiled_networks(size: Size, budget: int) -> int:

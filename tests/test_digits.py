@@ -59,7 +59,7 @@ def test_hsr_lowers_the_bound_on_digits_while_they_are_learned(threes_and_fives)
         model = nn.Sequential(nn.Linear(784, 8), nn.Sigmoid(), nn.Linear(8, 1)).double()
         penalty = lowland.HSR(criterion, weight)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        for _ in range(20):
+        for _ in range(40):
             optimizer.zero_grad()
             loss = criterion(model(x).squeeze(1), y) + penalty(model, x, y)
             loss.backward()

@@ -19,10 +19,10 @@ needs_library = pytest.mark.skipif(not compiled.is_available(), reason="built wi
 
 # inputs, hidden, samples, ensemble
 SIZES = {
-    "small": (3, 4, 15, ()),
-    "many parameters": (10, 12, 15, ()),
-    "ensemble": (3, 4, 10, (4,)),
-    "wide ensemble": (8, 3, 10, (3,)),
+    "small": (3, 4, 9, ()),
+    "many parameters": (10, 12, 9, ()),
+    "ensemble": (3, 4, 6, (4,)),
+    "wide ensemble": (8, 3, 6, (3,)),
 }
 
 

@@ -133,8 +133,9 @@ def test_workspaces_and_copies_of_the_compiled_code_fit(size, threads, monkeypat
     while not problem_of(case, "parameters", budget, path="compiled")[1].plan.compiled:
         budget *= 2
     for generous in (budget, 2 * budget, 16 * budget):
-        plan = problem_of(case, "parameters", generous, path="compiled")[1].plan
-        workspaces = threads * compiled.workspace_bytes(*shape, itemsize=8)
+        setup, problem, _ = problem_of(case, "parameters", generous, path="compiled")
+        plan = problem.plan
+        workspaces = threads * compiled.workspace_bytes(setup.size, plan.block)
         copies = (threads + 1) * plan.networks * compiled.packed_entries(*shape) * 8
         assert workspaces + copies <= generous
         assert peak(case, "parameters", generous, path="compiled") + workspaces <= generous

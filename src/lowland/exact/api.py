@@ -14,7 +14,8 @@ from lowland.activations import Activation, get_activation
 from lowland.exact import parameters
 from lowland.exact.compiled import covers
 from lowland.exact.engine import Problem, run_moments
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, Size, make_linear_plan, make_plan
+from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, make_linear_plan, make_plan
+from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments
@@ -54,8 +55,8 @@ def moments(
         order: Sum over pairs of ``"samples"`` or of ``"parameters"``; ``"auto"`` takes the one that
             a measured cost model predicts to be faster.
         reduction: Of the loss over samples, ``"mean"`` or ``"sum"``.
-        memory_budget: Bytes of temporaries that neither order exceeds. The results themselves and
-            the weights' gradient come on top.
+        memory_budget: Bytes of temporaries that neither order exceeds. The results themselves, the
+            weights' gradient, and data that must be converted or made contiguous come on top.
 
     Returns:
         Moments whose fields have the shape ``(*ensemble)``.
@@ -228,6 +229,7 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         Size(
             networks,
             samples,
+            weight.shape[-2],
             arch.input_rows.stop - arch.input_rows.start,
             hidden,
             arch.output_rows.stop - arch.output_rows.start,

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowland.activations import ACTIVATIONS, Activation
+from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data
 from lowland.losses import LOSSES
 
@@ -38,7 +39,7 @@ _BOTH, _TRACE_ALONE = 0, 1
 # A block's rows should stay in the second-level cache, and its run of samples be long enough to
 # spread the cost of adding up vector lanes.
 _BLOCK_BYTES = 1 << 20
-LONGEST_BLOCK, _SHORTEST_BLOCK, _LANES = 256, 64, 16
+_LONGEST_BLOCK, _SHORTEST_BLOCK, _LANES = 256, 64, 16
 
 # Multiply-adds below which a second thread costs more to wake than it saves.
 _WORTH_A_THREAD = 2_000_000
@@ -124,15 +125,37 @@ def packed_entries(inputs: int, hidden: int, outputs: int) -> int:
     return pairs + inputs * hidden * outputs + outputs * outputs
 
 
-def workspace_bytes(inputs: int, hidden: int, outputs: int, itemsize: int) -> int:
-    """What one thread needs beside the packed Hessian: a shortest block, and coefficients."""
-    rows = _rows(inputs, hidden, outputs)
-    return (rows * _SHORTEST_BLOCK + packed_entries(inputs, hidden, outputs)) * itemsize
+def workspace_bytes(size: Size, block: int, *, trace_alone: bool = False) -> int:
+    """What one thread needs beside the packed Hessian, for blocks of so many samples."""
+    return (
+        _row_count(size, trace_alone) * block * size.itemsize + _coefficients(size) * size.itemsize
+    )
 
 
-def _rows(inputs: int, hidden: int, outputs: int) -> int:
+def choose_block(size: Size, limit: int, *, trace_alone: bool = False) -> int:
+    """Samples in a block so that one thread's workspace stays within a limit; 0 if none does."""
+    row = _row_count(size, trace_alone) * size.itemsize
+    room = (limit - _coefficients(size) * size.itemsize) // row
+    if room < _SHORTEST_BLOCK:
+        return 0
+    cached = max(_SHORTEST_BLOCK, _BLOCK_BYTES // row)
+    return min(_LONGEST_BLOCK, cached, room) // _LANES * _LANES
+
+
+def _row_count(size: Size, trace_alone: bool) -> int:  # noqa: FBT001 - as `layout` of kernel.inc
+    """Rows of a block, as ``layout`` of kernel.inc lays them out."""
+    inputs, hidden, outputs = size.inputs, size.hidden, size.outputs
+    rows = size.features + 10 * hidden + outputs + 10
+    if trace_alone:
+        return rows
     pairs = inputs * (inputs + 1) // 2 + hidden * (hidden + 1) // 2 + hidden * outputs
-    return pairs + inputs + 11 * hidden + 2 * outputs + 16
+    return rows + pairs
+
+
+def _coefficients(size: Size) -> int:
+    """Of the backward pass, ``W`` transposed, and what lies between them to keep them aligned."""
+    entries = packed_entries(size.inputs, size.hidden, size.outputs)
+    return entries + (size.features + 1) * size.hidden + 1 + 5 * _LANES
 
 
 @dataclass(frozen=True)
@@ -144,6 +167,7 @@ class Kernel:
         weight: ``W``, ``(networks, inputs + 1, hidden)``.
         output: ``v``, ``(networks, hidden + 1)``.
         data: The samples.
+        block: Samples in a block, a multiple of 16.
         trace_alone: Leave ``Tr H^2`` out; the packed tensor then holds the traces.
     """
 
@@ -151,6 +175,7 @@ class Kernel:
     weight: Tensor
     output: Tensor
     data: Data
+    block: int
     trace_alone: bool
 
     def moments(self) -> tuple[Tensor, Tensor, Packed]:
@@ -220,8 +245,6 @@ class Kernel:
 
     def _problem(self, networks: int) -> _Problem:
         arch, data = self.arch, self.data
-        rows = _rows(*self._shape()) * self.weight.element_size()
-        block = min(LONGEST_BLOCK, max(_SHORTEST_BLOCK, _BLOCK_BYTES // rows), data.samples)
         scale = data.scale
         return _Problem(
             networks=networks,
@@ -235,7 +258,7 @@ class Kernel:
             x_stride=_network_stride(data.x),
             y_stride=_network_stride(data.y),
             scale_stride=_network_stride(scale) if isinstance(scale, Tensor) else 0,
-            block=-(-block // _LANES) * _LANES,
+            block=min(self.block, -(-data.samples // _LANES) * _LANES),
             activation=_activation_code(arch.activation),
             loss=_LOSSES[arch.loss.name],
             mode=_TRACE_ALONE if self.trace_alone else _BOTH,
@@ -313,14 +336,20 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def make_kernel(
-    arch: Architecture, weight: Tensor, output: Tensor, data: Data, *, trace_alone: bool
+    arch: Architecture,
+    weight: Tensor,
+    output: Tensor,
+    data: Data,
+    block: int,
+    *,
+    trace_alone: bool,
 ) -> Kernel:
     """A kernel whose tensors lie in memory as the compiled code reads them."""
     scale = data.scale
     if isinstance(scale, Tensor):
         scale = scale.to(weight.dtype).contiguous()
     data = Data(data.x.contiguous(), data.y.to(weight.dtype).contiguous(), scale)
-    return Kernel(arch, weight.contiguous(), output.contiguous(), data, trace_alone)
+    return Kernel(arch, weight.contiguous(), output.contiguous(), data, block, trace_alone)
 
 
 @cache

@@ -68,7 +68,12 @@ class Problem:
     def _kernel(self, weight: Tensor, output: Tensor, chosen: slice) -> Kernel:
         data = self.data.of_networks(chosen)
         return make_kernel(
-            self.arch, weight[chosen], output[chosen], data, trace_alone=self.trace_alone
+            self.arch,
+            weight[chosen],
+            output[chosen],
+            data,
+            self.plan.block,
+            trace_alone=self.trace_alone,
         )
 
     def _groups(self, networks: int) -> Iterator[slice]:

@@ -21,6 +21,10 @@ settings.register_profile(
 )
 settings.load_profile("lowland")
 
+# On small problems a second thread gains nothing, and on a busy machine it waits for its turn.
+# What threads have to do with the numbers is the business of tests that ask for several.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def as_installed(monkeypatch):

@@ -34,10 +34,11 @@ _PENALTY_COST = 2  # of a step with penalties beyond one without; only the time 
 class _OneLineGroup(TyperGroup):
     """Commands whose misuse is answered like any other bad input: by one line."""
 
-    def main(self, *args: Any, **extra: Any) -> Any:
-        """Run, and exit with a code."""
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        """Run, and exit with a code; no arguments ask for help."""
+        words = list(sys.argv[1:] if args is None else args) or ["--help"]
         try:
-            code = super().main(*args, **extra | {"standalone_mode": False})
+            code = super().main(words, *rest, **extra | {"standalone_mode": False})
         except Exception as error:
             # Where the parser's exceptions live depends on the version of typer.
             if not hasattr(error, "format_message"):
@@ -58,29 +59,27 @@ app = typer.Typer(
 )
 
 
-def _show_version(*, wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:  # noqa: FBT001 - typer's callbacks take a value
     if wanted:
         typer.echo(f"lowland {version('lowland')}")
         raise typer.Exit
+    return wanted
 
 
-@app.callback(invoke_without_command=True)
+@app.callback()
 def main(
-    context: typer.Context,
     *,
     _: Annotated[
         bool,
         typer.Option(
             "--version",
-            callback=lambda value: _show_version(wanted=value),
+            callback=_show_version,
             is_eager=True,
             help="Show the version and exit.",
         ),
     ] = False,
 ) -> None:
     """Measure and control the curvature of neural-network losses."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
 
 
 @app.command()
@@ -144,7 +143,8 @@ def compare(  # noqa: PLR0917 - typer fills in every one by name
             known = ", ".join(ACTIVATIONS)
             raise UserError(f"unknown activation {activation!r}; expected one of {known}")
         _require(hidden >= 1, "--hidden", "at least 1", hidden)
-        _require(seeds >= 2, "--seeds", "at least 2, or there is no standard error", seeds)
+        # One network has no standard error; more than this fill the memory.
+        _require(2 <= seeds <= 10_000, "--seeds", "between 2 and 10000", seeds)
         _require(0 <= first_seed < 2**32 - seeds, "--first-seed", "between 0 and 2^32", first_seed)
         _require(steps >= 1, "--steps", "at least 1", steps)
         _require(0 < learning_rate < math.inf, "--learning-rate", "positive", learning_rate)

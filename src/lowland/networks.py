@@ -12,6 +12,7 @@ from lowland.activations import get_activation
 from lowland.losses import get_loss
 
 Weights = tuple[Float[Tensor, "networks inputs1 hidden"], Float[Tensor, "networks hidden1 1"]]
+SomeWeights = tuple[Float[Tensor, "some inputs1 hidden"], Float[Tensor, "some hidden1 1"]]
 # A leading dimension of 1 is shared by all networks.
 Inputs = Float[Tensor, "#networks samples inputs"]
 Targets = Float[Tensor, "#networks samples"]
@@ -60,7 +61,7 @@ def mean_loss(weights: Weights, x: Inputs, y: Targets, *, activation: str, loss:
     return get_loss(loss).value(s, y.expand_as(s)).mean(1)
 
 
-def select(weights: Weights, networks: Tensor | slice) -> Weights:
+def select(weights: Weights, networks: Tensor | slice) -> SomeWeights:
     """The weights of some of the networks."""
     return weights[0][networks], weights[1][networks]
 

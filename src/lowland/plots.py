@@ -37,6 +37,8 @@ STYLE: dict[Any, Any] = {  # rcParams, whose names matplotlib types one by one
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "legend.frameon": False,
+    "xtick.minor.pad": 5,  # on a level with the labels of major ticks, whose marks are longer
+    "ytick.minor.pad": 5,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "svg.fonttype": "path",  # the same picture wherever it is opened
@@ -90,10 +92,10 @@ def training_curves(history: pd.DataFrame, *, active_steps: int) -> Figure:
 
 
 def spectrum_boxes(networks: pd.DataFrame) -> Figure:
-    """Box plots over seeds of both ends of the final spectrum, its bounds, and its trace.
+    """Box plots over seeds: both ends of the final spectrum, its bounds, trace, and accuracy.
 
     Args:
-        networks: Columns method, lambda_max, upper_bound, trace, lambda_min, lower_bound.
+        networks: Columns method, lambda_max, upper_bound, trace, lambda_min, lower_bound, accuracy.
     """
     panels = (
         ("lambda_max", r"$\lambda_{\max}$"),
@@ -120,7 +122,14 @@ def spectrum_boxes(networks: pd.DataFrame) -> Figure:
             ):
                 patch.set(facecolor=COLORS[name], alpha=0.35, edgecolor=COLORS[name])
                 offsets = np.linspace(-0.16, 0.16, len(values))
-                ax.plot(position + offsets, values, ".", color=COLORS[name], markersize=5)
+                ax.plot(
+                    position + offsets,
+                    values,
+                    MARKERS[name],
+                    color=COLORS[name],
+                    markersize=3.2,
+                    markeredgewidth=0,
+                )
             ax.set_title(title)
             ax.set_xticks([])
             ax.grid(visible=False, axis="x")
@@ -134,12 +143,17 @@ def bound_against_eigenvalue(networks: pd.DataFrame) -> Figure:
     """The upper bound against the eigenvalue it bounds, one point per network.
 
     Args:
-        networks: Columns method, lambda_max, upper_bound.
+        networks: Columns method, lambda_max, upper_bound. Where either is not positive, as at
+            saturated networks, there is no point.
     """
+    names = networks["method"].unique()
+    networks = networks[(networks["lambda_max"] > 0) & (networks["upper_bound"] > 0)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 4.9), layout="constrained")
         ax = figure.subplots()
-        low, high = networks["lambda_max"].min(), networks["upper_bound"].max()
+        low, high = 0.1, 1.0
+        if len(networks):
+            low, high = networks["lambda_max"].min(), networks["upper_bound"].max()
         line = np.array([low / 1.2, high * 1.2])
         ax.plot(line, line, color="black", linewidth=0.9, linestyle="--")
         ax.annotate(
@@ -166,7 +180,7 @@ def bound_against_eigenvalue(networks: pd.DataFrame) -> Figure:
         _plain_log_ticks(ax)
         ax.set_xlabel(r"largest eigenvalue  $\lambda_{\max}$")
         ax.set_ylabel(r"upper bound  $m + s\sqrt{P-1}$")
-        _legend(figure, networks["method"].unique(), columns=2)
+        _legend(figure, names, columns=2)
     return figure
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
+import shlex
 from base64 import b64encode
 from collections.abc import Sequence
 from importlib.metadata import version
 
 import jinja2
-import torch
+from markupsafe import Markup, escape
 
 from lowland.experiments.compare import MEASURES, SIGNIFICANCE, Cell, Comparison, Measure
-from lowland.training import Method
+from lowland.training import METHODS, Method
 
 NOTEWORTHY = 0.1
 """P-values below this are shown in the table."""
@@ -29,8 +31,7 @@ def versions() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads",
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 
@@ -50,8 +51,9 @@ def with_error(measure: Measure, cell: Cell) -> str:
     if stderr == 0:
         return f"{number(mean)} ± 0"
     # One digit of the error, two if it starts with a 1: a second 9 would say nothing.
-    exponent = math.floor(math.log10(stderr))
-    digits = max(0, (1 if stderr < 2 * 10.0**exponent else 0) - exponent)
+    # Rounded before the look, or 0.195 would come out as 0.20.
+    first, exponent = f"{stderr:.1e}".split("e")
+    digits = max(0, (1 if float(first) < 2 else 0) - int(exponent))
     if digits > MOST_DIGITS or abs(mean) >= 1e7:
         return f"{mean:.2e} ± {stderr:.0e}"
     return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
@@ -146,6 +148,7 @@ def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: s
         figures: SVG files by name: ``curves``, ``spectrum`` and ``bound``.
         command: What reproduces it.
     """
+    networks = comparison.networks
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lowland"),
         autoescape=True,
@@ -153,6 +156,7 @@ def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: s
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["subscripts"] = _subscripts
     # As data URIs, since identifiers inside several inline SVGs would clash.
     images = {
         name: "data:image/svg+xml;base64," + b64encode(svg).decode()
@@ -168,14 +172,27 @@ def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: s
         rows=table(comparison),
         findings=findings(comparison),
         images=images,
-        command=command,
+        options=_options(command),
+        converged=int(networks["converged"].sum()),
+        trained=len(networks),
         versions=versions(),
         significance=SIGNIFICANCE,
-        ratio=_median_ratio(comparison),
+        noteworthy=NOTEWORTHY,
+        default_weights=all(method in METHODS.values() for method in comparison.settings.methods),
+        ratio=float((networks["upper_bound"] / networks["lambda_max"]).median()),
     )
 
 
-def _median_ratio(comparison: Comparison) -> float:
-    """How far the bound lies above the eigenvalue, as the median ratio over networks."""
-    ratio = comparison.networks["upper_bound"] / comparison.networks["lambda_max"]
-    return float(ratio.median())
+def _subscripts(text: str) -> Markup:
+    """``λ_max`` as people write it."""
+    return Markup(re.sub(r"(λ)_(max|min)", r"\1<sub>\2</sub>", str(escape(text))))  # noqa: S704
+
+
+def _options(command: str) -> list[str]:
+    """A command cut before each option: the places where a line may break."""
+    groups: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            groups.append([])
+        groups[-1].append(word)
+    return [shlex.join(group) for group in groups]

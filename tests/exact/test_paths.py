@@ -223,6 +223,10 @@ def test_a_forked_child_has_threads_of_its_own(threads):
 @needs_library
 def test_a_workspace_that_cannot_be_had_is_an_error(monkeypatch):
     case = cases.make(oracle.Network(3, 4, "tanh", "bce"), 20)
-    monkeypatch.setattr(compiled.Kernel, "_call", lambda *arguments, **options: 1)
+
+    def without_memory(_kernel, _name):
+        return lambda reference: setattr(reference._obj, "failed", 1)
+
+    monkeypatch.setattr(compiled.Kernel, "_function", without_memory)
     with pytest.raises(MemoryError, match="workspace"):
         exact.moments(*case.arguments, **case.settings, order="parameters")

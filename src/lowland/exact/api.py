@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,7 +14,8 @@ from lowland.activations import Activation, get_activation
 from lowland.exact import parameters
 from lowland.exact.compiled import covers
 from lowland.exact.engine import Problem, run_moments
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, Size, make_plan
+from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, make_linear_plan, make_plan
+from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments
@@ -54,8 +55,8 @@ def moments(
         order: Sum over pairs of ``"samples"`` or of ``"parameters"``; ``"auto"`` takes the one that
             a measured cost model predicts to be faster.
         reduction: Of the loss over samples, ``"mean"`` or ``"sum"``.
-        memory_budget: Bytes of temporaries that neither order exceeds. The results themselves and
-            the weights' gradient come on top.
+        memory_budget: Bytes of temporaries that neither order exceeds. The results themselves, the
+            weights' gradient, and data that must be converted or made contiguous come on top.
 
     Returns:
         Moments whose fields have the shape ``(*ensemble)``.
@@ -182,11 +183,10 @@ class Setup:
         return Problem(self.arch, self.data, plan)
 
     def linear_problem(self, quantity: Quantity, memory_budget: int) -> Problem:
-        """The problem of the trace or the loss, planned like a matrix of next to no rows."""
+        """The problem of the trace alone, or of the loss."""
         device = self.weight.device
-        plan = make_plan(
-            replace(self.size, inputs=1, outputs=1),
-            "parameters",
+        plan = make_linear_plan(
+            self.size,
             memory_budget,
             on_cpu=device.type == "cpu",
             compiled=covers(self.arch, device),
@@ -258,6 +258,7 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         Size(
             networks,
             samples,
+            weight.shape[-2],
             arch.input_rows.stop - arch.input_rows.start,
             hidden,
             arch.output_rows.stop - arch.output_rows.start,

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowland.activations import ACTIVATIONS, Activation
+from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
 from lowland.losses import LOSSES
 
@@ -69,6 +70,27 @@ class _Problem(ctypes.Structure):
     )
 
 
+class _Share(ctypes.Structure):
+    """``Share`` of kernel.c, field by field: one thread's part of the work."""
+
+    _fields_ = (
+        ("problem", _Problem),
+        ("w", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("trace_weight", ctypes.c_void_p),
+        ("square_weight", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("more", ctypes.c_void_p),
+        ("start", ctypes.c_int64),
+        ("stop", ctypes.c_int64),
+        ("failed", ctypes.c_int64),
+    )
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec("lowland.exact._kernel")
@@ -103,15 +125,35 @@ def packed_entries(inputs: int, hidden: int, outputs: int) -> int:
     return pairs + inputs * hidden * outputs + outputs * outputs
 
 
-def workspace_bytes(inputs: int, hidden: int, outputs: int, itemsize: int) -> int:
-    """What one thread needs beside the packed Hessian: a shortest block, and coefficients."""
-    rows = _rows(inputs, hidden, outputs)
-    return (rows * _SHORTEST_BLOCK + packed_entries(inputs, hidden, outputs)) * itemsize
+def workspace_bytes(size: Size, block: int, *, linear: bool = False) -> int:
+    """What one thread needs beside the packed Hessian, for blocks of so many samples."""
+    return _row_count(size, linear) * block * size.itemsize + _coefficients(size) * size.itemsize
 
 
-def _rows(inputs: int, hidden: int, outputs: int) -> int:
+def choose_block(size: Size, limit: int, *, linear: bool = False) -> int:
+    """Samples in a block so that one thread's workspace stays within a limit; 0 if none does."""
+    row = _row_count(size, linear) * size.itemsize
+    room = (limit - _coefficients(size) * size.itemsize) // row
+    if room < _SHORTEST_BLOCK:
+        return 0
+    cached = max(_SHORTEST_BLOCK, _BLOCK_BYTES // row)
+    return min(_LONGEST_BLOCK, cached, room) // _LANES * _LANES
+
+
+def _row_count(size: Size, linear: bool) -> int:  # noqa: FBT001 - as `layout` of kernel.inc
+    """Rows of a block, as ``layout`` of kernel.inc lays them out."""
+    inputs, hidden, outputs = size.inputs, size.hidden, size.outputs
+    rows = size.features + 10 * hidden + outputs + 10
+    if linear:
+        return rows
     pairs = inputs * (inputs + 1) // 2 + hidden * (hidden + 1) // 2 + hidden * outputs
-    return pairs + inputs + 11 * hidden + 2 * outputs + 16
+    return rows + pairs
+
+
+def _coefficients(size: Size) -> int:
+    """Of the backward pass, ``W`` transposed, and what lies between them to keep them aligned."""
+    entries = packed_entries(size.inputs, size.hidden, size.outputs)
+    return entries + (size.features + 1) * size.hidden + 1 + 5 * _LANES
 
 
 @dataclass(frozen=True)
@@ -123,6 +165,7 @@ class Kernel:
         weight: ``W``, ``(networks, inputs + 1, hidden)``.
         output: ``v``, ``(networks, hidden + 1)``.
         data: The samples.
+        block: Samples in a block, a multiple of 16.
         quantity: What is wanted; for the trace alone the packed tensor holds the traces.
     """
 
@@ -130,6 +173,7 @@ class Kernel:
     weight: Tensor
     output: Tensor
     data: Data
+    block: int
     quantity: Quantity
 
     def moments(self) -> tuple[Tensor, Tensor, Packed]:
@@ -146,56 +190,53 @@ class Kernel:
     def _accumulate(self) -> Packed:
         networks = self.weight.shape[0]
         entries = 1 if self.quantity == "trace" else packed_entries(*self._shape())
-        shares = self._shares()
-        # Networks are written apart; shares of one network's samples are added up.
-        copies = len({share.samples.start for share in shares})
-        packed = self.weight.new_zeros(copies, networks, entries)
-
-        def run(share: _Share) -> int:
-            return self._call(
-                "accumulate", share, packed[share.copy, share.networks.start :], before=()
-            )
-
-        _run_all(run, shares)
-        return packed[0] if copies == 1 else packed.sum(0)
+        parts = self._parts()
+        packed = self.weight.new_empty(_copies(parts), networks, entries)
+        self._run(
+            "accumulate_share",
+            [self._share(part, out=packed[part.copy, part.networks]) for part in parts],
+        )
+        return self._add_up(packed)
 
     def gradient(
         self, trace_weight: Tensor, square_weight: Tensor, packed: Packed | None
     ) -> tuple[Tensor, Tensor]:
         """The gradient of ``trace_weight Tr H + square_weight Tr H^2`` in ``W`` and ``v``."""
-        if packed is None:
-            packed = self._accumulate()
+        packed = (self._accumulate() if packed is None else packed).contiguous()
         return self._pull_back(
-            "gradient",
-            packed.contiguous(),
-            trace_weight.contiguous(),
-            square_weight.contiguous(),
+            "gradient_share",
+            packed=packed,
+            trace_weight=trace_weight.contiguous(),
+            square_weight=square_weight.contiguous(),
         )
 
     def loss_gradient(self) -> tuple[Tensor, Tensor]:
         """The gradient of the loss itself in ``W`` and ``v``."""
-        return self._pull_back("loss_gradient")
+        return self._pull_back("loss_gradient_share")
 
-    def _pull_back(self, name: str, *per_network: Tensor) -> tuple[Tensor, Tensor]:
-        shares = self._shares()
-        copies = len({share.samples.start for share in shares})
-        in_weight = self.weight.new_zeros(copies, *self.weight.shape)
-        in_output = self.output.new_zeros(copies, *self.output.shape)
+    def _pull_back(self, name: str, **per_network: Tensor) -> tuple[Tensor, Tensor]:
+        parts = self._parts()
+        in_weight = self.weight.new_empty(_copies(parts), *self.weight.shape)
+        in_output = self.output.new_empty(_copies(parts), *self.output.shape)
+        self._run(
+            name,
+            [
+                self._share(
+                    part,
+                    **{key: tensor[part.networks] for key, tensor in per_network.items()},
+                    out=in_weight[part.copy, part.networks],
+                    more=in_output[part.copy, part.networks],
+                )
+                for part in parts
+            ],
+        )
+        return self._add_up(in_weight), self._add_up(in_output)
 
-        def run(share: _Share) -> int:
-            start = share.networks.start
-            return self._call(
-                name,
-                share,
-                in_weight[share.copy, start:],
-                in_output[share.copy, start:],
-                before=[tensor[start:] for tensor in per_network],
-            )
-
-        _run_all(run, shares)
-        if copies == 1:
-            return in_weight[0], in_output[0]
-        return in_weight.sum(0), in_output.sum(0)
+    def _add_up(self, copies: Tensor) -> Tensor:
+        """The sum over a leading dimension, in place: PyTorch's own would need another copy."""
+        for copy in copies[1:]:
+            self._function("add")(ctypes.c_int64(copy.numel()), _pointer(copy), _pointer(copies[0]))
+        return copies[0]
 
     def _shape(self) -> tuple[int, int, int]:
         rows, outputs = self.arch.input_rows, self.arch.output_rows
@@ -211,8 +252,6 @@ class Kernel:
 
     def _problem(self, networks: int) -> _Problem:
         arch, data = self.arch, self.data
-        rows = _rows(*self._shape()) * self.weight.element_size()
-        block = min(_LONGEST_BLOCK, max(_SHORTEST_BLOCK, _BLOCK_BYTES // rows), data.samples)
         scale = data.scale
         return _Problem(
             networks=networks,
@@ -226,7 +265,7 @@ class Kernel:
             x_stride=_network_stride(data.x),
             y_stride=_network_stride(data.y),
             scale_stride=_network_stride(scale) if isinstance(scale, Tensor) else 0,
-            block=-(-block // _LANES) * _LANES,
+            block=min(self.block, -(-data.samples // _LANES) * _LANES),
             activation=_activation_code(arch.activation),
             loss=_LOSSES[arch.loss.name],
             mode=_MODES[self.quantity],
@@ -234,41 +273,60 @@ class Kernel:
             scale=1.0 if isinstance(scale, Tensor) else scale,
         )
 
-    def _shares(self) -> list[_Share]:
+    def _parts(self) -> list[_Part]:
         """Cut the work for threads: by networks if there are enough, else by samples."""
         networks, samples = self.weight.shape[0], self.data.samples
         entries = packed_entries(*self._shape()) if self.quantity == "moments" else 0
         work = networks * samples * (entries + 100 * self.weight.shape[2])
         threads = min(torch.get_num_threads(), 1 + work // _WORTH_A_THREAD)
         if networks >= 2 * threads:
-            return [_Share(slice(i, j), slice(0, samples), 0) for i, j in _cuts(networks, threads)]
+            return [_Part(slice(i, j), slice(0, samples), 0) for i, j in _cuts(networks, threads)]
         return [
-            _Share(slice(0, networks), slice(i, j), copy)
+            _Part(slice(0, networks), slice(i, j), copy)
             for copy, (i, j) in enumerate(_cuts(samples, threads))
         ]
 
-    def _call(self, name: str, share: _Share, *results: Tensor, before: Sequence[Tensor]) -> int:
-        nets, samples = share.networks, share.samples
+    def _share(self, part: _Part, **tensors: Tensor) -> _Share:
+        nets, samples = part.networks, part.samples
         data = self.data.of_networks(nets)
-        scale = data.scale
-        return self._function(name)(
-            ctypes.byref(self._problem(nets.stop - nets.start)),
-            _pointer(self.weight[nets]),
-            _pointer(self.output[nets]),
-            _pointer(data.x),
-            _pointer(data.y),
-            _pointer(scale) if isinstance(scale, Tensor) else None,
-            ctypes.c_int64(samples.start),
-            ctypes.c_int64(samples.stop),
-            *(_pointer(tensor) for tensor in (*before, *results)),
+        if isinstance(data.scale, Tensor):
+            tensors["scale"] = data.scale
+        return _Share(
+            problem=self._problem(nets.stop - nets.start),
+            w=_pointer(self.weight[nets]),
+            v=_pointer(self.output[nets]),
+            x=_pointer(data.x),
+            y=_pointer(data.y),
+            start=samples.start,
+            stop=samples.stop,
+            **{name: _pointer(tensor) for name, tensor in tensors.items()},
         )
+
+    def _run(self, name: str, shares: Sequence[_Share]) -> None:
+        """Work on all shares side by side."""
+        work, array = self._function(name), (_Share * len(shares))(*shares)
+        together = len(shares) > 1 and _may_use_openmp and _start_team(work, array)
+        if not together:
+            # ctypes lets go of the interpreter's lock, so Python's threads will do.
+            others = [_pool(len(shares)).submit(work, ctypes.byref(s)) for s in array[1:]]
+            work(ctypes.byref(array[0]))
+            for other in others:
+                other.result()
+        if any(share.failed for share in array):
+            raise MemoryError("the compiled code could not allocate its workspace")
 
 
 @dataclass(frozen=True)
-class _Share:
+class _Part:
+    """Some samples of some networks; parts of the same networks write to copies of their own."""
+
     networks: slice
     samples: slice
     copy: int
+
+
+def _copies(parts: Sequence[_Part]) -> int:
+    return max(part.copy for part in parts) + 1
 
 
 def _cuts(total: int, parts: int) -> list[tuple[int, int]]:
@@ -285,15 +343,20 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def make_kernel(
-    arch: Architecture, weight: Tensor, output: Tensor, data: Data, quantity: Quantity
+def make_kernel(  # noqa: PLR0917 - the parts of a problem, in its order
+    arch: Architecture,
+    weight: Tensor,
+    output: Tensor,
+    data: Data,
+    block: int,
+    quantity: Quantity,
 ) -> Kernel:
     """A kernel whose tensors lie in memory as the compiled code reads them."""
     scale = data.scale
     if isinstance(scale, Tensor):
         scale = scale.to(weight.dtype).contiguous()
     data = Data(data.x.contiguous(), data.y.to(weight.dtype).contiguous(), scale)
-    return Kernel(arch, weight.contiguous(), output.contiguous(), data, quantity)
+    return Kernel(arch, weight.contiguous(), output.contiguous(), data, block, quantity)
 
 
 @cache
@@ -301,14 +364,22 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="lowland")
 
 
-def _run_all(run: Callable[[_Share], int], shares: list[_Share]) -> None:
-    """Run all shares, the first one in this thread; ctypes lets them run side by side."""
-    others = [_pool(torch.get_num_threads()).submit(run, share) for share in shares[1:]]
-    failed = [run(shares[0]), *(other.result() for other in others)]
-    if any(failed):
-        raise MemoryError("the compiled code could not allocate its workspace")
+def _start_team(work: Callable[..., int], shares: ctypes.Array[_Share]) -> bool:
+    library = _library()
+    return library is not None and bool(
+        library.run_together(work, shares, ctypes.c_int64(len(shares)))
+    )
 
 
-# Threads do not survive a fork: a child must not wait for its parent's.
+_may_use_openmp = True
+
+
+def _forget_threads() -> None:
+    """Threads do not survive a fork: a child must not wait for its parent's."""
+    global _may_use_openmp  # noqa: PLW0603 - what has been forked stays so
+    _may_use_openmp = False
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_forget_threads)

@@ -67,7 +67,14 @@ class Problem:
 
     def _kernel(self, weight: Tensor, output: Tensor, chosen: slice) -> Kernel:
         data = self.data.of_networks(chosen)
-        return make_kernel(self.arch, weight[chosen], output[chosen], data, self.quantity)
+        return make_kernel(
+            self.arch,
+            weight[chosen],
+            output[chosen],
+            data,
+            self.plan.block,
+            self.quantity,
+        )
 
     def _groups(self, networks: int) -> Iterator[slice]:
         size = self.plan.networks

@@ -7,29 +7,13 @@ from typing import Literal
 
 import torch
 
-from lowland.exact.compiled import packed_entries, workspace_bytes
+from lowland.exact.compiled import choose_block, packed_entries
+from lowland.exact.size import Size
 
 Order = Literal["samples", "parameters"]
 
 MEBIBYTE = 1 << 20
 DEFAULT_MEMORY_BUDGET = 256 * MEBIBYTE
-
-
-@dataclass(frozen=True)
-class Size:
-    """The extent of a problem. ``inputs`` and ``outputs`` count trained rows, biases included."""
-
-    networks: int
-    samples: int
-    inputs: int
-    hidden: int
-    outputs: int
-    itemsize: int
-
-    @property
-    def dim(self) -> int:
-        """``P``, the number of trained parameters."""
-        return self.inputs * self.hidden + self.outputs
 
 
 @dataclass(frozen=True)
@@ -40,11 +24,11 @@ class Plan:
         order: ``"samples"`` or ``"parameters"``.
         networks: Networks handled together.
         run: Samples handled together.
-        block: Rows of ``W`` whose part of ``H`` is held at a time (order ``"parameters"``).
+        block: Rows of ``W`` whose part of ``H`` is held at a time (order ``"parameters"``); for
+            the compiled code the samples in a block.
         keep: Whether the backward pass may keep what the forward pass has built: ``H`` in the
             order ``"parameters"``, the terms of all runs in the order ``"samples"``.
-        compiled: Whether the order ``"parameters"`` takes the compiled code; ``run`` and ``block``
-            are then its own affair.
+        compiled: Whether the order ``"parameters"`` takes the compiled code.
     """
 
     order: Order
@@ -117,7 +101,11 @@ def make_plan(
             f"unknown order {order!r}: expected 'auto', 'samples' (cost quadratic in the samples) "
             "or 'parameters' (cost quadratic in the parameters)"
         )
-    compiled = compiled and _compiled_networks(size, budget) > 0
+    threads = torch.get_num_threads()
+    room = budget // 4 // threads
+    compiled_block = choose_block(size, room) if compiled else 0
+    compiled_networks = budget // 2 // _packed_bytes(size, threads)
+    compiled = compiled_block > 0 and compiled_networks > 0
     if order == "auto":
         fits = _smallest_parameters(size) <= budget
         path: Path = "compiled" if compiled else "parameters"
@@ -126,20 +114,39 @@ def make_plan(
     if order == "samples":
         return _plan_samples(size, budget, on_cpu=on_cpu)
     if compiled:
-        networks = min(size.networks, _compiled_networks(size, budget))
+        networks = min(size.networks, compiled_networks)
         kept = size.networks * packed_entries(size.inputs, size.hidden, size.outputs)
         keep = kept * size.itemsize <= budget // 4
-        return Plan("parameters", networks, size.samples, 0, keep=keep, compiled=True)
+        return Plan("parameters", networks, size.samples, compiled_block, keep=keep, compiled=True)
     return _plan_parameters(size, budget, on_cpu=on_cpu)
 
 
-def _compiled_networks(size: Size, budget: int) -> int:
-    """How many packed Hessians fit, one copy a thread; 0 if its workspace does not."""
-    threads = torch.get_num_threads()
-    shape = (size.inputs, size.hidden, size.outputs)
-    if threads * workspace_bytes(*shape, size.itemsize) > budget // 4:
-        return 0
-    return budget // 2 // ((threads + 1) * packed_entries(*shape) * size.itemsize)
+def make_linear_plan(size: Size, budget: int, *, on_cpu: bool, compiled: bool) -> Plan:
+    """The plan of what one pass over the samples gives, ``Tr H`` alone: no matrix is formed.
+
+    Raises:
+        ValueError: If the budget is too small for one sample.
+    """
+    piece = 2 * _term_rows(size) * size.itemsize  # a run's terms, and what is made of them
+    if piece > budget:
+        raise ValueError(
+            f"a memory budget of {budget / MEBIBYTE:.3g} MiB is too small: one sample's terms take "
+            f"{piece / MEBIBYTE:.3g} MiB; raise memory_budget"
+        )
+    if compiled:
+        room = budget // torch.get_num_threads()
+        block = choose_block(size, room, linear=True)
+        if block:
+            return Plan("parameters", size.networks, size.samples, block, keep=False, compiled=True)
+    limit = min(budget, CACHE_BYTES) if on_cpu else budget
+    run = max(1, min(size.samples, max(32, limit // piece), budget // piece))
+    networks = max(1, min(size.networks, limit // (piece * run)))
+    return Plan("parameters", networks, run, 0, keep=False)
+
+
+def _packed_bytes(size: Size, threads: int) -> int:
+    """One network's packed Hessian, a copy a thread and one that is kept."""
+    return (threads + 1) * packed_entries(size.inputs, size.hidden, size.outputs) * size.itemsize
 
 
 def _smallest_parameters(size: Size) -> int:
@@ -148,11 +155,11 @@ def _smallest_parameters(size: Size) -> int:
 
 def _row_count(size: Size) -> int:
     """Rows of temporaries per sample and network in the order "parameters"."""
-    return 2 * size.dim + size.inputs * size.inputs + 24 * size.hidden + size.inputs + 16
+    return 2 * size.dim + size.inputs * size.inputs + 24 * size.hidden + size.features + 16
 
 
 def _term_rows(size: Size) -> int:
-    return 30 * size.hidden + 2 * size.inputs + 16
+    return 30 * size.hidden + 2 * size.features + 16
 
 
 def _matrix_bytes(size: Size, rows: int) -> int:

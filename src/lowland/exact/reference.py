@@ -50,10 +50,12 @@ class Reference:
     ) -> None:
         self.arch, self.output, self.plan, self.quantity = arch, output, plan, quantity
         total = data.samples
-        self.runs = [slice(i, min(i + plan.run, total)) for i in range(0, total, plan.run)]
+        runs = [slice(i, min(i + plan.run, total)) for i in range(0, total, plan.run)]
+        self.runs = runs
 
+        # Knows nothing of self: in a cycle the terms would live on until it is collected.
         def terms(index: int) -> Terms:
-            return compute_terms(arch, weight, output, data, self.runs[index])
+            return compute_terms(arch, weight, output, data, runs[index])
 
         # Pairs of runs need each run many times: keep the terms if memory allows.
         keep = plan.order == "samples" and plan.keep
@@ -139,8 +141,10 @@ class Reference:
                 matrix = (2 * b) * rows
                 matrix.diagonal(start, 1, 2).add_(a.squeeze(2))
                 start += rows.shape[1]
+                del rows  # the next block needs its room, and that of its multiple
                 for run, terms in zip(self.runs, self.all_terms(), strict=True):
                     yield run, terms, parameters.adjoint(self.arch, terms, block, matrix)
+                del matrix
 
     def gradient(
         self, trace_weight: PerNetwork, square_weight: PerNetwork, hessian: Tensor | None

@@ -15,12 +15,16 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from lowland import exact
 from lowland.datasets import Dataset, Splits, stratified_splits
+from lowland.errors import UserError
 from lowland.networks import initial_weights, logits, mean_loss
 from lowland.spectrum import extreme_eigenvalues
 from lowland.threads import threads
 from lowland.training import BASELINE, LOSS, METHODS, Method, Schedule, Trained, train
 
 _WORTH_THREADS = 4_000_000  # values in all training parts; below, one step is too short to share
+
+MOST_PARAMETERS = 10_000
+"""Of a network: beyond, its eigenvalues take minutes at every checkpoint."""
 
 SIGNIFICANCE = 0.05
 """Adjusted p-values below this are called a difference."""
@@ -198,9 +202,17 @@ def compare(
         on_step: Called with the number of training steps done, after each of them.
 
     Raises:
+        UserError: If a network would have more than ``MOST_PARAMETERS`` parameters.
         DataError: If the data cannot be split.
         DivergenceError: If training leaves the finite numbers.
     """
+    parameters = (len(dataset.features) + 2) * settings.hidden + 1
+    if parameters > MOST_PARAMETERS:
+        raise UserError(
+            f"{len(dataset.features)} features and {settings.hidden} hidden units make "
+            f"{parameters} parameters; exact eigenvalues are computed for at most "
+            f"{MOST_PARAMETERS}, so use fewer hidden units or features"
+        )
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
     splits = stratified_splits(dataset, seeds, test_size=settings.test_size)
     with threads(1 if splits.x_train.numel() < _WORTH_THREADS else torch.get_num_threads()):

@@ -15,6 +15,9 @@
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#ifndef _WIN32
+#include <dlfcn.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -35,6 +38,46 @@ typedef struct {
     int32_t pad;
     double negative_slope, scale;
 } Problem;
+
+/* One thread's part of the work, with the order of the fields as in compiled.py. */
+typedef struct {
+    Problem problem;
+    const void *w, *v, *x, *y, *scale;                  /* of its first network */
+    const void *packed, *trace_weight, *square_weight; /* for the gradient */
+    void *out, *more;
+    int64_t start, stop; /* samples */
+    int64_t failed;
+} Share;
+
+typedef struct {
+    void (*work)(Share *);
+    Share *shares;
+    int64_t count;
+    int (*rank)(void), (*size)(void);
+} Team;
+
+static void take_part(void *data) {
+    Team *team = data;
+    for (int64_t i = team->rank(); i < team->count; i += team->size()) team->work(team->shares + i);
+}
+
+/* Work on all shares side by side, by the OpenMP threads that PyTorch has loaded and uses itself:
+ * for a while after its operations they wait in a loop, and threads of our own would have to share
+ * their processors. Returns 0, with nothing done, where there is no such library. */
+int run_together(void (*work)(Share *), Share *shares, int64_t count) {
+#ifdef _WIN32
+    return 0;
+#else
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+    Team team = {.work = work, .shares = shares, .count = count};
+    *(void **)&parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    *(void **)&team.rank = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
+    *(void **)&team.size = dlsym(RTLD_DEFAULT, "omp_get_num_threads");
+    if (!parallel || !team.rank || !team.size) return 0;
+    parallel(take_part, &team, (unsigned)count, 0);
+    return 1;
+#endif
+}
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

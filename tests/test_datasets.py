@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+import torch
+
+from lowland.datasets import DataError, breast_cancer, read_csv, stratified_splits
+
+
+def write(tmp_path, text, name="table.csv"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_breast_cancer_is_the_table_of_569_patients():
+    dataset = breast_cancer()
+    assert dataset.x.shape == (569, 30)
+    assert dataset.classes == ("malignant", "benign")
+    assert int(dataset.y.sum()) == 357  # benign
+    assert dataset.features[0] == "mean radius"
+
+
+@pytest.mark.parametrize(
+    ("cells", "classes", "y"),
+    [
+        (["no", "yes", "no"], ("no", "yes"), [0, 1, 0]),
+        (["True", "False", "True"], ("False", "True"), [1, 0, 1]),
+        (["10", "2", "2"], ("2", "10"), [1, 0, 0]),
+        (["1", "1.0", "0"], ("0", "1"), [1, 1, 0]),
+        (["1.5", "-3", "1.5"], ("-3", "1.5"), [1, 0, 1]),
+        (["b", "1", "b"], ("1", "b"), [1, 0, 1]),
+    ],
+)
+def test_a_target_of_any_type_becomes_zero_and_one(tmp_path, cells, classes, y):
+    rows = "\n".join(f"{i},{cell}" for i, cell in enumerate(cells))
+    dataset = read_csv(write(tmp_path, f"a,t\n{rows}\n"), "t")
+    assert dataset.classes == classes
+    assert dataset.y.tolist() == y
+    assert dataset.name == "table"
+
+
+def test_a_table_is_read_whatever_its_spaces_quotes_and_line_ends(tmp_path):
+    text = '\ufeff a ,"b, c",t\r\n 1 , 2.5e3,x\r\n\r\n"3",4, y \r\n'
+    dataset = read_csv(write(tmp_path, text), "t")
+    assert dataset.features == ("a", "b, c")
+    assert dataset.x.tolist() == [[1.0, 2500.0], [3.0, 4.0]]
+    assert dataset.classes == ("x", "y")
+
+
+BAD_TABLES = {
+    "empty": ("", "is empty; it needs a header line and rows"),
+    "blank": ("\n\n", "is empty"),
+    "header only": ("a,t\n", "has a header line but no rows"),
+    "not UTF-8": ("a,t\n1,h\xe9\n".encode("latin-1"), "not text in UTF-8; save it as"),
+    "binary": (b"\x89PNG\r\n\x1a\n\x00\xff\xfe", "not text in UTF-8"),
+    "ragged": ("a,t\n1,x\n2,y,z\n", "not a comma-separated table: Expected 2 fields in line 3"),
+    "no target": ("a,b\n1,2\n3,4\n", "no column 't' in .*; its columns are 'a', 'b'"),
+    "semicolons": ("a;t\n1;x\n2;y\n", "'a;t'; columns must be separated by commas"),
+    "target alone": ("t\nx\ny\n", "has no column beside the target 't'"),
+    "duplicate names": ("a,a,t\n1,2,x\n3,4,y\n", "several columns named 'a'; give each its own"),
+    "nameless column": (",a,t\n0,1,x\n1,2,y\n", "column 1 of .* has no name in the header"),
+    "one class": ("a,t\n1,x\n2,x\n", "'t' must have two classes; it has 1: 'x'"),
+    "three classes": ("a,t\n1,x\n2,y\n3,z\n", "it has 3: 'x', 'y', 'z'"),
+    "many classes": (
+        "a,t\n" + "".join(f"{i},c{i:02}\n" for i in range(12)),
+        "it has 12: .*'c07' and 4 more",
+    ),
+    "missing target": ("a,t\n1,x\n2,\n3,y\n", "column 't' is empty or NaN in row 2;"),
+    "NaN": ("a,t\n1,x\nNaN,x\n3,y\nnan,y\n,y\n?,y\n", "NaN in rows 2, 4, 5 and 1 more; impute"),
+    "short row": ("a,b,t\n1,x\n2,3,y\n", "column 't' is empty or NaN in row 1"),
+    "text": ("a,t\n1,x\nred,y\n", "'a' must hold numbers; it has text in row 2, such as 'red'"),
+    "booleans": ("a,t\nTrue,x\nFalse,y\n", "text in rows 1, 2, such as 'True'; encode"),
+    "infinite": ("a,t\n1,x\n-inf,y\n", "must hold finite numbers; it is infinite in row 2"),
+    "overflow": ("a,t\n1,x\n1e999,y\n", "infinite in row 2"),
+    "constant": ("a,b,t\n1,7,x\n2,7.0,y\n", r"'b' is constant \(7\), .*; drop it"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_a_bad_table_is_refused_in_one_line(tmp_path, text, message):
+    with pytest.raises(DataError, match=message) as caught:
+        read_csv(write(tmp_path, text), "t")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"there is no file .*missing\.csv"):
+        read_csv(tmp_path / "missing.csv", "t")
+    with pytest.raises(DataError, match=r"cannot read .*: Is a directory"):
+        read_csv(tmp_path, "t")
+
+
+def test_splits_are_stratified_and_standardized_on_the_training_part_alone():
+    dataset = breast_cancer()
+    splits = stratified_splits(dataset, range(3, 6), test_size=0.25)
+    assert splits.x_train.shape == (3, 426, 30)
+    assert splits.x_test.shape == (3, 143, 30)
+    whole = dataset.y.mean()
+    assert (splits.y_train.mean(1) - whole).abs().max() < 2e-3
+    assert (splits.y_test.mean(1) - whole).abs().max() < 5e-3
+    torch.testing.assert_close(
+        splits.x_train.mean(1), torch.zeros(3, 30).double(), atol=1e-9, rtol=0
+    )
+    torch.testing.assert_close(splits.x_train.std(1, correction=0), torch.ones(3, 30).double())
+    # Undone with the training part's own scale, the test part is the data's other rows.
+    assert splits.x_test.mean(1).abs().max() > 0.01
+
+
+def test_a_split_is_the_data_in_another_order_on_one_scale():
+    dataset = breast_cancer()
+    splits = stratified_splits(dataset, range(1), test_size=0.4)
+    both = torch.cat([splits.x_train[0], splits.x_test[0]])
+    labels = torch.cat([splits.y_train[0], splits.y_test[0]])
+    for column in (0, 17):
+        ranks = [
+            torch.cat([v[:, column, None], t[:, None]], 1)
+            for v, t in ((both, labels), (dataset.x, dataset.y))
+        ]
+        first, second = (v[np.lexsort((v[:, 1], v[:, 0]))] for v in ranks)
+        assert torch.equal(first[:, 1], second[:, 1])
+        slope = (second[:, 0] - second[0, 0]) / (second[-1, 0] - second[0, 0])
+        torch.testing.assert_close(
+            (first[:, 0] - first[0, 0]) / (first[-1, 0] - first[0, 0]), slope
+        )
+
+
+def test_a_seeds_split_does_not_depend_on_the_others():
+    dataset = breast_cancer()
+    many = stratified_splits(dataset, range(4, 8), test_size=0.25)
+    one = stratified_splits(dataset, range(6, 7), test_size=0.25)
+    assert torch.equal(many.x_train[2], one.x_train[0])
+    assert torch.equal(many.y_test[2], one.y_test[0])
+    assert not torch.equal(many.x_train[1], many.x_train[2])
+
+
+@pytest.mark.parametrize(
+    ("counts", "test_size"), [((1, 30), 0.25), ((2, 100), 0.1), ((20, 20), 0.01), ((5, 5), 0.95)]
+)
+def test_too_few_samples_of_a_class_are_refused(tmp_path, counts, test_size):
+    rows = [f"{i},{'y' if i < counts[0] else 'z'}" for i in range(sum(counts))]
+    dataset = read_csv(write(tmp_path, "a,t\n" + "\n".join(rows)), "t")
+    message = rf"{sum(counts)} rows \({counts[0]} of class 'y', {counts[1]} of 'z'\) are too few"
+    with pytest.raises(DataError, match=message):
+        stratified_splits(dataset, range(20), test_size=test_size)
+
+
+@pytest.mark.parametrize("odd", ["1", "1e300"])
+def test_a_column_constant_or_huge_in_one_training_part_is_refused(tmp_path, odd):
+    # All but one value are equal, so the column is constant wherever that row is tested on.
+    rows = [f"{i},{odd if i == 7 else 0},{i % 2}" for i in range(40)]
+    dataset = read_csv(write(tmp_path, "a,rare,t\n" + "\n".join(rows)), "t")
+    with pytest.raises(DataError, match=r"'rare' cannot be standardized: in the training part of"):
+        stratified_splits(dataset, range(30), test_size=0.25)

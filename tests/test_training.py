@@ -1,0 +1,167 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import lowland
+from lowland.networks import initial_weights
+from lowland.spectrum import extreme_eigenvalues
+from lowland.training import METHODS, DivergenceError, Schedule, train
+
+PENALTIES = {  # the library's modules, differentiated by autograd of the whole Hessian
+    "hsr": lowland.HSR,
+    "hessian-trace": lowland.HessianTrace,
+    "flatness-aware": lowland.FlatnessAware,
+}
+
+
+@pytest.fixture
+def problem(generator):
+    start = initial_weights(range(3), inputs=2, hidden=3)
+    x = torch.randn(3, 20, 2, generator=generator, dtype=torch.float64)
+    noise = torch.randn(3, 20, generator=generator, dtype=torch.float64)
+    y = (x[:, :, 0] + 0.5 * noise > 0).double()
+    return start, x, y
+
+
+def run(methods, problem, **settings):
+    start, x, y = problem
+    return train(methods, start, x, y, schedule=Schedule(**settings), activation="tanh")
+
+
+def plain_loop(method, problem, index, *, steps, learning_rate, active_steps):
+    """One network, one step at a time, in plain PyTorch."""
+    first, second = (part[index] for part in problem[0])
+    x, y = problem[1][index], problem[2][index]
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    with torch.no_grad():
+        for layer, part in ((model[0], first), (model[2], second)):
+            layer.bias.copy_(part[0])
+            layer.weight.copy_(part[1:].T)
+    criterion = nn.BCEWithLogitsLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = criterion(model(x).squeeze(1), y)
+        if method.penalty is not None and step < active_steps:
+            penalty = PENALTIES[method.name](criterion, method.weight, method="dense")
+            loss = loss + penalty(model, x, y[:, None])
+        loss.backward()
+        optimizer.step()
+    return (
+        torch.cat([model[0].bias[None], model[0].weight.T]),
+        torch.cat([model[2].bias[None], model[2].weight.T]),
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_is_a_plain_loop_over_networks(problem, name):
+    weight = {"baseline": 0.0, "hsr": 0.2, "hessian-trace": 0.1, "flatness-aware": 5.0}[name]
+    method = replace(METHODS[name], weight=weight)
+    (result,) = run([method], problem, steps=9, learning_rate=0.5, active=0.5)
+    for i in range(3):
+        expected = plain_loop(
+            method, problem, i, steps=9, learning_rate=0.5, active_steps=5
+        )  # half of 9, rounded up
+        for part, plain in zip(result.weights, expected, strict=True):
+            torch.testing.assert_close(part[i], plain.detach(), rtol=1e-8, atol=1e-10)
+
+
+def test_a_penalty_changes_the_path_only_while_it_acts(problem):
+    none, some = (run([METHODS["hsr"]], problem, steps=6, active=a)[0] for a in (0.0, 0.5))
+    (plain,) = run([METHODS["baseline"]], problem, steps=6)
+    assert torch.equal(none.weights[0], plain.weights[0])
+    assert not torch.equal(some.weights[0], plain.weights[0])
+
+
+def test_a_network_does_not_depend_on_its_ensemble(problem):
+    start, x, y = problem
+    together = run(list(METHODS.values()), problem, steps=12)
+    for whole in together:
+        alone = train(
+            [whole.method],
+            (start[0][1:2], start[1][1:2]),
+            x[1:2],
+            y[1:2],
+            schedule=Schedule(steps=12),
+            activation="tanh",
+        )[0]
+        for part, single in zip(whole.weights, alone.weights, strict=True):
+            torch.testing.assert_close(part[1:2], single, rtol=1e-9, atol=1e-12)
+
+
+def test_the_start_is_left_as_it_was(problem):
+    before = [part.clone() for part in problem[0]]
+    run(list(METHODS.values()), problem, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(before, problem[0], strict=True))
+
+
+def test_converged_networks_stop_and_the_others_go_on(problem):
+    (long,) = run([METHODS["baseline"]], problem, steps=400, tolerance=0.3, checkpoints=401)
+    assert long.converged.all()
+    first, middle = (int(step) for step in long.steps.sort().values[:2])
+    assert first < middle  # or the test would not look at what it should
+    (cut,) = run([METHODS["baseline"]], problem, steps=first + 1, tolerance=0.3)
+    assert cut.converged.sum() == 1
+    assert sorted(cut.steps.tolist()) == [first, first + 1, first + 1]
+    stopped = int(cut.converged.nonzero())
+    for part, longer in zip(cut.weights, long.weights, strict=True):
+        assert torch.equal(part[stopped], longer[stopped])
+    # Its curves stay where they were when it stopped.
+    assert (long.loss[first:, stopped] == long.loss[first, stopped]).all()
+    assert (long.lambda_max[first:, stopped] == long.lambda_max[first, stopped]).all()
+
+
+def test_a_network_stops_when_its_gradient_is_a_fraction_of_the_first(problem):
+    (result,) = run([METHODS["baseline"]], problem, steps=400, tolerance=0.3)
+    for i in range(3):
+
+        def norm(weights, i=i):
+            leaves = [part[i].clone().requires_grad_() for part in weights]
+            hidden = torch.tanh(leaves[0][0] + problem[1][i] @ leaves[0][1:])
+            logit = (leaves[1][0] + hidden @ leaves[1][1:]).squeeze(1)
+            loss = nn.functional.binary_cross_entropy_with_logits(logit, problem[2][i])
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)]).norm()
+
+        (before,) = run([METHODS["baseline"]], problem, steps=int(result.steps[i]) - 1)
+        initial = norm(problem[0])
+        assert norm(result.weights) < 0.3 * initial <= norm(before.weights)
+
+
+def test_curves_are_measured_at_the_checkpoints(problem):
+    (result,) = run([METHODS["hsr"]], problem, steps=10, checkpoints=3)
+    assert result.checkpoints == [0, 5, 10]
+    (half,) = run([METHODS["hsr"]], problem, steps=5, active=1.0, checkpoints=2)
+    torch.testing.assert_close(result.loss[:2], half.loss)
+    torch.testing.assert_close(result.lambda_max[:2], half.lambda_max)
+    _, largest = extreme_eigenvalues(result.weights, *problem[1:], activation="tanh", loss="bce")
+    torch.testing.assert_close(result.lambda_max[-1], largest)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, [0, 1]), (3, [0, 1, 2, 3]), (8, [0, 4, 8])])
+def test_checkpoints_are_even_and_hold_both_ends(steps, expected):
+    count = 3 if steps == 8 else 41
+    assert Schedule(steps=steps, checkpoints=count).checkpoint_steps == expected
+
+
+def test_steps_are_reported_as_they_are_done(problem):
+    seen = []
+    start, x, y = problem
+    train(
+        [METHODS["baseline"]],
+        start,
+        x,
+        y,
+        schedule=Schedule(steps=4),
+        activation="tanh",
+        on_step=seen.append,
+    )
+    assert seen == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_divergence_is_named_with_its_method_and_step(problem, steps):
+    method = replace(METHODS["hsr"], weight=1e308)
+    with pytest.raises(DivergenceError, match=r"HSR diverged at step 1; use a smaller learning"):
+        run([METHODS["baseline"], method], problem, steps=steps, learning_rate=1e6)

@@ -223,6 +223,7 @@ class _Group:
         self.x, self.y = x, y
         self.weights = (start[0].clone(), start[1].clone())
         self.running = torch.arange(len(start[0]), device=x.device)
+        self.moving = self.running  # those that were not at rest at the last checkpoint
         self.running_data = x, y
         self.threshold: PerNetwork | None = None
         self.steps = torch.zeros_like(self.running)
@@ -278,16 +279,19 @@ class _Group:
         return first, second
 
     def measure(self) -> None:
-        """Note where the curves are; stopped networks stay put."""
+        """Note where the curves are."""
+        # Also those that have stopped since: where they stopped is where their curves stay.
+        moved = self.moving
+        self.moving = self.running
         values: dict[str, PerNetwork] = {}
-        if len(self.running):
-            weights = select(self.weights, self.running)
-            values = _measure(weights, *self.running_data, self.activation)
+        if len(moved):
+            weights, data = select(self.weights, moved), (pick(self.x, moved), pick(self.y, moved))
+            values = _measure(weights, *data, self.activation)
         for name in CURVES:
             curve = self.curves.setdefault(name, [])
             latest = curve[-1].clone() if curve else self.x.new_zeros(len(self.steps))
             if values:
-                latest[self.running] = values[name]
+                latest[moved] = values[name]
             curve.append(latest)
 
     def result(self) -> Trained:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import BrokenExecutor, Executor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,15 +54,11 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                _require_same(json.loads(path.read_text()), json.loads(wanted), folder)
+                _require_same(_settings(path), json.loads(wanted), folder)
             else:
-                _write(path, wanted.encode())
+                _replace(path, lambda draft: draft.write_text(wanted))
         except OSError as error:
             raise JobError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
-        except json.JSONDecodeError:
-            raise JobError(
-                f"{str(path)!r} is not a run's settings; choose another folder"
-            ) from None
         return cls(folder)
 
     def path(self, piece: str) -> Path:
@@ -77,12 +73,28 @@ class Store:
         return load_file(self.path(piece))
 
     def save(self, piece: str, tensors: Tensors) -> None:
-        """Keep a finished piece: all of it or nothing."""
+        """Keep a finished piece: all of it or nothing.
+
+        Raises:
+            JobError: If it cannot be written.
+        """
         path = self.path(piece)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.draft")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
-        draft.replace(path)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, lambda draft: save_file(whole, draft))
+        except (OSError, SafetensorError) as error:
+            raise JobError(f"cannot write {str(path)!r}: {error}") from None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:  # not JSON, or not even text
+        found = None
+    if not isinstance(found, dict):
+        raise JobError(f"{str(path)!r} is not a run's settings; choose another folder")
+    return found
 
 
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -95,11 +107,14 @@ def _require_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -
         )
 
 
-def _write(path: Path, content: bytes) -> None:
-    handle, draft = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(draft).replace(path)
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name, and rename it once it is whole."""
+    draft = path.with_suffix(f".{os.getpid()}.draft")
+    try:
+        write(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def run_pieces(
@@ -137,16 +152,31 @@ def run_pieces(
     if executor is None:
         for name, arguments in missing.items():
             keep(name, function(*arguments))
-        return
-    futures = {executor.submit(function, *args): name for name, args in missing.items()}
+    else:
+        _run_elsewhere(function, missing, store, executor, keep)
+
+
+def _run_elsewhere(
+    function: Callable[..., Tensors],
+    pieces: Mapping[str, tuple[Any, ...]],
+    store: Store,
+    executor: Executor,
+    keep: Callable[[str, Tensors], None],
+) -> None:
+    futures: dict[Future[Tensors], str] = {}
     try:
+        for name, arguments in pieces.items():
+            futures[executor.submit(function, *arguments)] = name
         for future in as_completed(futures):
             keep(futures[future], future.result())
+            del futures[future]
     except BrokenExecutor as error:
         raise JobError(
             "a worker process died; what was finished is kept, and the same command goes on from "
             "there"
         ) from error
     finally:
-        for future in futures:
-            future.cancel()
+        for future, name in futures.items():
+            # Others may have finished beside the one that failed.
+            if not future.cancel() and future.done() and future.exception() is None:
+                store.save(name, future.result())

@@ -84,7 +84,7 @@ def run_study(
         for method in preset.methods
     }
     examples = found["parameters"][selection.distinct[:FITTED]]
-    stages = {
+    stages: dict[str, tuple[Callable[..., Tensors], tuple[Any, ...]]] = {
         "agreement": (theory.agreement, (preset,)),
         "timing": (theory.timing, (preset,)),
         "fit": (theory.fit, (preset, examples)),

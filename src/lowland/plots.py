@@ -70,7 +70,7 @@ def training_curves(history: pd.DataFrame, *, active_steps: int) -> Figure:
                 ax.fill_between(low.index, low, high, color=color, alpha=0.15, linewidth=0)
                 ax.plot(middle.index, middle, color=color, linewidth=1.8)
             ax.set_yscale("log")
-            _plain_log_ticks(ax)
+            plain_log_ticks(ax)
             ax.set_xlim(0, history["step"].max())
             ax.set_xlabel("step")
             ax.set_title(title)
@@ -177,7 +177,7 @@ def bound_against_eigenvalue(networks: pd.DataFrame) -> Figure:
         ax.set_yscale("log")
         ax.set_xlim(*line)
         ax.set_ylim(*line)
-        _plain_log_ticks(ax)
+        plain_log_ticks(ax)
         ax.set_xlabel(r"largest eigenvalue  $\lambda_{\max}$")
         ax.set_ylabel(r"upper bound  $m + s\sqrt{P-1}$")
         _legend(figure, names, columns=2)
@@ -212,7 +212,7 @@ def _legend(figure: Figure, names: Iterable[str], *, line: bool = False, columns
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
 
 
-def _plain_log_ticks(ax: Axes) -> None:
+def plain_log_ticks(ax: Axes) -> None:
     """Write 0.05 rather than 5 x 10^-2."""
     for axis in (ax.xaxis, ax.yaxis):
         if axis.get_scale() == "log":

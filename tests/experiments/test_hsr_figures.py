@@ -1,0 +1,129 @@
+import re
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from lowland import plots
+from lowland.experiments.hsr import figures, theory
+from lowland.experiments.hsr.preset import Preset
+from lowland.experiments.hsr.run import KINDS, run_study
+from lowland.jobs import Store
+
+TINY = Preset(
+    seeds=24,
+    train_size=40,
+    test_size=60,
+    mean=1.0,
+    variance=2.0,
+    data_seed=0,
+    hidden=2,
+    initial_range=3.0,
+    learning_rate=1.0,
+    steps=60,
+    tolerance=0.5,
+    active=0.5,
+    distinct=2.0,
+    share=0.3,
+    hsr_weight=0.1,
+    trace_weight=0.01,
+    sam_radius=0.1,
+    checkpoints=4,
+    chunk=24,
+    draws=4,
+)
+BY_METHOD = (10, 11, 12, 14)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theory, "TIMED_SAMPLES", (10, 20, 40))
+        patch.setattr(theory, "TIMED_HIDDEN", (1, 2, 4))
+        patch.setattr(theory, "REPEATS", 1)
+        patch.setattr(theory, "DESCENT_STEPS", 50)
+        return run_study(TINY, Store.open(tmp_path_factory.mktemp("study"), TINY.to_dict()))
+
+
+def colors_of(figure):
+    found = set()
+    for ax in figure.axes:
+        found |= {to_hex(line.get_color()) for line in ax.lines}
+        found |= {to_hex(patch.get_edgecolor()) for patch in ax.patches}
+    return found
+
+
+def test_there_is_every_figure_from_2_to_15():
+    assert list(figures.FIGURES) == list(range(2, 16))
+    for number, figure in figures.FIGURES.items():
+        assert figure.number == number
+        assert figure.title
+        assert figure.caption.endswith(".")
+    assert len({figure.title for figure in figures.FIGURES.values()}) == 14
+
+
+def test_every_method_has_a_color_that_nothing_else_has():
+    assert figures.COLORS.keys() >= TINY.methods.keys()
+    assert plots.COLORS.items() <= figures.COLORS.items()
+    others = [figures.FIRST, figures.SECOND, figures.INK, figures.PALE]
+    everything = [*figures.COLORS.values(), *others]
+    assert len(set(everything)) == len(everything)
+
+
+@pytest.mark.parametrize("number", figures.FIGURES)
+def test_each_draws_with_labels_and_the_same_each_time(study, number):
+    draw = figures.FIGURES[number].draw
+    figure = draw(study)
+    assert isinstance(figure, Figure)
+    for ax in figure.axes:
+        assert ax.get_xlabel() or ax.get_ylabel() or ax.get_title(loc="left")
+    assert any(ax.get_xlabel() for ax in figure.axes) or number in {12, 14}
+    svg = plots.render(figure, "svg")
+    assert svg == plots.render(draw(study), "svg")
+    assert not re.findall(rb"<text[ >]", svg)  # glyphs are drawn, so no font has to be at hand
+
+
+@pytest.mark.parametrize("number", BY_METHOD)
+def test_methods_keep_their_colors(study, number):
+    found = colors_of(figures.FIGURES[number].draw(study))
+    assert found >= {figures.COLORS[method] for method in TINY.methods}
+
+
+def test_curves_are_medians_over_the_seeds(study):
+    panels = figures.figure_10(study).axes
+    for panel, kind in zip(panels[1::2], KINDS, strict=True):
+        for line, method in zip(panel.lines, TINY.methods, strict=True):
+            curves = study.controlled[kind, method]["curve_lambda_max"].numpy()
+            np.testing.assert_allclose(line.get_ydata(), np.median(curves, 1))
+
+
+def test_boxes_show_every_network(study):
+    (ax,) = figures.figure_14(study).axes
+    points = [line.get_ydata() for line in ax.lines if line.get_linestyle() == "None"]
+    expected = [result["macro_f1"].numpy() for result in study.controlled.values()]
+    np.testing.assert_allclose(np.sort(np.concatenate(points)), np.sort(np.concatenate(expected)))
+
+
+def test_the_loss_along_an_eigenvector_bends_as_its_eigenvalue_says(study):
+    result = study.controlled["sharp", "baseline"]
+    reach = np.array([-1e-3, 0, 1e-3])
+    rise = figures._rise(study, result["parameters"], result["top"], reach)
+    np.testing.assert_array_equal(rise[1], 0)
+    curvature = (rise[0] + rise[2]) / 1e-6
+    np.testing.assert_allclose(curvature, result["eigenvalues"][:, -1].numpy(), rtol=1e-3)
+
+
+def test_thresholds_stand_in_the_histogram(study):
+    _, right = figures.figure_9(study).axes
+    marks = [line.get_xdata()[0] for line in right.lines]
+    assert marks == [study.selection.low, study.selection.high]
+
+
+def test_the_linear_order_stands_beside_the_quadratic_one(study):
+    for ax, name in zip(figures.figure_2(study).axes, ("samples", "parameters"), strict=True):
+        table = study.theory["timing"][name].numpy()
+        drawn = np.array([line.get_ydata() for line in ax.lines])
+        np.testing.assert_allclose(drawn, 1e3 * table[:, 1:].T)
+        texts = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert all(re.search(r"slope -?\d", text) for text in texts)

@@ -26,10 +26,8 @@ def problem(generator):
     return weights, x, y
 
 
-@pytest.mark.parametrize("path", ["dense", "chunks", "lanczos"])
+@pytest.mark.parametrize("path", ["dense", "lanczos"])
 def test_both_ends_are_those_of_brute_force(problem, path, monkeypatch):
-    if path == "chunks":  # two matrices of 21 x 21 at a time
-        monkeypatch.setattr(spectrum, "_CHUNK_BYTES", 2 * 21 * 21 * 8)
     if path == "lanczos":
         monkeypatch.setattr(spectrum, "DENSE_LIMIT", 5)
     smallest, largest = spectrum.extreme_eigenvalues(*problem, activation="sigmoid", loss="bce")

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import oracle
 import pytest
 import torch
 from torch import nn
@@ -7,7 +8,7 @@ from torch import nn
 import lowland
 from lowland.networks import initial_weights
 from lowland.spectrum import extreme_eigenvalues
-from lowland.training import METHODS, DivergenceError, Schedule, train
+from lowland.training import CURVES, METHODS, DivergenceError, Method, Schedule, train
 
 PENALTIES = {  # the library's modules, differentiated by autograd of the whole Hessian
     "hsr": lowland.HSR,
@@ -30,15 +31,27 @@ def run(methods, problem, **settings):
     return train(methods, start, x, y, schedule=Schedule(**settings), activation="tanh")
 
 
-def plain_loop(method, problem, index, *, steps, learning_rate, active_steps):
-    """One network, one step at a time, in plain PyTorch."""
+def module_of(problem, index):
+    """A network of the ensemble in plain PyTorch."""
     first, second = (part[index] for part in problem[0])
-    x, y = problem[1][index], problem[2][index]
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
     with torch.no_grad():
         for layer, part in ((model[0], first), (model[2], second)):
             layer.bias.copy_(part[0])
             layer.weight.copy_(part[1:].T)
+    return model
+
+
+def weights_of(model):
+    return tuple(
+        torch.cat([layer.bias[None], layer.weight.T]).detach() for layer in (model[0], model[2])
+    )
+
+
+def plain_loop(method, problem, index, *, steps, learning_rate, active_steps):
+    """One network, one step at a time, in plain PyTorch."""
+    x, y = problem[1][index], problem[2][index]
+    model = module_of(problem, index)
     criterion = nn.BCEWithLogitsLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     for step in range(steps):
@@ -49,10 +62,7 @@ def plain_loop(method, problem, index, *, steps, learning_rate, active_steps):
             loss = loss + penalty(model, x, y[:, None])
         loss.backward()
         optimizer.step()
-    return (
-        torch.cat([model[0].bias[None], model[0].weight.T]),
-        torch.cat([model[2].bias[None], model[2].weight.T]),
-    )
+    return weights_of(model)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -65,7 +75,79 @@ def test_training_is_a_plain_loop_over_networks(problem, name):
             method, problem, i, steps=9, learning_rate=0.5, active_steps=5
         )  # half of 9, rounded up
         for part, plain in zip(result.weights, expected, strict=True):
-            torch.testing.assert_close(part[i], plain.detach(), rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(part[i], plain, rtol=1e-8, atol=1e-10)
+
+
+def test_adaptive_sam_is_the_optimizer_step_by_step(problem):
+    method = Method("a-sam", "A-SAM", "L", radius=0.2)
+    (plain,) = run([METHODS["baseline"]], problem, steps=6)
+    criterion = nn.BCEWithLogitsLoss()
+    for i in range(3):
+        model = module_of(problem, i)
+        sam = lowland.SAM(model.parameters(), torch.optim.SGD, 0.2, adaptive=True, lr=0.7)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.7)
+        x, y = problem[1][i], problem[2][i]
+
+        def closure(model=model, x=x, y=y):
+            model.zero_grad()
+            loss = criterion(model(x).squeeze(1), y)
+            loss.backward()
+            return loss
+
+        for steps in range(1, 7):
+            # Of all 6 steps the first half is A-SAM's.
+            active = min(steps, 3) / steps
+            (result,) = run([method], problem, steps=steps, learning_rate=0.7, active=active)
+            (sam if steps <= 3 else sgd).step(closure)
+            for part, expected in zip(result.weights, weights_of(model), strict=True):
+                torch.testing.assert_close(part[i], expected, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(result.weights[0], plain.weights[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", [*METHODS.values(), Method("a-sam", "", "", radius=0.1)])
+def test_shared_samples_are_those_of_every_network(problem, method):
+    start, x, y = problem
+    settings = {"steps": 60, "tolerance": 0.5, "checkpoints": 4}
+    method = replace(method, weight=min(method.weight, 1.0))
+    (shared,) = run([method], (start, x[:1], y[:1]), **settings)
+    copies = x[:1].repeat(3, 1, 1), y[:1].repeat(3, 1)
+    (copied,) = run([method], (start, *copies), **settings)
+    assert shared.converged.any()  # so that networks left, and their data with them
+    assert torch.equal(shared.steps, copied.steps)
+    for part, other in zip(shared.weights, copied.weights, strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-9, atol=1e-12)
+    for name in CURVES:
+        torch.testing.assert_close(shared.curves[name], copied.curves[name], rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 0.3])
+def test_all_curves_are_right_at_a_checkpoint(problem, tolerance):
+    """Also for a network that stopped since the checkpoint before."""
+    settings = {"learning_rate": 1.0, "tolerance": tolerance}
+    (whole,) = run([METHODS["hsr"]], problem, steps=60, checkpoints=4, active=0.5, **settings)
+    assert whole.checkpoints == [0, 20, 40, 60]
+    assert whole.curves.keys() == set(CURVES)
+    assert bool(whole.converged.any()) is (tolerance == 0.3)
+    network = oracle.Network(2, 3, "tanh", "bce")
+    for index, steps in ((1, 20), (2, 40), (3, 60)):
+        active = min(steps, 30) / steps
+        (there,) = run([METHODS["hsr"]], problem, steps=steps, active=active, **settings)
+        for i in range(3):
+            flat = oracle.flatten([part[i] for part in there.weights])
+            matrix = network.hessian(flat, problem[1][i], problem[2][i])
+            values = torch.linalg.eigvalsh(matrix)
+            upper = oracle.upper(*oracle.moments(matrix), network.dim)
+            expected = {
+                "loss": network.loss_of(flat, problem[1][i], problem[2][i]),
+                "lambda_max": values[-1],
+                "lambda_min": values[0],
+                "upper_bound": upper,
+                "lower_bound": 2 * matrix.trace() / network.dim - upper,
+            }
+            for name, value in expected.items():
+                torch.testing.assert_close(
+                    whole.curves[name][index, i], value, rtol=1e-8, atol=1e-10
+                )
 
 
 def test_a_penalty_changes_the_path_only_while_it_acts(problem):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -69,3 +70,18 @@ def select(weights: Weights, networks: Tensor | slice) -> SomeWeights:
 def pick(data: Tensor, networks: Tensor | slice) -> Tensor:
     """The data of some of the networks, or what all of them share."""
     return data if len(data) == 1 else data[networks]
+
+
+def one_by_one(
+    weights: Weights, x: Inputs, y: Targets
+) -> Iterator[tuple[SomeWeights, Inputs, Targets]]:
+    """Each network of an ensemble by itself, as an ensemble of one.
+
+    PyTorch's products over a whole ensemble are not the same to the last bit for another number of
+    networks, or at another place in memory. What must not depend on a network's company is computed
+    one by one, from copies.
+    """
+    for index in range(len(weights[0])):
+        one = slice(index, index + 1)
+        first, second = select(weights, one)
+        yield (first.clone(), second.clone()), pick(x, one).clone(), pick(y, one).clone()

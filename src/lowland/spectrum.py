@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from torch.autograd import grad
 
 from lowland.exact import hessian
-from lowland.networks import Inputs, PerNetwork, Targets, Weights, mean_loss, pick, select
+from lowland.networks import Inputs, PerNetwork, Targets, Weights, mean_loss, one_by_one
 from lowland.threads import threads
 
 DENSE_LIMIT = 2000
 """Up to this many parameters the whole matrix is built: 32 MB and a second or two per network."""
 
-_CHUNK_BYTES = 256 << 20  # of Hessians held at a time
 _SMALL = 300  # parameters
 _TOLERANCE = 1e-9  # of the Lanczos iteration
 
@@ -43,24 +42,17 @@ def extreme_eigenvalues(
         restarted Lanczos converges both ends to a relative 1e-9 of the spectrum's largest
         magnitude.
     """
-    networks, rows, hidden = weights[0].shape
+    _, rows, hidden = weights[0].shape
     dim = rows * hidden + hidden + 1
-    dense = dim <= DENSE_LIMIT
-    chunk = max(1, _CHUNK_BYTES // (dim * dim * x.element_size())) if dense else 1
     parts = []
-    for start in range(0, networks, chunk):
-        some = slice(start, start + chunk)
-        part = select(weights, some)
-        if dense:
+    for part, own_x, own_y in one_by_one(weights, x, y):
+        if dim <= DENSE_LIMIT:
             # The decomposition of a small matrix only loses by a second thread.
             with threads(torch.get_num_threads() if dim > _SMALL else 1):
-                matrices = hessian(
-                    part, pick(x, some), pick(y, some), activation=activation, loss=loss
-                )
-                parts.append(torch.linalg.eigvalsh(matrices)[:, [0, -1]])
+                matrix = hessian(part, own_x, own_y, activation=activation, loss=loss)
+                parts.append(torch.linalg.eigvalsh(matrix)[:, [0, -1]])
         else:
-            ends = _lanczos(part, pick(x, some), pick(y, some), activation, loss)
-            parts.append(x.new_tensor([ends]))
+            parts.append(x.new_tensor([_lanczos(part, own_x, own_y, activation, loss)]))
     smallest, largest = torch.cat(parts).unbind(1)
     return smallest, largest
 

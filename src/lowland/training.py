@@ -20,6 +20,7 @@ from lowland.networks import (
     Targets,
     Weights,
     mean_loss,
+    one_by_one,
     pick,
     select,
 )
@@ -312,7 +313,12 @@ def _measure(weights: Weights, x: Inputs, y: Targets, activation: str) -> dict[s
     """One value of each of ``CURVES`` per network."""
     smallest, largest = extreme_eigenvalues(weights, x, y, activation=activation, loss=LOSS)
     moments = exact.moments(weights, x, y, activation=activation, loss=LOSS)
-    loss = mean_loss(weights, x, y, activation=activation, loss=LOSS)
+    loss = torch.cat(
+        [
+            mean_loss(part, *data, activation=activation, loss=LOSS)
+            for part, *data in one_by_one(weights, x, y)
+        ]
+    )
     return dict(zip(CURVES, (loss, largest, smallest, moments.upper, moments.lower), strict=True))
 
 

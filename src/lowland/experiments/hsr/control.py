@@ -13,7 +13,7 @@ from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.problem import flatten, samples, start
 from lowland.experiments.hsr.search import ACTIVATION
 from lowland.jobs import Tensors
-from lowland.networks import logits
+from lowland.networks import logits, one_by_one
 from lowland.threads import threads
 from lowland.training import LOSS, train
 
@@ -30,21 +30,26 @@ def control(preset: Preset, method: str, seeds: list[int]) -> Tensors:
             schedule=preset.schedule,
             activation=ACTIVATION,
         )
-        matrices = exact.hessian(trained.weights, x, y, activation=ACTIVATION, loss=LOSS)
-        eigenvalues, eigenvectors = torch.linalg.eigh(matrices)
         x_test, y_test = samples(preset, preset.test_size, test=True)
-        predicted = logits(trained.weights, x_test, ACTIVATION) > 0
+        values, vectors, predicted = [], [], []
+        for weights, *data in one_by_one(trained.weights, x, y):
+            matrix = exact.hessian(weights, *data, activation=ACTIVATION, loss=LOSS)
+            value, vector = torch.linalg.eigh(matrix)
+            values.append(value)
+            vectors.append(vector)
+            predicted.append(logits(weights, x_test, ACTIVATION)[0] > 0)
+    eigenvectors = torch.cat(vectors)
     return {
         "seed": torch.tensor(seeds),
         "parameters": flatten(trained.weights),
         "converged": trained.converged,
         "steps": trained.steps,
         "checkpoints": torch.tensor(trained.checkpoints),
-        "eigenvalues": eigenvalues,
+        "eigenvalues": torch.cat(values),
         "bottom": eigenvectors[..., 0].contiguous(),
         "top": eigenvectors[..., -1].contiguous(),
         "macro_f1": torch.tensor(
-            [f1_score(y_test[0], row, average="macro") for row in predicted.double()],
+            [f1_score(y_test[0] > 0, row, average="macro") for row in predicted],
             dtype=torch.float64,
         ),
         **{f"curve_{name}": curve for name, curve in trained.curves.items()},

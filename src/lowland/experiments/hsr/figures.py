@@ -476,9 +476,10 @@ def figure_15(study: Study) -> Figure:
     shown = list(range(len(seeds)))[: -BOUNDARIES - 1 : -1]
     (x,), (y,) = (part.numpy() for part in samples(study.preset, study.preset.train_size))
     half = float(np.quantile(np.abs(x), 0.999))
-    line = torch.linspace(-half, half, 101, dtype=torch.float64)
+    pale = mpl.colormaps["RdBu_r"](np.linspace(0.22, 0.78, 10)).tolist()  # samples stay visible
+    line = torch.linspace(-half, half, 61, dtype=torch.float64)
     grid = torch.cartesian_prod(line, line)[None]
-    with _styled(1.4 + 2.1 * len(shown), 5.2) as figure:
+    with _styled(1.4 + 2.1 * len(shown), 4.9) as figure:
         axes = figure.subplots(2, len(shown), sharex=True, sharey=True, squeeze=False)
         for row, method in zip(axes, ("baseline", "hsr"), strict=True):
             result = study.controlled["sharp", method]
@@ -487,7 +488,7 @@ def figure_15(study: Study) -> Figure:
             maps = chance.unflatten(1, (len(line), -1)).numpy()
             for ax, index, values in zip(row, shown, maps, strict=True):
                 field = ax.contourf(
-                    line.numpy(), line.numpy(), values.T, np.linspace(0, 1, 11), cmap="RdBu_r"
+                    line.numpy(), line.numpy(), values.T, np.linspace(0, 1, 11), colors=pale
                 )
                 ax.contour(line.numpy(), line.numpy(), values.T, [0.5], colors="black")
                 for label, color in ((0, "#08519c"), (1, "#a50f15")):
@@ -608,7 +609,7 @@ FIGURES = {
             15,
             "Decision boundaries",
             "Probability of class 1 and its boundary after training from the sharpest seeds, by "
-            "plain descent above and by HSR below.",
+            "plain descent above and by HSR below; 100 training samples of either class are shown.",
             figure_15,
         ),
     )

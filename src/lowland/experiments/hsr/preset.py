@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
@@ -112,8 +113,26 @@ def load_preset(name: str) -> Preset:
         unknown = ", ".join(sorted(settings.keys() - wanted.keys())) or "none"
         raise PresetError(f"{name!r}: missing settings: {missing}; unknown settings: {unknown}")
     for key, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise PresetError(f"{name!r}: {key} must be a number of at least 0; got {value!r}")
-        if wanted[key] == "int" and not isinstance(value, int):
-            raise PresetError(f"{name!r}: {key} must be a whole number; got {value!r}")
+        expected = _expected(key, value, whole=wanted[key] == "int")
+        if expected:
+            raise PresetError(f"{name!r}: {key} must be {expected}; got {value!r}")
     return Preset(**settings)
+
+
+_LEAST = {"train_size": 2, "test_size": 2, "checkpoints": 2, "data_seed": 0}
+_MOST = {"active": 1, "share": 0.5}
+_POSITIVE = ("variance", "initial_range", "learning_rate")
+
+
+def _expected(key: str, value: object, *, whole: bool) -> str:
+    """What a setting must be, if it is not that."""
+    least, most = _LEAST.get(key, int(whole)), _MOST.get(key, math.inf)
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return "a whole number" if whole else "a number"
+    if key in {"train_size", "test_size"} and value % 2:
+        return "even, half of each class"
+    if key in _POSITIVE and not 0 < value < math.inf:
+        return "a finite number greater than 0"
+    if not least <= value <= most or value == math.inf:
+        return f"from {least} to {most}" if most < math.inf else f"finite and at least {least}"
+    return ""

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lowland import exact
-from lowland.experiments.hsr.preset import Preset
+from lowland.experiments.hsr.preset import Preset, PresetError
 from lowland.experiments.hsr.problem import flatten, samples, start
 from lowland.jobs import Tensors
 from lowland.threads import threads
@@ -64,8 +64,17 @@ class Selection:
 
 
 def select(preset: Preset, found: Tensors) -> Selection:
-    """Drop what did not converge and what is there twice; take the ends by the bound."""
+    """Drop what did not converge and what is there twice; take the ends by the bound.
+
+    Raises:
+        PresetError: If no network converged.
+    """
     converged = found["converged"].nonzero().flatten()
+    if not len(converged):
+        raise PresetError(
+            f"no network converged within {preset.steps} steps; set more steps, a larger "
+            "learning_rate or a larger tolerance in the preset"
+        )
     keep, threshold = distinct_points(found["parameters"][converged], preset.distinct)
     distinct = converged[keep]
     bound = found["upper_bound"][distinct]

@@ -200,8 +200,8 @@ def descent(preset: Preset) -> Tensors:
     """Figure 7: descent on the bound alone, from the seeds of the first draws.
 
     Returns:
-        ``upper_bound`` and ``lower_bound``, ``(steps + 1, networks)``, and ``eigenvalues``,
-        ``(steps + 1, networks, P)``.
+        ``upper_bound`` and ``lower_bound``, ``(51, networks)``, and ``eigenvalues``,
+        ``(51, networks, P)``: at both ends and evenly between them.
     """
     x, y = samples(preset, preset.train_size)
     leaves = [part.requires_grad_() for part in start(preset, list(range(preset.draws)))]

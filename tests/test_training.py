@@ -120,6 +120,7 @@ def test_shared_samples_are_those_of_every_network(problem, method):
         torch.testing.assert_close(shared.curves[name], copied.curves[name], rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.usefixtures("as_installed")
 @pytest.mark.parametrize("tolerance", [1e-3, 0.3])
 def test_all_curves_are_right_at_a_checkpoint(problem, tolerance):
     """Also for a network that stopped since the checkpoint before."""

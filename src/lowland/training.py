@@ -208,6 +208,7 @@ class _Group:
         self.x, self.y = x, y
         self.weights = (start[0].clone(), start[1].clone())
         self.running = torch.arange(len(x), device=x.device)
+        self.moving = self.running  # those that were not at rest at the last checkpoint
         self.running_data = x, y
         self.threshold: PerNetwork | None = None
         self.steps = torch.zeros_like(self.running)
@@ -256,17 +257,18 @@ class _Group:
         return first, second
 
     def measure(self) -> None:
-        """Note where the curves of loss and largest eigenvalue are; stopped networks stay put."""
+        """Note where the curves of loss and largest eigenvalue are."""
         nothing = self.x.new_zeros(len(self.x))
         loss = self.loss[-1].clone() if self.loss else nothing
         largest = self.lambda_max[-1].clone() if self.lambda_max else nothing.clone()
-        if len(self.running):
-            weights = select(self.weights, self.running)
-            loss[self.running] = mean_loss(
-                weights, *self.running_data, activation=self.activation, loss=LOSS
-            )
-            _, largest[self.running] = extreme_eigenvalues(
-                weights, *self.running_data, activation=self.activation, loss=LOSS
+        # Also those that have stopped since: where they stopped is where their curves stay.
+        moved = self.moving
+        self.moving = self.running
+        if len(moved):
+            weights, data = select(self.weights, moved), (self.x[moved], self.y[moved])
+            loss[moved] = mean_loss(weights, *data, activation=self.activation, loss=LOSS)
+            _, largest[moved] = extreme_eigenvalues(
+                weights, *data, activation=self.activation, loss=LOSS
             )
         self.loss.append(loss)
         self.lambda_max.append(largest)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lowland
-from lowland.networks import initial_weights
+from lowland.networks import initial_weights, mean_loss
 from lowland.spectrum import extreme_eigenvalues
 from lowland.training import CURVES, METHODS, DivergenceError, Method, Schedule, train
 
@@ -194,6 +194,18 @@ def test_converged_networks_stop_and_the_others_go_on(problem):
     # Its curves stay where they were when it stopped.
     assert (long.loss[first:, stopped] == long.loss[first, stopped]).all()
     assert (long.lambda_max[first:, stopped] == long.lambda_max[first, stopped]).all()
+
+
+def test_curves_of_a_stopped_network_end_where_it_stopped(problem):
+    # It stops between the first checkpoint and the last.
+    settings = {"steps": 3000, "learning_rate": 2.0, "tolerance": 0.3, "checkpoints": 2}
+    (trained,) = run([METHODS["baseline"]], problem, **settings)
+    assert trained.converged.all()
+    _, x, y = problem
+    expected = mean_loss(trained.weights, x, y, activation="tanh", loss="bce")
+    _, largest = extreme_eigenvalues(trained.weights, x, y, activation="tanh", loss="bce")
+    torch.testing.assert_close(trained.loss[-1], expected)
+    torch.testing.assert_close(trained.lambda_max[-1], largest)
 
 
 def test_a_network_stops_when_its_gradient_is_a_fraction_of_the_first(problem):

@@ -105,7 +105,7 @@ def _gradient(study: Study) -> list[Claim]:
     residual, norm = _numpy(fit["residual"]).ravel(), _numpy(fit["norm"]).ravel()
     fitted = residual <= np.quantile(residual, 0.1)
     leaves = np.median(norm[fitted]) / np.median(norm[~fitted])
-    lower = stats.mannwhitneyu(norm[fitted], norm[~fitted], alternative="less").pvalue
+    lower = float(stats.mannwhitneyu(norm[fitted], norm[~fitted], alternative="less").pvalue)
     covariance = study.theory["covariance"]
     ends = [0, -1]
     middle = len(covariance["covariance"]) // 2

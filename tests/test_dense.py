@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowland
 from lowland.dense import dense_hessian, dense_moments
 
 MSE = nn.MSELoss()
@@ -106,3 +107,35 @@ def test_a_model_without_trainable_parameters(data):
     model = nn.Linear(2, 1).double().requires_grad_(requires_grad=False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         dense_moments(model, MSE, *data)
+
+
+def test_a_model_with_a_layer_that_occurs_twice_is_left_as_it_was():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(3, 1)).double()
+    x, y = torch.randn(9, 3).double(), torch.randn(9, 1).double()
+    before = list(model.parameters())
+    first = lowland.hessian_moments(model, nn.MSELoss(), x, y)
+    second = lowland.hessian_moments(model, nn.MSELoss(), x, y)
+    assert all(one is other for one, other in zip(before, model.parameters(), strict=True))
+    assert torch.equal(first.trace_sq, second.trace_sq)
+    second.upper.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [(torch.zeros(0, 3), "x is empty"), (torch.full((4, 3), float("nan")), "x has 12 NaN")],
+)
+def test_brute_force_looks_at_its_data_too(x, message):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    with pytest.raises(ValueError, match=message):
+        lowland.hessian_moments(model, nn.MSELoss(), x, torch.zeros(len(x), 1))
+
+
+def test_layers_in_training_mode_are_pointed_to():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    x, y = torch.randn(9, 3), torch.randn(9, 1)
+    with pytest.raises(RuntimeError, match=r"call model\.eval\(\) first"):
+        lowland.hessian_moments(model, nn.MSELoss(), x, y)
+    assert lowland.hessian_moments(model.eval(), nn.MSELoss(), x, y).dim == 22

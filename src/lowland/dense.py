@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lowland.moments import HessianMoments
+from lowland.validation import check_finite
 
 DEFAULT_MEMORY_LIMIT = 4 << 30
 
@@ -34,9 +37,11 @@ def dense_hessian(
         differentiated in the parameters if gradients are enabled.
 
     Raises:
-        ValueError: If there is no trainable parameter, the loss is not a scalar, or the matrix
-            would exceed the limit.
+        ValueError: If there is no trainable parameter, ``x`` or ``y`` is empty or not finite, the
+            loss is not a scalar, or the matrix would exceed the limit.
+        RuntimeError: If PyTorch cannot differentiate the model twice, with what may help.
     """
+    _check_data(x=x, y=y)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError(
@@ -79,8 +84,42 @@ def dense_hessian(
         return loss
 
     flat = torch.cat([p.reshape(-1) for p in named.values()])
-    matrix: Tensor = torch.func.hessian(loss_of)(flat)
+    with _untouched(model):
+        return _differentiate_twice(loss_of, flat)
+
+
+def _check_data(**data: Tensor) -> None:
+    for name, tensor in data.items():
+        if not isinstance(tensor, Tensor):
+            continue  # models and criteria of other inputs check them themselves
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} is empty: got shape {tuple(tensor.shape)}")
+        if tensor.is_floating_point() and tensor.device.type == "cpu":
+            check_finite(tensor, name)
+
+
+def _differentiate_twice(loss_of: Callable[[Tensor], Tensor], flat: Tensor) -> Tensor:
+    try:
+        matrix: Tensor = torch.func.hessian(loss_of)(flat)
+    except RuntimeError as error:  # NotImplementedError is one
+        raise RuntimeError(
+            f"brute force cannot differentiate this model and loss twice: {error}\n"
+            "Layers that draw random numbers or update running statistics must be in evaluation "
+            "mode: call model.eval() first. Layers without forward-mode derivatives are not "
+            "supported"
+        ) from error
     return matrix
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put the parameters back: a functional call leaves its own in a module that occurs twice."""
+    before = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for module, parameters in before:
+            module._parameters.update(parameters)  # noqa: SLF001
 
 
 def dense_moments(

@@ -75,9 +75,12 @@ def _resolve(model: nn.Module, criterion: nn.Module, method: Method) -> Literal[
         raise ValueError(f"unknown method {method!r}: expected 'auto', 'exact' or 'dense'")
     try:
         check_supported(model, criterion)
-    except UnsupportedModelError:
+    except UnsupportedModelError as error:
         dim = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if dim > DENSE_LIMIT:
-            raise
+            raise UnsupportedModelError(
+                f"{error} (the model has {dim} trainable parameters; method='auto' goes through "
+                f"brute force up to {DENSE_LIMIT})"
+            ) from None
         return "dense"
     return "exact"

@@ -54,6 +54,11 @@ class HSR(CurvaturePenalty):
     eigenvalues. Descending it narrows the whole spectrum: the lower bound on the smallest
     eigenvalue rises at the same time.
 
+    Args:
+        criterion: The loss whose curvature is penalized.
+        weight: Factor of the penalty, at least zero.
+        method: The engine, see :func:`lowland.hessian_moments`.
+
     References:
         arXiv:2606.28662, theorem 1.
     """
@@ -66,6 +71,11 @@ class HSR(CurvaturePenalty):
 class HessianTrace(CurvaturePenalty):
     """``weight * Tr H``, in time linear in the samples and the parameters.
 
+    Args:
+        criterion: The loss whose curvature is penalized.
+        weight: Factor of the penalty, at least zero.
+        method: The engine, see :func:`lowland.hessian_moments`.
+
     References:
         Liu et al. (2023), who estimate it; here it is exact where the closed form covers the model.
     """
@@ -76,7 +86,13 @@ class HessianTrace(CurvaturePenalty):
 
 
 class FlatnessAware(CurvaturePenalty):
-    """``weight * Tr H^2 / B`` with the batch size ``B``: the sum of the squared eigenvalues."""
+    """``weight * Tr H^2 / B`` with the batch size ``B``: the sum of the squared eigenvalues.
+
+    Args:
+        criterion: The loss whose curvature is penalized.
+        weight: Factor of the penalty, at least zero.
+        method: The engine, see :func:`lowland.hessian_moments`.
+    """
 
     def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """``Tr H^2 / B``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowland.moments import HessianMoments
-from lowland.validation import check_finite
+from lowland.validation import check_values
 
 DEFAULT_MEMORY_LIMIT = 4 << 30
 
@@ -41,7 +41,9 @@ def dense_hessian(
             loss is not a scalar, or the matrix would exceed the limit.
         RuntimeError: If PyTorch cannot differentiate the model twice, with what may help.
     """
-    _check_data(x=x, y=y)
+    for label, data in (("x", x), ("y", y)):
+        if isinstance(data, Tensor):  # other inputs are the model's and the criterion's own affair
+            check_values(data, label)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError(
@@ -86,16 +88,6 @@ def dense_hessian(
     flat = torch.cat([p.reshape(-1) for p in named.values()])
     with _untouched(model):
         return _differentiate_twice(loss_of, flat)
-
-
-def _check_data(**data: Tensor) -> None:
-    for name, tensor in data.items():
-        if not isinstance(tensor, Tensor):
-            continue  # models and criteria of other inputs check them themselves
-        if tensor.numel() == 0:
-            raise ValueError(f"{name} is empty: got shape {tuple(tensor.shape)}")
-        if tensor.is_floating_point() and tensor.device.type == "cpu":
-            check_finite(tensor, name)
 
 
 def _differentiate_twice(loss_of: Callable[[Tensor], Tensor], flat: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ _RUN = 1 << 16  # values looked at together, so that a check's own memory stays 
 def check_features(tensor: Tensor, *, like: Tensor, name: str = "x") -> None:
     """Require a finite tensor of a floating-point type that the closed form supports.
 
-    Values are looked at on the CPU only; elsewhere the look would wait for the device.
-
     Raises:
         TypeError: If the type or the device is not that of ``like``.
         ValueError: If the tensor is empty or has NaN or infinite values.
@@ -29,9 +27,20 @@ def check_features(tensor: Tensor, *, like: Tensor, name: str = "x") -> None:
             f"{name} is {_describe(tensor)} but the weights are {_describe(like)}; use one type "
             "and one device for both"
         )
+    check_values(tensor, name)
+
+
+def check_values(tensor: Tensor, name: str) -> None:
+    """Require at least one value, and finite ones.
+
+    Values are looked at on the CPU only; elsewhere the look would wait for the device.
+
+    Raises:
+        ValueError: If the tensor is empty or has NaN or infinite values.
+    """
     if tensor.numel() == 0:
         raise ValueError(f"{name} is empty: got shape {tuple(tensor.shape)}")
-    if tensor.device.type == "cpu":
+    if tensor.is_floating_point() and tensor.device.type == "cpu":
         check_finite(tensor, name)
 
 

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 import pieces
 import pytest
@@ -13,7 +14,8 @@ from lowland.errors import UserError
 from lowland.jobs import JobError, Store, run_pieces
 
 SETTINGS = {"seeds": 3, "rate": 0.5}
-FIVE = {f"part/{n}": (n,) for n in range(5)}
+FIVE = {f"part/{n}": partial(pieces.square, n) for n in range(5)}
+FAILING = dict.fromkeys(FIVE, partial(pieces.fail, 0))
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def test_drafts_of_a_killed_process_are_no_pieces_and_do_no_harm(store):
         (store.folder / f"settings.{process}.draft").write_bytes(b"{")
     again = Store.open(store.folder, SETTINGS)
     assert "one" not in again
-    run_pieces(pieces.square, {"one": (3,)}, again)
+    run_pieces({"one": partial(pieces.square, 3)}, again)
     assert again.load("one")["square"].item() == 9
 
 
@@ -139,27 +141,27 @@ def test_only_what_is_missing_is_computed_and_progress_counts(store, kind, reque
         "threads": lambda: ThreadPoolExecutor(2),
         "at once": AtOnce,
     }[kind]()
-    run_pieces(pieces.square, FIVE, store, executor=executor, on_done=seen.append)
+    run_pieces(FIVE, store, executor=executor, on_done=seen.append)
     assert seen == [1, 2, 3, 4, 5]
     results = [store.load(name) for name in FIVE]
     assert [part["square"].item() for part in results] == [0, 1, 4, -1, 16]
     own = {int(part["process"]) == os.getpid() for part in results if "process" in part}
     assert own == {kind != "processes"}
-    run_pieces(pieces.fail, FIVE, store, executor=executor, on_done=seen.append)
+    run_pieces(FAILING, store, executor=executor, on_done=seen.append)
     assert seen == [1, 2, 3, 4, 5, 5]
 
 
 def test_a_dying_worker_is_named_and_what_was_finished_is_kept(store):
-    work = {f"{n}": (str(store.folder), n) for n in range(4)}
+    work = {f"{n}": partial(pieces.die, str(store.folder), n) for n in range(4)}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for _ in range(2):  # the pool stays broken, and says so when asked for more
             with pytest.raises(JobError, match="a worker process died; what was finished is kept"):
-                run_pieces(pieces.die, work, store, executor=pool)
+                run_pieces(work, store, executor=pool)
     kept = [name for name in work if name in store]
     assert kept
     assert "0" not in kept
     assert all(store.load(name)["square"].item() == int(name) ** 2 for name in kept)
-    run_pieces(lambda _, number: pieces.square(number), work, store)
+    run_pieces({name: partial(pieces.square, int(name)) for name in work}, store)
     assert all(name in store for name in work)
 
 
@@ -170,19 +172,19 @@ def test_what_finished_beside_a_failure_is_kept_and_the_rest_cancelled(store, er
 
     class Half(Executor):
         def submit(self, fn, /, *args, **kwargs):
-            (number,) = args
+            (number,) = fn.args
             if number == 4:
                 return waiting
             future = Future()
             if number == 0:
                 future.set_exception(error("lost"))
             else:
-                future.set_result(fn(number))
+                future.set_result(fn())
             return future
 
     expected = JobError if error is BrokenProcessPool else error
     with pytest.raises(expected):
-        run_pieces(pieces.square, FIVE, store, executor=Half())
+        run_pieces(FIVE, store, executor=Half())
     assert waiting.cancelled()
     assert finished(store) == {"part/1", "part/2", "part/3"}
 
@@ -194,15 +196,16 @@ def test_an_interrupt_keeps_what_was_finished_before_it(store, executor):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_pieces(pieces.square, FIVE, store, executor=executor, on_done=interrupt)
+        run_pieces(FIVE, store, executor=executor, on_done=interrupt)
     assert len(finished(store)) == (2 if executor is None else 5)
-    run_pieces(pieces.square, FIVE, store)
+    run_pieces(FIVE, store)
     assert finished(store) == set(FIVE)
 
 
 @pytest.mark.parametrize("kind", ["here", "processes"])
 def test_an_error_of_the_work_itself_passes_through(store, kind, request):
     executor = None if kind == "here" else request.getfixturevalue("processes")
+    work = {"one": partial(pieces.square, 1), "bad": partial(pieces.square, "two")}
     with pytest.raises(ValueError, match="could not convert string to float: 'two'"):
-        run_pieces(pieces.square, {"one": (1,), "bad": ("two",)}, store, executor=executor)
+        run_pieces(work, store, executor=executor)
     assert "bad" not in store

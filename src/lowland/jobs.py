@@ -22,6 +22,7 @@ from torch import Tensor
 from lowland.errors import UserError
 
 Tensors = dict[str, Tensor]
+Pieces = Mapping[str, Callable[[], Tensors]]
 
 
 class JobError(UserError):
@@ -118,8 +119,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def run_pieces(
-    function: Callable[..., Tensors],
-    pieces: Mapping[str, tuple[Any, ...]],
+    pieces: Pieces,
     store: Store,
     *,
     executor: Executor | None = None,
@@ -128,8 +128,8 @@ def run_pieces(
     """Compute the pieces that are missing from a store.
 
     Args:
-        function: Computes one piece; for an executor of processes it must be importable.
-        pieces: The arguments of each piece, by name.
+        pieces: What computes each piece, by name. For an executor of processes it must be
+            picklable, as a :func:`functools.partial` of an importable function is.
         store: Where results go, piece by piece as they come.
         executor: Any :class:`concurrent.futures.Executor`; without one, this process computes.
         on_done: Called with the number of finished pieces, first with those already there.
@@ -137,7 +137,7 @@ def run_pieces(
     Raises:
         JobError: If a worker process died.
     """
-    missing = {name: arguments for name, arguments in pieces.items() if name not in store}
+    missing = {name: compute for name, compute in pieces.items() if name not in store}
     done = len(pieces) - len(missing)
 
     def keep(name: str, tensors: Tensors) -> None:
@@ -150,23 +150,22 @@ def run_pieces(
     if on_done is not None:
         on_done(done)
     if executor is None:
-        for name, arguments in missing.items():
-            keep(name, function(*arguments))
+        for name, compute in missing.items():
+            keep(name, compute())
     else:
-        _run_elsewhere(function, missing, store, executor, keep)
+        _run_elsewhere(missing, store, executor, keep)
 
 
 def _run_elsewhere(
-    function: Callable[..., Tensors],
-    pieces: Mapping[str, tuple[Any, ...]],
+    pieces: Pieces,
     store: Store,
     executor: Executor,
     keep: Callable[[str, Tensors], None],
 ) -> None:
     futures: dict[Future[Tensors], str] = {}
     try:
-        for name, arguments in pieces.items():
-            futures[executor.submit(function, *arguments)] = name
+        for name, compute in pieces.items():
+            futures[executor.submit(compute)] = name
         for future in as_completed(futures):
             keep(futures[future], future.result())
             del futures[future]

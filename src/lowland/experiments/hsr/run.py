@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,19 +13,21 @@ from torch import Tensor
 from lowland.experiments.hsr import theory
 from lowland.experiments.hsr.control import control
 from lowland.experiments.hsr.preset import Preset
-from lowland.experiments.hsr.search import Selection, search, select
-from lowland.jobs import Store, Tensors, run_pieces
+from lowland.experiments.hsr.search import NOTHING, Selection, search, select
+from lowland.jobs import Pieces, Store, Tensors, run_pieces
 
-Pieces = Mapping[str, tuple[Any, ...]]
 Progress = Callable[[str, int, int], None]
 
 KINDS = ("sharp", "flat")
 FITTED = 8  # converged networks whose samples figure 4 looks at
 
+STAGES = ("search", "control", "timing", "agreement", "fit", "covariance", "parts", "descent")
+"""What can be run by itself; control and fit need the search's networks."""
+
 
 @dataclass(frozen=True)
 class Study:
-    """Everything the figures and the claims are made of.
+    """Everything the figures and the claims are made of; empty where a stage was not run.
 
     Attributes:
         preset: What was run.
@@ -37,16 +39,17 @@ class Study:
     """
 
     preset: Preset
-    found: Tensors
-    selection: Selection
-    controlled: dict[tuple[str, str], Tensors]
-    theory: dict[str, Tensors]
+    found: Tensors = field(default_factory=dict)
+    selection: Selection = NOTHING
+    controlled: dict[tuple[str, str], Tensors] = field(default_factory=dict)
+    theory: dict[str, Tensors] = field(default_factory=dict)
 
 
 def run_study(
     preset: Preset,
     store: Store,
     *,
+    stages: Collection[str] = STAGES,
     executor: Executor | None = None,
     on_progress: Progress | None = None,
 ) -> Study:
@@ -55,53 +58,70 @@ def run_study(
     Args:
         preset: What to run.
         store: Opened with the preset's settings.
+        stages: Some of :data:`STAGES`; what they need is run as well.
         executor: Any :class:`concurrent.futures.Executor`; without one, this process computes.
-        on_progress: Called with a stage's title and its pieces done and in all.
+        on_progress: Called with a title and how many of its pieces are done and in all.
 
     Raises:
         JobError: If a worker process died.
     """
 
-    def stage(title: str, function: Callable[..., Tensors], pieces: Pieces) -> list[Tensors]:
-        run_pieces(
-            function,
-            pieces,
-            store,
-            executor=executor,
-            on_done=lambda done: on_progress and on_progress(title, done, len(pieces)),
-        )
-        return [store.load(name) for name in pieces]
+    def run(title: str, pieces: Pieces) -> dict[str, Tensors]:
+        def on_done(done: int) -> None:
+            if on_progress is not None:
+                on_progress(title, done, len(pieces))
 
-    found = _join(stage("search", search, _search_pieces(preset)))
-    selection = select(preset, found)
-    pieces = _control_pieces(preset, found, selection)
-    results = dict(zip(pieces, stage("control", control, pieces), strict=True))
-    controlled = {
-        (kind, method): _join(
-            [part for name, part in results.items() if name.startswith(f"control/{kind}-{method}-")]
-        )
-        for kind in KINDS
-        for method in preset.methods
+        if pieces:
+            run_pieces(pieces, store, executor=executor, on_done=on_done)
+        return {name: store.load(name) for name in pieces}
+
+    # By itself and first, so that nothing else of ours disturbs its clock.
+    timing = {"theory/timing": partial(theory.timing, preset)} if "timing" in stages else {}
+    loose = {
+        f"theory/{name}": partial(function, preset)
+        for name, function in _THEORY.items()
+        if name in stages
     }
-    examples = found["parameters"][selection.distinct[:FITTED]]
-    stages: dict[str, tuple[Callable[..., Tensors], tuple[Any, ...]]] = {
-        "agreement": (theory.agreement, (preset,)),
-        "timing": (theory.timing, (preset,)),
-        "fit": (theory.fit, (preset, examples)),
-        "covariance": (theory.covariance, (preset,)),
-        "parts": (theory.parts, (preset,)),
-        "descent": (theory.descent, (preset,)),
-    }
-    in_theory = {
-        name: stage(f"theory: {name}", function, {f"theory/{name}": arguments})[0]
-        for name, (function, arguments) in stages.items()
-    }
+    results = run("timing gradients", timing)
+    found, selection = {}, NOTHING
+    controlled: dict[tuple[str, str], Tensors] = {}
+    if {"search", "control", "fit"} & set(stages):
+        found = _join(list(run("searching critical points", _search_pieces(preset)).values()))
+        selection = select(preset, found)
+    if "fit" in stages:
+        examples = found["parameters"][selection.distinct[:FITTED]]
+        loose["theory/fit"] = partial(theory.fit, preset, examples)
+    results |= run("measuring gradients", loose)
+    if "control" in stages:
+        parts = run("controlling the spectrum", _control_pieces(preset, found, selection))
+        controlled = {
+            (kind, method): _join(
+                [
+                    part
+                    for name, part in parts.items()
+                    if name.startswith(f"control/{kind}-{method}-")
+                ]
+            )
+            for kind in KINDS
+            for method in preset.methods
+        }
+    in_theory = {name.removeprefix("theory/"): result for name, result in results.items()}
     return Study(preset, found, selection, controlled, in_theory)
+
+
+_THEORY: dict[str, Callable[[Preset], Tensors]] = {
+    "agreement": theory.agreement,
+    "covariance": theory.covariance,
+    "parts": theory.parts,
+    "descent": theory.descent,
+}
 
 
 def _search_pieces(preset: Preset) -> Pieces:
     return {
-        f"search/{first:05d}": (preset, first, min(first + preset.chunk, preset.seeds))
+        f"search/{first:05d}": partial(
+            search, preset, first, min(first + preset.chunk, preset.seeds)
+        )
         for first in range(0, preset.seeds, preset.chunk)
     }
 
@@ -113,7 +133,9 @@ def _control_pieces(preset: Preset, found: Tensors, selection: Selection) -> Pie
         for method in preset.methods:
             for first in range(0, len(seeds), preset.chunk):
                 some = seeds[first : first + preset.chunk]
-                pieces[f"control/{kind}-{method}-{first:05d}"] = (preset, method, some)
+                pieces[f"control/{kind}-{method}-{first:05d}"] = partial(
+                    control, preset, method, some
+                )
     return pieces
 
 

@@ -63,6 +63,11 @@ class Selection:
     sharp: Int[Tensor, " sharp"]
 
 
+_NONE = torch.tensor([], dtype=torch.int64)
+NOTHING = Selection(_NONE, 0.0, _NONE, 0.0, 0.0, _NONE, _NONE)
+"""Of a search that was not run."""
+
+
 def select(preset: Preset, found: Tensors) -> Selection:
     """Drop what did not converge and what is there twice; take the ends by the bound.
 

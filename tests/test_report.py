@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lowland import report
+from lowland import pages, report
 from lowland.datasets import Dataset
 from lowland.experiments.compare import MEASURES, Cell, Comparison, Measure, Settings, summarize
 from lowland.training import BASELINE, METHODS
@@ -74,7 +74,7 @@ def test_shares_are_in_percent():
     [(0.0001, "p < 0.001"), (0.00456, "p = 0.0046"), (0.034, "p = 0.034"), (1.0, "p = 1.00")],
 )
 def test_p_values_are_rounded(p, text):
-    assert report.p_value(p) == text
+    assert pages.p_value(p) == text
 
 
 def test_findings_say_when_flatness_did_not_help():
@@ -185,7 +185,7 @@ def test_the_page_has_everything_that_was_said_and_run():
     for _, cells in report.table(comparison):
         assert all(value in text for value, _ in cells)
     assert "My <data>: 4 samples, 2 features, classes no (1) and yes (3)." in text
-    for name, value in report.versions().items():
+    for name, value in pages.versions().items():
         assert f"{name} {value}" in text
     assert "None of the 40 networks did; on data that" in text
 

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
-import re
-import shlex
-from base64 import b64encode
 from collections.abc import Sequence
-from importlib.metadata import version
-
-import jinja2
-from markupsafe import Markup, escape
 
 from lowland.experiments.compare import MEASURES, SIGNIFICANCE, Cell, Comparison, Measure
+from lowland.pages import data_uri, p_value, render
 from lowland.training import METHODS, Method
 
 NOTEWORTHY = 0.1
@@ -22,17 +14,6 @@ NOTEWORTHY = 0.1
 
 MOST_DIGITS = 6
 """More decimals than this are written with an exponent."""
-
-PACKAGES = ("lowland", "torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
-
-
-def versions() -> dict[str, str]:
-    """Of everything that takes part in the numbers."""
-    return {
-        "Python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
 
 
 def number(value: float) -> str:
@@ -57,11 +38,6 @@ def with_error(measure: Measure, cell: Cell) -> str:
     if digits > MOST_DIGITS or abs(mean) >= 1e7:
         return f"{mean:.2e} ± {stderr:.0e}"
     return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
-
-
-def p_value(p: float) -> str:
-    """``p = 0.034``, or ``p < 0.001``."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def findings(comparison: Comparison) -> list[str]:
@@ -149,20 +125,10 @@ def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: s
         command: What reproduces it.
     """
     networks = comparison.networks
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lowland"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["subscripts"] = _subscripts
-    # As data URIs, since identifiers inside several inline SVGs would clash.
-    images = {
-        name: "data:image/svg+xml;base64," + b64encode(svg).decode()
-        for name, svg in figures.items()
-    }
-    return environment.get_template("compare.html").render(
+    images = {name: data_uri(svg) for name, svg in figures.items()}
+    return render(
+        "compare.html",
+        command=command,
         comparison=comparison,
         dataset=comparison.dataset,
         settings=comparison.settings,
@@ -172,27 +138,10 @@ def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: s
         rows=table(comparison),
         findings=findings(comparison),
         images=images,
-        options=_options(command),
         converged=int(networks["converged"].sum()),
         trained=len(networks),
-        versions=versions(),
         significance=SIGNIFICANCE,
         noteworthy=NOTEWORTHY,
         default_weights=all(method in METHODS.values() for method in comparison.settings.methods),
         ratio=float((networks["upper_bound"] / networks["lambda_max"]).median()),
     )
-
-
-def _subscripts(text: str) -> Markup:
-    """``λ_max`` as people write it."""
-    return Markup(re.sub(r"(λ)_(max|min)", r"\1<sub>\2</sub>", str(escape(text))))  # noqa: S704
-
-
-def _options(command: str) -> list[str]:
-    """A command cut before each option: the places where a line may break."""
-    groups: list[list[str]] = [[]]
-    for word in shlex.split(command):
-        if word.startswith("--"):
-            groups.append([])
-        groups[-1].append(word)
-    return [shlex.join(group) for group in groups]

@@ -57,12 +57,14 @@ class StudyFigure:
         title: A few words.
         caption: What is drawn, in one or two sentences.
         draw: Makes the figure from the study's results.
+        stage: What of :data:`~lowland.experiments.hsr.run.STAGES` it needs.
     """
 
     number: int
     title: str
     caption: str
     draw: Callable[[Study], Figure]
+    stage: str = ""
 
 
 def figure_2(study: Study) -> Figure:
@@ -520,6 +522,7 @@ FIGURES = {
             "the paper, and analytically by pairs of parameters as here by default. Slopes are "
             "exponents fitted to the three largest sizes.",
             figure_2,
+            "timing",
         ),
         StudyFigure(
             3,
@@ -527,6 +530,7 @@ FIGURES = {
             "Norm of the difference between the analytic gradient and central differences against "
             "the gradient's own norm, one point per random network.",
             figure_3,
+            "agreement",
         ),
         StudyFigure(
             4,
@@ -534,6 +538,7 @@ FIGURES = {
             "Norm of each sample's share in the gradient of the bound against the sample's misfit, "
             "at converged networks.",
             figure_4,
+            "fit",
         ),
         StudyFigure(
             5,
@@ -541,6 +546,7 @@ FIGURES = {
             "Norm of the gradient of Tr H² against the covariance of the inputs, whose variances "
             "stay the same: medians and quartiles over random networks.",
             figure_5,
+            "covariance",
         ),
         StudyFigure(
             6,
@@ -548,6 +554,7 @@ FIGURES = {
             "Norms of the two parts of the bound's gradient, from the mean and from the spread of "
             "the eigenvalues, at random parameters.",
             figure_6,
+            "parts",
         ),
         StudyFigure(
             7,
@@ -555,6 +562,7 @@ FIGURES = {
             "Bounds and extreme eigenvalues while only the bound is descended, and all eigenvalues "
             "before and after: medians and quartiles over starting points.",
             figure_7,
+            "descent",
         ),
         StudyFigure(
             8,
@@ -569,6 +577,7 @@ FIGURES = {
             "bound's histogram with the thresholds below which a point is called flat, and above "
             "which sharp.",
             figure_9,
+            "search",
         ),
         StudyFigure(
             10,
@@ -576,6 +585,7 @@ FIGURES = {
             "Loss and largest eigenvalue from sharp and flat seeds: medians and quartiles. Methods "
             "act while shaded, then plain descent; the first steps' loss lies above the panel.",
             figure_10,
+            "control",
         ),
         StudyFigure(
             11,
@@ -583,6 +593,7 @@ FIGURES = {
             "Rise of the loss away from the final networks along the eigenvector of the largest "
             "eigenvalue: medians and quartiles, the steeper side on the right.",
             figure_11,
+            "control",
         ),
         StudyFigure(
             12,
@@ -590,6 +601,7 @@ FIGURES = {
             "Largest and smallest eigenvalue, mean and standard deviation of the spectrum after "
             "training; each point is a network, boxes hold the middle half.",
             figure_12,
+            "control",
         ),
         StudyFigure(
             13,
@@ -597,6 +609,7 @@ FIGURES = {
             "Loss along the top and bottom eigenvectors where A-SAM and HSR have their smallest "
             "eigenvalue of all; dotted, what the eigenvalue alone predicts.",
             figure_13,
+            "control",
         ),
         StudyFigure(
             14,
@@ -604,6 +617,7 @@ FIGURES = {
             "Macro-F1 on the test samples after training; each point is a network, boxes hold the "
             "middle half.",
             figure_14,
+            "control",
         ),
         StudyFigure(
             15,
@@ -611,6 +625,7 @@ FIGURES = {
             "Probability of class 1 and its boundary after training from the sharpest seeds, by "
             "plain descent above and by HSR below; 100 training samples of either class are shown.",
             figure_15,
+            "control",
         ),
     )
 }

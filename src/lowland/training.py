@@ -14,6 +14,7 @@ from torch.autograd import grad
 
 from lowland import exact
 from lowland.errors import UserError
+from lowland.exact.api import Setup, prepare
 from lowland.networks import (
     Inputs,
     PerNetwork,
@@ -29,27 +30,26 @@ from lowland.spectrum import extreme_eigenvalues
 LOSS = "bce"
 CURVES = ("loss", "lambda_max", "lambda_min", "upper_bound", "lower_bound")
 
-Penalty = Callable[[Weights, Inputs, Targets, str], PerNetwork]
+Penalty = Callable[[Setup], PerNetwork]
 
 
 class DivergenceError(UserError, ArithmeticError):
     """Training left the finite numbers."""
 
 
-def hsr_penalty(weights: Weights, x: Inputs, y: Targets, activation: str) -> PerNetwork:
+def hsr_penalty(setup: Setup) -> PerNetwork:
     """The upper bound ``U = m + s sqrt(P - 1)`` on the largest eigenvalue (arXiv:2606.28662)."""
-    return exact.moments(weights, x, y, activation=activation, loss=LOSS).upper
+    return setup.moments().upper
 
 
-def trace_penalty(weights: Weights, x: Inputs, y: Targets, activation: str) -> PerNetwork:
+def trace_penalty(setup: Setup) -> PerNetwork:
     """The trace ``Tr H`` (Liu et al. 2023, as compared in arXiv:2606.28662)."""
-    return exact.trace(weights, x, y, activation=activation, loss=LOSS)
+    return setup.trace()
 
 
-def flatness_penalty(weights: Weights, x: Inputs, y: Targets, activation: str) -> PerNetwork:
+def flatness_penalty(setup: Setup) -> PerNetwork:
     """``Tr H^2 / B``, with ``B`` the batch size: here the number of training samples."""
-    second = exact.moments(weights, x, y, activation=activation, loss=LOSS).trace_sq
-    return second / x.shape[1]
+    return setup.moments().trace_sq / setup.size.samples
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class _Group:
         self.weights = (start[0].clone(), start[1].clone())
         self.running = torch.arange(len(start[0]), device=x.device)
         self.moving = self.running  # those that were not at rest at the last checkpoint
-        self.running_data = x, y
+        self.setup = self._set_up(self.weights)
         self.threshold: PerNetwork | None = None
         self.steps = torch.zeros_like(self.running)
         self.seconds = 0.0
@@ -241,7 +241,7 @@ class _Group:
         if step < self.schedule.active_steps:
             if self.method.radius:
                 worst = perturbed(weights, gradient, self.method.radius)
-                gradient = self._loss_gradient(worst)
+                gradient = self.setup.at(worst).loss_gradient()
             if self.method.penalty is not None:
                 extra = self._penalty_gradient(self.method.penalty, weights)
                 for slope, more in zip(gradient, extra, strict=True):
@@ -256,27 +256,29 @@ class _Group:
         self.steps[self.running] += 1
         self.seconds += time.perf_counter() - begin
 
-    def _loss_gradient(self, weights: Weights) -> Weights:
-        return exact.loss_gradient(
-            weights, *self.running_data, activation=self.activation, loss=LOSS
-        )
+    def _set_up(self, weights: Weights) -> Setup:
+        """What computes with the networks that are running."""
+        data = pick(self.x, self.running), pick(self.y, self.running)
+        return prepare(weights, *data, self.activation, LOSS, "mean")
 
     def _moving_gradient(self) -> Weights:
         """The gradient of the loss for the networks that go on; those that converged leave."""
-        gradient = self._loss_gradient(select(self.weights, self.running))
+        weights = select(self.weights, self.running)
+        gradient = self.setup.at(weights).loss_gradient()
         norm = torch.cat([part.flatten(1) for part in gradient], 1).norm(dim=1)
         if self.threshold is None:
             self.threshold = self.schedule.tolerance * norm
         moving = norm >= self.threshold[self.running]
         if not bool(moving.all()):
             self.running = self.running[moving]
-            self.running_data = pick(self.x, self.running), pick(self.y, self.running)
             gradient = select(gradient, moving)
+            if len(self.running):
+                self.setup = self._set_up(select(weights, moving))
         return gradient
 
     def _penalty_gradient(self, penalty: Penalty, weights: Weights) -> Weights:
         leaves = (weights[0].clone().requires_grad_(), weights[1].clone().requires_grad_())
-        first, second = grad(penalty(leaves, *self.running_data, self.activation).sum(), leaves)
+        first, second = grad(penalty(self.setup.at(leaves)).sum(), leaves)
         return first, second
 
     def measure(self) -> None:

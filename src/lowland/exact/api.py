@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -74,10 +74,7 @@ def moments(
     References:
         arXiv:2606.28662, theorems 1 to 5; the order ``"parameters"`` is not in the paper.
     """
-    setup = prepare(weights, x, y, activation, loss, reduction)
-    problem = setup.problem(order, memory_budget)
-    first, second = run_moments(problem, setup.weight, setup.output)
-    return HessianMoments(setup.size.dim, first.view(setup.ensemble), second.view(setup.ensemble))
+    return prepare(weights, x, y, activation, loss, reduction).moments(order, memory_budget)
 
 
 def trace(
@@ -97,9 +94,7 @@ def trace(
     Returns:
         ``Tr H``, shape ``(*ensemble)``.
     """
-    setup = prepare(weights, x, y, activation, loss, reduction)
-    first, _ = run_moments(setup.linear_problem("trace", memory_budget), setup.weight, setup.output)
-    return first.view(setup.ensemble)
+    return prepare(weights, x, y, activation, loss, reduction).trace(memory_budget)
 
 
 def loss_gradient(
@@ -120,15 +115,7 @@ def loss_gradient(
         Gradients in ``W`` and ``v``, ``(*ensemble, inputs + 1, hidden)`` and
         ``(*ensemble, hidden + 1, 1)``; they carry no gradient.
     """
-    setup = prepare(weights, x, y, activation, loss, reduction)
-    problem = setup.linear_problem("loss", memory_budget)
-    with torch.no_grad():
-        parts = problem.on_passes(setup.weight, setup.output, lambda _, part: part.loss_gradient())
-    in_weight, in_output = (torch.cat(part) for part in zip(*parts, strict=True))
-    return (
-        in_weight.view(*setup.ensemble, *setup.weight.shape[1:]),
-        in_output.view(*setup.ensemble, *setup.output.shape[1:], 1),
-    )
+    return prepare(weights, x, y, activation, loss, reduction).loss_gradient(memory_budget)
 
 
 def hessian(
@@ -161,7 +148,11 @@ def hessian(
 
 @dataclass(frozen=True)
 class Setup:
-    """Checked arguments, the ensemble flattened to one leading dimension."""
+    """Checked arguments, the ensemble flattened to one leading dimension.
+
+    What is to be computed again and again on the same data is set up once: in a step of training,
+    looking at the data would take longer than a small network's gradient.
+    """
 
     arch: Architecture
     data: Data
@@ -169,6 +160,43 @@ class Setup:
     output: Tensor
     ensemble: torch.Size
     size: Size
+
+    def at(self, weights: Sequence[Tensor]) -> Setup:
+        """The same at other weights of the same shapes, which are not looked at."""
+        networks = len(self.weight)
+        weight, output = weights
+        return replace(
+            self,
+            weight=weight.reshape(networks, *self.weight.shape[1:]),
+            output=output.reshape(networks, *self.output.shape[1:]),
+        )
+
+    def moments(
+        self, order: OrderChoice = "auto", memory_budget: int = DEFAULT_MEMORY_BUDGET
+    ) -> HessianMoments:
+        """As :func:`moments`."""
+        problem = self.problem(order, memory_budget)
+        first, second = run_moments(problem, self.weight, self.output)
+        return HessianMoments(self.size.dim, first.view(self.ensemble), second.view(self.ensemble))
+
+    def trace(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> Tensor:
+        """As :func:`trace`."""
+        problem = self.linear_problem("trace", memory_budget)
+        first, _ = run_moments(problem, self.weight, self.output)
+        return first.view(self.ensemble)
+
+    def loss_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, Tensor]:
+        """As :func:`loss_gradient`."""
+        problem = self.linear_problem("loss", memory_budget)
+        with torch.no_grad():
+            parts = problem.on_passes(
+                self.weight, self.output, lambda _, part: part.loss_gradient()
+            )
+        in_weight, in_output = (torch.cat(part) for part in zip(*parts, strict=True))
+        return (
+            in_weight.view(*self.ensemble, *self.weight.shape[1:]),
+            in_output.view(*self.ensemble, *self.output.shape[1:], 1),
+        )
 
     def problem(self, order: OrderChoice, memory_budget: int, *, compiled: bool = True) -> Problem:
         """The problem of both moments; ``compiled=False`` insists on the PyTorch path."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowland.experiments.hsr import theory
+from lowland.experiments.hsr.boundary import boundary_length
 from lowland.experiments.hsr.claims import judge
 from lowland.experiments.hsr.preset import load_preset
 from lowland.experiments.hsr.run import run_study
@@ -31,6 +32,14 @@ def study(tmp_path_factory):
         return run_study(preset, Store.open(tmp_path_factory.mktemp("run"), preset.to_dict()))
 
 
+def claims_with(study, kind, name, values):
+    """The study with other results of some methods for one kind of seed."""
+    controlled = dict(study.controlled)
+    for method, value in values.items():
+        controlled[kind, method] = controlled[kind, method] | {name: value}
+    return replace(study, controlled=controlled)
+
+
 def found(study, text):
     (claim,) = [claim for claim in judge(study) if text in claim.text]
     return claim
@@ -38,7 +47,7 @@ def found(study, text):
 
 def test_every_claim_is_judged_with_a_number(study):
     claims = judge(study)
-    assert {claim.figure for claim in claims} == {None, 2, 3, 4, 5, 6, 7, 9, 12, 14}
+    assert {claim.figure for claim in claims} == {None, *range(2, 16)}
     assert all(any(letter.isdigit() for letter in claim.found) for claim in claims)
 
 
@@ -66,3 +75,60 @@ def test_the_spread_part_must_be_larger_more_often_than_not(study):
     parts = study.theory["parts"]
     swapped = {"parts": {"mean": parts["spread"], "spread": parts["mean"]}}
     assert not found(replace(study, theory=study.theory | swapped), text).holds
+
+
+@pytest.mark.parametrize(("gap", "holds"), [(0.0, True), (0.003, True), (0.005, False)])
+def test_alike_has_to_be_shown(study, gap, holds):
+    count = len(study.controlled["flat", "hsr"]["seed"])
+    noise = 1e-5 * torch.arange(count, dtype=torch.float64)
+    scores = {method: 0.8 + noise * (1 + i) for i, method in enumerate(study.preset.methods)}
+    scores["hsr"] = scores["hsr"] + gap
+    changed = claims_with(study, "flat", "macro_f1", scores)
+    assert found(changed, "from flat seeds all methods classify alike").holds == holds
+
+
+def test_a_saddle_is_where_the_loss_falls(study):
+    flat, steep = "HSR stands on none", "A-SAM stands on a saddle"
+    count = len(study.controlled["sharp", "hsr"]["seed"])
+    minus = torch.full((count, 9), -1.0, dtype=torch.float64)
+    # Up to the output's bias the network is silent, so the loss is that of a constant logit.
+    silent = torch.zeros(count, 21, dtype=torch.float64)
+    silent[:, 15] = 0.8
+    along_bias = torch.zeros_like(silent)
+    along_bias[:, 15] = 1.0
+    along_nothing = torch.zeros_like(silent)
+    along_nothing[:, 0] = 1.0  # a silent unit's weight
+    changed = study
+    for method, direction in (("a-sam", along_bias), ("hsr", along_nothing)):
+        for name, value in (
+            ("parameters", silent),
+            ("bottom", direction),
+            ("eigenvalues", minus),
+            ("curve_loss", torch.full((count, 3), 0.7, dtype=torch.float64)),
+        ):
+            changed = claims_with(changed, "sharp", name, {method: value})
+    assert found(changed, steep).holds
+    assert found(changed, flat).holds
+    swapped = claims_with(changed, "sharp", "bottom", {"a-sam": along_nothing, "hsr": along_bias})
+    assert not found(swapped, steep).holds
+    assert not found(swapped, flat).holds
+
+
+def test_the_boundary_of_a_straight_line_is_as_long_as_the_line(study):
+    """One saturated unit: its logit changes sign where ``x_1 + x_2`` does, or ``x_1`` alone."""
+    networks = torch.zeros(3, 21, dtype=torch.float64)
+    for row, (one, two, threshold) in enumerate([(1, 1, -0.5), (1, 0, -0.5), (1, 1, 1.0)]):
+        networks[row, [5, 10]] = 1e-2 * torch.tensor([one, two], dtype=torch.float64)
+        networks[row, 15], networks[row, 16] = threshold, 1.0
+    lengths = boundary_length(study.preset, networks)
+    assert lengths == pytest.approx([1, 2**-0.5, 0], abs=1e-6)
+
+
+def test_islands_make_a_boundary_longer(study):
+    """Two units that are on beyond a line each: a band, with a boundary on either side."""
+    band = torch.zeros(1, 21, dtype=torch.float64)
+    band[0, [0, 1]] = torch.tensor([-5.0, 5.0], dtype=torch.float64)
+    band[0, [5, 6, 10, 11]] = 10.0
+    band[0, 15:18] = torch.tensor([-0.5, 1.0, -1.0], dtype=torch.float64)
+    (length,) = boundary_length(study.preset, -band)
+    assert 1.5 < length < 2

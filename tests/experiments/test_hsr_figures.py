@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from lowland import plots
 from lowland.experiments.hsr import figures, theory
+from lowland.experiments.hsr.landscape import rise
 from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.run import KINDS, run_study
 from lowland.jobs import Store
@@ -94,7 +95,7 @@ def test_curves_are_medians_over_the_seeds(study):
     panels = figures.figure_10(study).axes
     for panel, kind in zip(panels[1::2], KINDS, strict=True):
         for line, method in zip(panel.lines, TINY.methods, strict=True):
-            curves = study.controlled[kind, method]["curve_lambda_max"].numpy()
+            curves = study.controlled[kind, method]["curve_lambda_max"].T.numpy()
             np.testing.assert_allclose(line.get_ydata(), np.median(curves, 1))
 
 
@@ -107,10 +108,9 @@ def test_boxes_show_every_network(study):
 
 def test_the_loss_along_an_eigenvector_bends_as_its_eigenvalue_says(study):
     result = study.controlled["sharp", "baseline"]
-    reach = np.array([-1e-3, 0, 1e-3])
-    rise = figures._rise(study, result["parameters"], result["top"], reach)
-    np.testing.assert_array_equal(rise[1], 0)
-    curvature = (rise[0] + rise[2]) / 1e-6
+    change = rise(TINY, result["parameters"], result["top"], (-1e-3, 0, 1e-3)).numpy()
+    np.testing.assert_array_equal(change[1], 0)
+    curvature = (change[0] + change[2]) / 1e-6
     np.testing.assert_allclose(curvature, result["eigenvalues"][:, -1].numpy(), rtol=1e-3)
 
 

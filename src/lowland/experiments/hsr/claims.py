@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -11,40 +12,50 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from lowland.experiments.hsr.run import Study
+from lowland.experiments.hsr.boundary import boundary_length
+from lowland.experiments.hsr.landscape import REACH, rise
+from lowland.experiments.hsr.problem import samples
+from lowland.experiments.hsr.run import KINDS, Study
+from lowland.experiments.reproduction import Claim
 
 SIGNIFICANCE = 0.05
 
+F1_MARGIN = 0.004  # the standard error of macro-F1 on 10,000 test samples
+
+SADDLE = 0.01  # fall of the loss, as a fraction of it, along the bottom eigenvector
+
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One claim and what became of it here.
-
-    Attributes:
-        figure: The figure that shows it; None for a number in the text.
-        text: The claim, in our words.
-        published: The paper's number, if it gives one.
-        found: Ours, with the test that decides.
-        holds: Whether it holds here.
-    """
-
-    figure: int | None
-    text: str
-    published: str
-    found: str
-    holds: bool
 
 
 def judge(study: Study) -> list[Claim]:
     """Every claim of the study that a number can decide."""
     return [
+        *_data(study),
         *_search(study),
         *_gradient(study),
         *_direction(study),
+        *_training(study),
         *_spectrum(study),
         *_accuracy(study),
+        *_boundaries(study),
+    ]
+
+
+def _data(study: Study) -> list[Claim]:
+    x, y = (part[0] for part in samples(study.preset, study.preset.test_size, test=True))
+    classes = [x[y == label] for label in (0, 1)]
+    spread = torch.stack([part.T.cov() for part in classes])
+    error = (2 / (len(x) / 2)) ** 0.5 * study.preset.variance  # standard, of a sample variance
+    off = float((spread - study.preset.variance * torch.eye(2)).abs().max())
+    return [
+        Claim(
+            8,
+            "two Gaussians in equal parts, variance 2 on both axes, covariance 0",
+            "2, 0",
+            f"{len(classes[0]):,} and {len(classes[1]):,} test samples; their covariances are off "
+            f"by at most {off:.3f}, {off / error:.1f} standard errors",
+            len(classes[0]) == len(classes[1]) and off < 4 * error,
+        )
     ]
 
 
@@ -183,6 +194,80 @@ def _direction(study: Study) -> list[Claim]:
     ]
 
 
+def _training(study: Study) -> list[Claim]:
+    preset = study.preset
+    steps = np.array(preset.schedule.checkpoint_steps)
+    ends = int(np.searchsorted(steps, preset.schedule.active_steps))
+    curves = {
+        method: _numpy(study.controlled["sharp", method]["curve_lambda_max"])[:, ends]
+        for method in ("baseline", "a-sam", "hsr")
+    }
+    claims = []
+    for method, title in (("a-sam", "A-SAM"), ("hsr", "HSR")):
+        p = _greater(curves["baseline"], curves[method])
+        claims.append(
+            Claim(
+                10,
+                f"{title} holds λ_max down while it acts, from sharp seeds",
+                "",
+                f"median λ_max after {steps[ends]:,} steps {np.median(curves[method]):.3f}, of the "
+                f"baseline {np.median(curves['baseline']):.3f}, {_p(p)}",
+                p < SIGNIFICANCE,
+            )
+        )
+    return [*claims, *_lines(study)]
+
+
+def _lines(study: Study) -> list[Claim]:
+    """Figures 11 and 13: the loss itself, along eigenvectors."""
+
+    def change(kind: str, method: str, end: str) -> Array:
+        part = study.controlled[kind, method]
+        return _numpy(rise(study.preset, part["parameters"], part[end], (-REACH, REACH)))
+
+    steep = {name: change("sharp", name, "top").max(0) for name in study.preset.methods}
+    p = max(_greater(steep[name], steep["hsr"]) for name in steep if name != "hsr")
+    tails = {name: np.quantile(values, 0.9) for name, values in steep.items()}
+    medians = ", ".join(
+        f"{study.preset.methods[name].title} {np.median(values):.3f}"
+        for name, values in steep.items()
+    )
+    falls = {}
+    for method in ("a-sam", "hsr"):
+        lowest = {k: float(study.controlled[k, method]["eigenvalues"].min()) for k in KINDS}
+        kind = min(KINDS, key=lowest.__getitem__)
+        part = study.controlled[kind, method]
+        worst = int(part["eigenvalues"][:, 0].argmin())
+        fall = -float(change(kind, method, "bottom")[:, worst].min())
+        falls[method] = max(0.0, fall) / float(part["curve_loss"][worst, -1])
+    return [
+        Claim(
+            11,
+            "HSR's minima are consistently the flattest along their top eigenvector",
+            "",
+            f"median rise of the loss at distance {REACH:g} from sharp seeds: {medians}; HSR's "
+            f"90th percentile {tails['hsr']:.3f} against {tails['baseline']:.3f} of the baseline; "
+            f"HSR below each other method, largest {_p(p)}",
+            p < SIGNIFICANCE and tails["hsr"] == min(tails.values()),
+        ),
+        Claim(
+            13,
+            "where λ_min is most negative, A-SAM stands on a saddle",
+            "",
+            f"at distance {REACH:g} along that eigenvector the loss falls by {falls['a-sam']:.2%} "
+            f"of itself; a saddle is called {SADDLE:.0%}",
+            falls["a-sam"] >= SADDLE,
+        ),
+        Claim(
+            13,
+            "where λ_min is most negative, HSR stands on none",
+            "",
+            f"the loss falls by {falls['hsr']:.2%}",
+            falls["hsr"] < SADDLE,
+        ),
+    ]
+
+
 def _spectrum(study: Study) -> list[Claim]:
     def largest(kind: str, method: str) -> Array:
         return _numpy(study.controlled[kind, method]["eigenvalues"][:, -1])
@@ -207,8 +292,20 @@ def _spectrum(study: Study) -> list[Claim]:
         for method in study.preset.methods
     }
     rest = min(value for method, value in tails.items() if method != "a-sam")
+    flat = [float(np.median(largest("flat", method))) for method in study.preset.methods]
+    alike = _alike(
+        [np.log(largest("flat", method)) for method in study.preset.methods], math.log(1.1)
+    )
     return [
         *claims,
+        Claim(
+            12,
+            "from flat seeds all methods end alike",
+            "",
+            f"median λ_max {min(flat):.3f} to {max(flat):.3f}; every mean ratio within a factor of "
+            f"1.1, {_p(alike)}",
+            alike < SIGNIFICANCE,
+        ),
         Claim(
             12,
             "from flat seeds A-SAM alone leaves a tail of negative λ_min",
@@ -236,7 +333,59 @@ def _accuracy(study: Study) -> list[Claim]:
                 p < SIGNIFICANCE,
             )
         )
+    alike = (
+        ("from sharp seeds A-SAM and HSR classify alike", "sharp", ["a-sam", "hsr"]),
+        ("from flat seeds all methods classify alike", "flat", list(study.preset.methods)),
+    )
+    for text, kind, methods in alike:
+        scores = [score(kind, method) for method in methods]
+        middles = [values.mean() for values in scores]
+        p = _alike(scores, F1_MARGIN)
+        claims.append(
+            Claim(
+                14,
+                text,
+                "",
+                f"mean macro-F1 {min(middles):.4f} to {max(middles):.4f}; every mean difference "
+                f"within {F1_MARGIN}, {_p(p)}",
+                p < SIGNIFICANCE,
+            )
+        )
     return claims
+
+
+def _boundaries(study: Study) -> list[Claim]:
+    length = {
+        method: boundary_length(study.preset, study.controlled["sharp", method]["parameters"])
+        for method in ("baseline", "hsr")
+    }
+    p = _greater(length["baseline"], length["hsr"])
+    return [
+        Claim(
+            15,
+            "HSR draws simpler boundaries than the baseline from the same seeds",
+            "",
+            "median length of the boundary, in units of the best one's, "
+            f"{np.median(length['hsr']):.2f} against {np.median(length['baseline']):.2f}, {_p(p)}",
+            p < SIGNIFICANCE,
+        )
+    ]
+
+
+def _alike(groups: Iterable[Array], margin: float) -> float:
+    """The p-value, over all pairs, that some mean paired difference exceeds a margin.
+
+    Two one-sided t-tests a pair: what is alike has to be shown, not only left unrefuted.
+    """
+    return max(_within(left - right, margin) for left, right in combinations(groups, 2))
+
+
+def _within(differences: Array, margin: float) -> float:
+    error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    distance = margin - abs(differences.mean())
+    if not error:
+        return 0.0 if distance > 0 else 1.0
+    return float(stats.t.sf(distance / error, len(differences) - 1))
 
 
 def _greater(left: Array, right: Array) -> float:

@@ -44,7 +44,6 @@ def control(preset: Preset, method: str, seeds: list[int]) -> Tensors:
         "parameters": flatten(trained.weights),
         "converged": trained.converged,
         "steps": trained.steps,
-        "checkpoints": torch.tensor(trained.checkpoints),
         "eigenvalues": torch.cat(values),
         "bottom": eigenvectors[..., 0].contiguous(),
         "top": eigenvectors[..., -1].contiguous(),
@@ -52,5 +51,5 @@ def control(preset: Preset, method: str, seeds: list[int]) -> Tensors:
             [f1_score(y_test[0] > 0, row, average="macro") for row in predicted],
             dtype=torch.float64,
         ),
-        **{f"curve_{name}": curve for name, curve in trained.curves.items()},
+        **{f"curve_{name}": curve.T for name, curve in trained.curves.items()},
     }

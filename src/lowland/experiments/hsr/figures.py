@@ -25,13 +25,12 @@ from torch import Tensor
 
 from lowland import plots
 from lowland.experiments.hsr import theory
+from lowland.experiments.hsr.boundary import chances, window
+from lowland.experiments.hsr.landscape import REACH, rise
 from lowland.experiments.hsr.problem import samples
 from lowland.experiments.hsr.run import KINDS, Study
-from lowland.experiments.hsr.search import ACTIVATION
 from lowland.jobs import Tensors
-from lowland.networks import Weights, logits, mean_loss
 from lowland.plots import STYLE, plain_log_ticks
-from lowland.training import LOSS
 
 Array = npt.NDArray[np.float64]
 
@@ -43,7 +42,6 @@ FIRST, SECOND, INK, PALE = "#d55e00", "#56b4e9", "#000000", "#bdbdbd"
 KIND_COLORS = {"sharp": FIRST, "flat": SECOND}
 SHADE = "#f4f1e8"
 
-REACH = 1.0  # how far the loss is followed along an eigenvector, which has length 1
 BOUNDARIES = 5  # networks in figure 15
 SHOWN = 100  # samples of either class in each of its panels
 
@@ -362,18 +360,15 @@ def figure_10(study: Study) -> Figure:
             for ax, (name, title) in zip(row, panels, strict=True):
                 for method in study.preset.methods:
                     result = study.controlled[kind, method]
-                    steps = result["checkpoints"].numpy()
-                    curves = result[f"curve_{name}"].numpy()
+                    steps = np.array(study.preset.schedule.checkpoint_steps)
+                    curves = result[f"curve_{name}"].T.numpy()
                     _band(ax, steps, list(curves), COLORS[method])
                 ax.axvspan(0, study.preset.active * steps[-1], color=SHADE, zorder=0, linewidth=0)
                 ax.set_title(f"{kind} seeds:  {title}")
                 ax.set_xlim(0, steps[-1])
-        late = np.concatenate(
-            [study.controlled[k, m]["curve_loss"][1:].numpy().ravel() for k in KINDS for m in COLORS
-             if (k, m) in study.controlled]
-        )  # fmt: skip
+        late = torch.cat([r["curve_loss"][:, 1:].flatten() for r in study.controlled.values()])
         # The first steps from far away would press all that follows into one line.
-        axes[0, 0].set_ylim(np.nanmin(late) * 0.998, np.nanquantile(late, 0.99) * 1.005)
+        axes[0, 0].set_ylim(float(late.min()) * 0.998, float(late.quantile(0.99)) * 1.005)
         axes[0, 1].set_ylim(bottom=0)
         for ax in axes[1]:
             ax.set_xlabel("step")
@@ -393,11 +388,10 @@ def figure_11(study: Study) -> Figure:
         for ax, kind in zip(axes, KINDS, strict=True):
             for method in study.preset.methods:
                 result = study.controlled[kind, method]
-                rise = _rise(study, result["parameters"], result["top"], reach)
+                change = rise(study.preset, result["parameters"], result["top"], list(reach))
                 # An eigenvector has no sign; turned so that the loss rises faster to the right.
-                turn = rise[0] > rise[-1]
-                rise = np.where(turn, rise[::-1], rise)
-                _band(ax, reach, list(rise), COLORS[method])
+                change = torch.where(change[0] > change[-1], change.flip(0), change)
+                _band(ax, reach, list(change.numpy()), COLORS[method])
             ax.set_title(f"{kind} seeds")
             ax.set_xlabel(r"distance $\alpha$ along the top eigenvector $e_1$")
         axes[0].set_ylabel(r"$L(\theta + \alpha e_1) - L(\theta)$")
@@ -443,13 +437,13 @@ def figure_13(study: Study) -> Figure:
             one = slice(worst, worst + 1)
             for ax, end, index in ((axes[0], "top", -1), (axes[1], "bottom", 0)):
                 value = float(result["eigenvalues"][worst, index])
-                rise = _rise(study, result["parameters"][one], result[end][one], reach)[:, 0]
+                line = rise(study.preset, result["parameters"][one], result[end][one], list(reach))
                 title = study.preset.methods[method].title
                 label = f"{title}, {kind} seed {int(result['seed'][worst])}:"
                 name = r"\max" if index else r"\min"
                 label += rf"  $\lambda_{{{name}}}$ = {value:.3g}"
                 color = COLORS[method]
-                ax.plot(reach, rise, color=color, linewidth=1.8, label=label)
+                ax.plot(reach, line[:, 0].numpy(), color=color, linewidth=1.8, label=label)
                 ax.plot(reach, value * reach**2 / 2, color=color, linewidth=1, linestyle=":")
         for ax, name, end in zip(axes, ("e_1", "e_P"), ("top", "bottom"), strict=True):
             ax.axhline(0, color=INK, linewidth=0.8)
@@ -477,22 +471,17 @@ def figure_15(study: Study) -> Figure:
     # The selection goes from the least to the most sharp.
     shown = list(range(len(seeds)))[: -BOUNDARIES - 1 : -1]
     (x,), (y,) = (part.numpy() for part in samples(study.preset, study.preset.train_size))
-    half = float(np.quantile(np.abs(x), 0.999))
+    axis = window(study.preset, 61)
+    line, half = axis.numpy(), float(axis[-1])
     pale = mpl.colormaps["RdBu_r"](np.linspace(0.22, 0.78, 10)).tolist()  # samples stay visible
-    line = torch.linspace(-half, half, 61, dtype=torch.float64)
-    grid = torch.cartesian_prod(line, line)[None]
     with _styled(1.4 + 2.1 * len(shown), 4.9) as figure:
         axes = figure.subplots(2, len(shown), sharex=True, sharey=True, squeeze=False)
         for row, method in zip(axes, ("baseline", "hsr"), strict=True):
             result = study.controlled["sharp", method]
-            weights = _weights(study, result["parameters"][shown])
-            chance = torch.sigmoid(logits(weights, grid, ACTIVATION))
-            maps = chance.unflatten(1, (len(line), -1)).numpy()
+            maps = chances(study.preset, result["parameters"][shown], axis).numpy()
             for ax, index, values in zip(row, shown, maps, strict=True):
-                field = ax.contourf(
-                    line.numpy(), line.numpy(), values.T, np.linspace(0, 1, 11), colors=pale
-                )
-                ax.contour(line.numpy(), line.numpy(), values.T, [0.5], colors="black")
+                field = ax.contourf(line, line, values.T, np.linspace(0, 1, 11), colors=pale)
+                ax.contour(line, line, values.T, [0.5], colors="black")
                 for label, color in ((0, "#08519c"), (1, "#a50f15")):
                     ax.plot(
                         *x[y == label][:SHOWN].T,
@@ -715,22 +704,3 @@ def _legend(figure: Figure, study: Study, *, line: bool = False) -> None:
         for name, method in study.preset.methods.items()
     ]
     figure.legend(handles=list(handles), loc="outside lower center", ncols=4)
-
-
-def _weights(study: Study, parameters: Tensor) -> Weights:
-    """Networks from their parameter vectors."""
-    split = 3 * study.preset.hidden
-    return parameters[:, :split].unflatten(1, (3, -1)), parameters[:, split:].unsqueeze(2)
-
-
-def _rise(study: Study, parameters: Tensor, directions: Tensor, reach: Array) -> Array:
-    """How much the training loss rises along a direction: ``(distances, networks)``."""
-    x, y = samples(study.preset, study.preset.train_size)
-
-    def value(moved: Tensor) -> Tensor:
-        return mean_loss(_weights(study, moved), x, y, activation=ACTIVATION, loss=LOSS)
-
-    base = value(parameters)
-    rows = [value(parameters + float(distance) * directions) - base for distance in reach]
-    result: Array = torch.stack(rows).numpy()
-    return result

@@ -99,13 +99,9 @@ def load_preset(name: str) -> Preset:
     Raises:
         PresetError: If there is no such preset, or its settings are not those of :class:`Preset`.
     """
-    known = files("lowland.experiments.hsr") / "presets" / f"{name}.toml"
-    source = known if known.is_file() else Path(name)
-    if not source.is_file():
-        raise PresetError(f"unknown preset {name!r}: expected 'quick', 'paper' or a TOML file")
     try:
-        settings = tomllib.loads(source.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        settings = tomllib.loads(preset_text(name))
+    except tomllib.TOMLDecodeError as error:
         raise PresetError(f"{name!r} is not a TOML file: {error}") from None
     wanted = {field.name: field.type for field in fields(Preset)}
     if settings.keys() != wanted.keys():
@@ -117,6 +113,22 @@ def load_preset(name: str) -> Preset:
         if expected:
             raise PresetError(f"{name!r}: {key} must be {expected}; got {value!r}")
     return Preset(**settings)
+
+
+def preset_text(name: str) -> str:
+    """The TOML text of a preset, with the reasons for its values.
+
+    Raises:
+        PresetError: If there is no such preset, or it is not text.
+    """
+    known = files("lowland.experiments.hsr") / "presets" / f"{name}.toml"
+    source = known if known.is_file() else Path(name)
+    if not source.is_file():
+        raise PresetError(f"unknown preset {name!r}: expected 'quick', 'paper' or a TOML file")
+    try:
+        return source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PresetError(f"{name!r} is not a TOML file: {error}") from None
 
 
 _LEAST = {"train_size": 2, "test_size": 2, "checkpoints": 2, "data_seed": 0}

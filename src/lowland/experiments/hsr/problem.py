@@ -36,3 +36,9 @@ def start(preset: Preset, seeds: list[int]) -> Weights:
 def flatten(weights: Weights) -> Float[Tensor, "networks parameters"]:
     """Each network's parameter vector: ``W`` row by row, then ``v``."""
     return torch.cat([part.flatten(1) for part in weights], 1)
+
+
+def unflatten(preset: Preset, parameters: Float[Tensor, "networks parameters"]) -> Weights:
+    """Networks from their parameter vectors."""
+    split = 3 * preset.hidden
+    return parameters[:, :split].unflatten(1, (3, -1)), parameters[:, split:].unsqueeze(2)

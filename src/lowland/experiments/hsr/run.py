@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from lowland.experiments.hsr import theory
 from lowland.experiments.hsr.control import control
@@ -33,8 +32,8 @@ class Study:
         preset: What was run.
         found: The search, one entry per seed.
         selection: Which of its networks are what.
-        controlled: The control experiment, by kind of seed and by method; one entry per seed, but
-            curves are ``(checkpoints, seeds)``.
+        controlled: The control experiment, by kind of seed and by method; one entry per seed;
+            curves are ``(seeds, checkpoints)``.
         theory: The data of figures 2 to 7, by stage.
     """
 
@@ -94,17 +93,7 @@ def run_study(
     results |= run("measuring gradients", loose)
     if "control" in stages:
         parts = run("controlling the spectrum", _control_pieces(preset, found, selection))
-        controlled = {
-            (kind, method): _join(
-                [
-                    part
-                    for name, part in parts.items()
-                    if name.startswith(f"control/{kind}-{method}-")
-                ]
-            )
-            for kind in KINDS
-            for method in preset.methods
-        }
+        controlled = _by_kind(preset, parts, selection)
     in_theory = {name.removeprefix("theory/"): result for name, result in results.items()}
     return Study(preset, found, selection, controlled, in_theory)
 
@@ -127,24 +116,35 @@ def _search_pieces(preset: Preset) -> Pieces:
 
 
 def _control_pieces(preset: Preset, found: Tensors, selection: Selection) -> Pieces:
-    pieces = {}
-    for kind in KINDS:
-        seeds = found["seed"][getattr(selection, kind)].tolist()
-        for method in preset.methods:
-            for first in range(0, len(seeds), preset.chunk):
-                some = seeds[first : first + preset.chunk]
-                pieces[f"control/{kind}-{method}-{first:05d}"] = partial(
-                    control, preset, method, some
-                )
-    return pieces
+    """Sharp and flat seeds side by side; the methods that take longest first."""
+    seeds = found["seed"][torch.cat([selection.sharp, selection.flat])].tolist()
+    return {
+        f"control/{method}-{first:05d}": partial(
+            control, preset, method, seeds[first : first + preset.chunk]
+        )
+        for method in reversed(preset.methods)
+        for first in range(0, len(seeds), preset.chunk)
+    }
+
+
+def _by_kind(
+    preset: Preset, parts: dict[str, Tensors], selection: Selection
+) -> dict[tuple[str, str], Tensors]:
+    """The control experiment by kind of seed and by method."""
+    cut = len(selection.sharp)
+    joined = {
+        method: _join(
+            [part for name, part in parts.items() if name.startswith(f"control/{method}-")]
+        )
+        for method in preset.methods
+    }
+    return {
+        (kind, method): {name: tensor[networks] for name, tensor in whole.items()}
+        for kind, networks in zip(KINDS, (slice(cut), slice(cut, None)), strict=True)
+        for method, whole in joined.items()
+    }
 
 
 def _join(parts: list[Tensors]) -> Tensors:
-    """Pieces side by side: along networks, which in curves are the second dimension."""
-
-    def joined(name: str) -> Tensor:
-        if name == "checkpoints":
-            return parts[0][name]
-        return torch.cat([part[name] for part in parts], dim=int(name.startswith("curve_")))
-
-    return {name: joined(name) for name in parts[0]}
+    """Pieces side by side, network after network."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowland import exact
 from lowland.experiments.hsr.preset import Preset
-from lowland.experiments.hsr.problem import samples, start
+from lowland.experiments.hsr.problem import samples, start, unflatten
 from lowland.experiments.hsr.search import ACTIVATION
 from lowland.jobs import Tensors
 from lowland.losses import get_loss
@@ -139,8 +139,7 @@ def fit(preset: Preset, parameters: Float[Tensor, "networks parameters"]) -> Ten
         ``(networks, samples)``.
     """
     x, y = samples(preset, preset.train_size)
-    split = 3 * preset.hidden
-    weights = parameters[:, :split].unflatten(1, (3, -1)), parameters[:, split:].unsqueeze(2)
+    weights = unflatten(preset, parameters)
     with threads(1):
         shares = exact.sample_contributions(weights, x, y, activation=ACTIVATION, loss=LOSS)
         residual, _, _ = get_loss(LOSS).derivatives(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy import stats
@@ -16,11 +17,14 @@ from lowland.experiments.hsr.boundary import boundary_length
 from lowland.experiments.hsr.landscape import REACH, rise
 from lowland.experiments.hsr.problem import samples
 from lowland.experiments.hsr.run import KINDS, Study
+from lowland.experiments.hsr.sweep import gains, interval
 from lowland.experiments.reproduction import Claim
 
 SIGNIFICANCE = 0.05
 
 F1_MARGIN = 0.004  # the standard error of macro-F1 on 10,000 test samples
+
+FEW = 100  # training samples
 
 SADDLE = 0.01  # fall of the loss, as a fraction of it, along the bottom eigenvector
 
@@ -38,6 +42,7 @@ def judge(study: Study) -> list[Claim]:
         *_spectrum(study),
         *_accuracy(study),
         *_boundaries(study),
+        *_sizes(study),
     ]
 
 
@@ -372,6 +377,52 @@ def _boundaries(study: Study) -> list[Claim]:
     ]
 
 
+def _sizes(study: Study) -> list[Claim]:
+    """Our figure 16: the paper's claim about accuracy, over the number of training samples."""
+    preset = study.preset
+    few = [n for n in preset.sweep_train_sizes if n <= FEW] or [min(preset.sweep_train_sizes)]
+    many = max(preset.sweep_train_sizes)
+    claims = []
+    for name, method in preset.sweep_methods.items():
+        strength = f"weight {method.weight:g}" if method.weight else f"radius {method.radius:g}"
+        # Data sets of several sizes and networks of several widths share seeds: one value for all.
+        both = [gains(study.sweep[h, n], name) for h in preset.sweep_hidden for n in few]
+        values = pd.concat(both).groupby(level=0).mean()
+        array: Array = np.asarray(values, dtype=np.float64)
+        p = _greater(array, np.zeros_like(array))
+        middle, low, high = interval(values)
+        claims.append(
+            Claim(
+                16,
+                f"with at most {max(few)} training samples {method.title} ({strength}) classifies "
+                "better than the baseline from sharp seeds",
+                "not by size",
+                f"mean gain {middle:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} over "
+                f"{len(values)} data sets, {_p(p)}",
+                p < SIGNIFICANCE,
+            )
+        )
+    last = {
+        name: pd.concat([gains(study.sweep[h, many], name) for h in preset.sweep_hidden])
+        .groupby(level=0)
+        .mean()
+        for name in preset.sweep_methods
+    }
+    p = max(_within(values.to_numpy() / 100, F1_MARGIN) for values in last.values())
+    means = [float(values.mean()) for values in last.values()]
+    return [
+        *claims,
+        Claim(
+            16,
+            f"with {many:,} training samples the gain is gone",
+            "not by size",
+            f"mean gains {min(means):+.2f} to {max(means):+.2f} points; every one within "
+            f"{100 * F1_MARGIN:g}, {_p(p)}",
+            p < SIGNIFICANCE,
+        ),
+    ]
+
+
 def _alike(groups: Iterable[Array], margin: float) -> float:
     """The p-value, over all pairs, that some mean paired difference exceeds a margin.
 
@@ -381,7 +432,9 @@ def _alike(groups: Iterable[Array], margin: float) -> float:
 
 
 def _within(differences: Array, margin: float) -> float:
-    error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    if len(differences) < 2:
+        return math.nan
+    error = differences.std(ddof=1) / math.sqrt(len(differences))
     distance = margin - abs(differences.mean())
     if not error:
         return 0.0 if distance > 0 else 1.0

@@ -6,14 +6,14 @@ Source: arXiv:2606.28662, section VI-B.
 from __future__ import annotations
 
 import torch
-from sklearn.metrics import f1_score
 
 from lowland import exact
+from lowland.experiments.hsr.performance import macro_f1
 from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.problem import flatten, samples, start
 from lowland.experiments.hsr.search import ACTIVATION
 from lowland.jobs import Tensors
-from lowland.networks import logits, one_by_one
+from lowland.networks import one_by_one
 from lowland.threads import threads
 from lowland.training import LOSS, train
 
@@ -30,14 +30,13 @@ def control(preset: Preset, method: str, seeds: list[int]) -> Tensors:
             schedule=preset.schedule,
             activation=ACTIVATION,
         )
-        x_test, y_test = samples(preset, preset.test_size, test=True)
-        values, vectors, predicted = [], [], []
+        values, vectors = [], []
         for weights, *data in one_by_one(trained.weights, x, y):
             matrix = exact.hessian(weights, *data, activation=ACTIVATION, loss=LOSS)
             value, vector = torch.linalg.eigh(matrix)
             values.append(value)
             vectors.append(vector)
-            predicted.append(logits(weights, x_test, ACTIVATION)[0] > 0)
+        scores = macro_f1(preset, trained.weights)
     eigenvectors = torch.cat(vectors)
     return {
         "seed": torch.tensor(seeds),
@@ -47,9 +46,6 @@ def control(preset: Preset, method: str, seeds: list[int]) -> Tensors:
         "eigenvalues": torch.cat(values),
         "bottom": eigenvectors[..., 0].contiguous(),
         "top": eigenvectors[..., -1].contiguous(),
-        "macro_f1": torch.tensor(
-            [f1_score(y_test[0] > 0, row, average="macro") for row in predicted],
-            dtype=torch.float64,
-        ),
+        "macro_f1": scores,
         **{f"curve_{name}": curve.T for name, curve in trained.curves.items()},
     }

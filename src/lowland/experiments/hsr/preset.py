@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ class Preset:
         checkpoints: How often curves are measured.
         chunk: Networks in a piece of work.
         draws: Random parameter vectors, or samples, in the figures about theory.
+        sweep_train_sizes: Training samples in the sweep over their number.
+        sweep_datasets: Data sets drawn for each of these, in the same order.
+        sweep_hidden: Hidden units in the sweep.
+        sweep_seeds: Networks for each data set, of which the sharpest ``share`` is trained again.
+        sweep_hsr_weights: Of the bound, in the sweep.
+        sweep_sam_radii: Of adaptive SAM, in the sweep.
     """
 
     seeds: int
@@ -66,6 +72,12 @@ class Preset:
     checkpoints: int
     chunk: int
     draws: int
+    sweep_train_sizes: tuple[int, ...]
+    sweep_datasets: tuple[int, ...]
+    sweep_hidden: tuple[int, ...]
+    sweep_seeds: int
+    sweep_hsr_weights: tuple[float, ...]
+    sweep_sam_radii: tuple[float, ...]
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -79,6 +91,15 @@ class Preset:
                 Method("a-sam", "A-SAM", "L(θ + ε)", radius=self.sam_radius),
                 Method(hsr.name, hsr.title, hsr.formula, hsr.penalty, self.hsr_weight),
             )
+        }
+
+    @property
+    def sweep_methods(self) -> dict[str, Method]:
+        """What is compared with the baseline in the sweep, by name and strength."""
+        hsr, sam = self.methods["hsr"], self.methods["a-sam"]
+        return {
+            **{f"hsr-{w:g}": replace(hsr, weight=w) for w in self.sweep_hsr_weights},
+            **{f"a-sam-{r:g}": replace(sam, radius=r) for r in self.sweep_sam_radii},
         }
 
     @property
@@ -109,10 +130,16 @@ def load_preset(name: str) -> Preset:
         unknown = ", ".join(sorted(settings.keys() - wanted.keys())) or "none"
         raise PresetError(f"{name!r}: missing settings: {missing}; unknown settings: {unknown}")
     for key, value in settings.items():
-        expected = _expected(key, value, whole=wanted[key] == "int")
+        expected = _expected(key, value, str(wanted[key]))
         if expected:
             raise PresetError(f"{name!r}: {key} must be {expected}; got {value!r}")
-    return Preset(**settings)
+    if len(settings["sweep_train_sizes"]) != len(settings["sweep_datasets"]):
+        raise PresetError(
+            f"{name!r}: sweep_datasets must have one number for each of sweep_train_sizes; got "
+            f"{len(settings['sweep_datasets'])} for {len(settings['sweep_train_sizes'])}"
+        )
+    entries: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return Preset(**entries)
 
 
 def preset_text(name: str) -> str:
@@ -131,17 +158,37 @@ def preset_text(name: str) -> str:
         raise PresetError(f"{name!r} is not a TOML file: {error}") from None
 
 
-_LEAST = {"train_size": 2, "test_size": 2, "checkpoints": 2, "data_seed": 0}
+_LEAST = {
+    "train_size": 2,
+    "test_size": 2,
+    "checkpoints": 2,
+    "data_seed": 0,
+    "sweep_train_sizes": 2,
+    "sweep_datasets": 2,
+}
 _MOST = {"active": 1, "share": 0.5}
 _POSITIVE = ("variance", "initial_range", "learning_rate")
 
 
-def _expected(key: str, value: object, *, whole: bool) -> str:
+def _expected_list(key: str, value: object, kind: str) -> str:
+    if not isinstance(value, list) or not value:
+        return "a list, not empty"
+    wrong = next(filter(None, (_expected(key, entry, kind) for entry in value)), "")
+    if wrong:
+        return f"a list, each entry {wrong}"
+    repeats = len(set(value)) < len(value) and key != "sweep_datasets"
+    return "a list in which no entry is repeated" if repeats else ""
+
+
+def _expected(key: str, value: object, kind: str) -> str:
     """What a setting must be, if it is not that."""
+    if kind.startswith("tuple"):
+        return _expected_list(key, value, kind.removeprefix("tuple[").split(",")[0])
+    whole = kind == "int"
     least, most = _LEAST.get(key, int(whole)), _MOST.get(key, math.inf)
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return "a whole number" if whole else "a number"
-    if key in {"train_size", "test_size"} and value % 2:
+    if key in {"train_size", "test_size", "sweep_train_sizes"} and value % 2:
         return "even, half of each class"
     if key in _POSITIVE and not 0 < value < math.inf:
         return "a finite number greater than 0"

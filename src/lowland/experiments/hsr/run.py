@@ -13,6 +13,7 @@ from lowland.experiments.hsr import theory
 from lowland.experiments.hsr.control import control
 from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.search import NOTHING, Selection, search, select
+from lowland.experiments.hsr.sweep import sweep
 from lowland.jobs import Pieces, Store, Tensors, run_pieces
 
 Progress = Callable[[str, int, int], None]
@@ -20,7 +21,17 @@ Progress = Callable[[str, int, int], None]
 KINDS = ("sharp", "flat")
 FITTED = 8  # converged networks whose samples figure 4 looks at
 
-STAGES = ("search", "control", "timing", "agreement", "fit", "covariance", "parts", "descent")
+STAGES = (
+    "search",
+    "control",
+    "timing",
+    "agreement",
+    "fit",
+    "covariance",
+    "parts",
+    "descent",
+    "sweep",
+)
 """What can be run by itself; control and fit need the search's networks."""
 
 
@@ -35,6 +46,7 @@ class Study:
         controlled: The control experiment, by kind of seed and by method; one entry per seed;
             curves are ``(seeds, checkpoints)``.
         theory: The data of figures 2 to 7, by stage.
+        sweep: By hidden units and training samples, what :func:`sweep` found.
     """
 
     preset: Preset
@@ -42,6 +54,7 @@ class Study:
     selection: Selection = NOTHING
     controlled: dict[tuple[str, str], Tensors] = field(default_factory=dict)
     theory: dict[str, Tensors] = field(default_factory=dict)
+    sweep: dict[tuple[int, int], Tensors] = field(default_factory=dict)
 
 
 def run_study(
@@ -94,8 +107,12 @@ def run_study(
     if "control" in stages:
         parts = run("controlling the spectrum", _control_pieces(preset, found, selection))
         controlled = _by_kind(preset, parts, selection)
+    swept = {}
+    if "sweep" in stages:
+        cells = run("sweeping the training size", _sweep_pieces(preset))
+        swept = dict(zip(_cells(preset), cells.values(), strict=True))
     in_theory = {name.removeprefix("theory/"): result for name, result in results.items()}
-    return Study(preset, found, selection, controlled, in_theory)
+    return Study(preset, found, selection, controlled, in_theory, swept)
 
 
 _THEORY: dict[str, Callable[[Preset], Tensors]] = {
@@ -124,6 +141,23 @@ def _control_pieces(preset: Preset, found: Tensors, selection: Selection) -> Pie
         )
         for method in reversed(preset.methods)
         for first in range(0, len(seeds), preset.chunk)
+    }
+
+
+def _cells(preset: Preset) -> dict[tuple[int, int], int]:
+    """The number of data sets by hidden units and training samples, the longest work first."""
+    sizes = dict(zip(preset.sweep_train_sizes, preset.sweep_datasets, strict=True))
+    return {
+        (hidden, size): sizes[size]
+        for size in sorted(sizes, reverse=True)
+        for hidden in sorted(preset.sweep_hidden, reverse=True)
+    }
+
+
+def _sweep_pieces(preset: Preset) -> Pieces:
+    return {
+        f"sweep/{hidden:03d}-{size:06d}": partial(sweep, preset, size, hidden, datasets)
+        for (hidden, size), datasets in _cells(preset).items()
     }
 
 

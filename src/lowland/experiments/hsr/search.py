@@ -83,9 +83,8 @@ def select(preset: Preset, found: Tensors) -> Selection:
     keep, threshold = distinct_points(found["parameters"][converged], preset.distinct)
     distinct = converged[keep]
     bound = found["upper_bound"][distinct]
-    count = max(1, round(preset.share * len(distinct)))
-    order = bound.argsort(stable=True)
-    flat, sharp = order[:count], order[-count:]
+    sharp = sharpest(bound, preset.share)
+    flat = bound.argsort(stable=True)[: len(sharp)]
     return Selection(
         converged,
         threshold,
@@ -95,6 +94,12 @@ def select(preset: Preset, found: Tensors) -> Selection:
         distinct[flat],
         distinct[sharp],
     )
+
+
+def sharpest(bound: Float[Tensor, " networks"], share: float) -> Int[Tensor, " sharp"]:
+    """The networks with the largest bounds, at least one, from the least of them to the most."""
+    count = max(1, round(share * len(bound)))
+    return bound.argsort(stable=True)[-count:]
 
 
 def distinct_points(

@@ -10,7 +10,7 @@ from lowland.training import CURVES
 
 
 def tables(study: Study) -> dict[str, pd.DataFrame]:
-    """By name: ``search``, ``control`` and its ``curves``; what was not run is left out."""
+    """``search``, ``control`` with its ``curves``, and ``sweep``; without what was not run."""
     result = {}
     if study.found:
         result["search"] = search_table(study)
@@ -22,6 +22,10 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
         result["curves"] = pd.concat(
             [_curves(steps, *key, part) for key, part in study.controlled.items()],
             ignore_index=True,
+        )
+    if study.sweep:
+        result["sweep"] = pd.concat(
+            [_sweep(*key, cell) for key, cell in study.sweep.items()], ignore_index=True
         )
     return result
 
@@ -70,3 +74,8 @@ def _curves(steps: list[int], kind: str, method: str, part: Tensors) -> pd.DataF
             **{name: part[f"curve_{name}"].flatten().numpy() for name in CURVES},
         }
     )
+
+
+def _sweep(hidden: int, train_size: int, cell: Tensors) -> pd.DataFrame:
+    networks = {name: value.numpy() for name, value in cell.items() if name != "converged"}
+    return pd.DataFrame({"hidden": hidden, "train_size": train_size, **networks})

@@ -3,33 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowland.experiments.hsr import theory
 from lowland.experiments.hsr.boundary import boundary_length
 from lowland.experiments.hsr.claims import judge
-from lowland.experiments.hsr.preset import load_preset
-from lowland.experiments.hsr.run import run_study
-from lowland.jobs import Store
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    preset = replace(
-        load_preset("quick"),
-        seeds=24,
-        train_size=40,
-        test_size=100,
-        steps=120,
-        tolerance=0.3,
-        checkpoints=3,
-        share=0.4,
-        chunk=12,
-        draws=8,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theory, "TIMED_SAMPLES", (20, 40, 80))
-        patch.setattr(theory, "TIMED_HIDDEN", (2, 4))
-        patch.setattr(theory, "DESCENT_STEPS", 50)
-        return run_study(preset, Store.open(tmp_path_factory.mktemp("run"), preset.to_dict()))
 
 
 def claims_with(study, kind, name, values):
@@ -47,7 +22,7 @@ def found(study, text):
 
 def test_every_claim_is_judged_with_a_number(study):
     claims = judge(study)
-    assert {claim.figure for claim in claims} == {None, *range(2, 16)}
+    assert {claim.figure for claim in claims} == {None, *range(2, 17)}
     assert all(any(letter.isdigit() for letter in claim.found) for claim in claims)
 
 
@@ -104,7 +79,7 @@ def test_a_saddle_is_where_the_loss_falls(study):
             ("parameters", silent),
             ("bottom", direction),
             ("eigenvalues", minus),
-            ("curve_loss", torch.full((count, 3), 0.7, dtype=torch.float64)),
+            ("curve_loss", torch.full((count, 4), 0.7, dtype=torch.float64)),
         ):
             changed = claims_with(changed, "sharp", name, {method: value})
     assert found(changed, steep).holds

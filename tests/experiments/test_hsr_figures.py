@@ -4,47 +4,14 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from study_in_small import PRESET
 
 from lowland import plots
-from lowland.experiments.hsr import figures, theory
+from lowland.experiments.hsr import figures
 from lowland.experiments.hsr.landscape import rise
-from lowland.experiments.hsr.preset import Preset
-from lowland.experiments.hsr.run import KINDS, run_study
-from lowland.jobs import Store
+from lowland.experiments.hsr.run import KINDS
 
-TINY = Preset(
-    seeds=24,
-    train_size=40,
-    test_size=60,
-    mean=1.0,
-    variance=2.0,
-    data_seed=0,
-    hidden=2,
-    initial_range=3.0,
-    learning_rate=1.0,
-    steps=60,
-    tolerance=0.5,
-    active=0.5,
-    distinct=2.0,
-    share=0.3,
-    hsr_weight=0.1,
-    trace_weight=0.01,
-    sam_radius=0.1,
-    checkpoints=4,
-    chunk=24,
-    draws=4,
-)
 BY_METHOD = (10, 11, 12, 14)
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theory, "TIMED_SAMPLES", (10, 20, 40))
-        patch.setattr(theory, "TIMED_HIDDEN", (1, 2, 4))
-        patch.setattr(theory, "REPEATS", 1)
-        patch.setattr(theory, "DESCENT_STEPS", 50)
-        return run_study(TINY, Store.open(tmp_path_factory.mktemp("study"), TINY.to_dict()))
 
 
 def colors_of(figure):
@@ -55,17 +22,17 @@ def colors_of(figure):
     return found
 
 
-def test_there_is_every_figure_from_2_to_15():
-    assert list(figures.FIGURES) == list(range(2, 16))
+def test_there_is_every_figure_from_2_to_16():
+    assert list(figures.FIGURES) == list(range(2, 17))
     for number, figure in figures.FIGURES.items():
         assert figure.number == number
         assert figure.title
         assert figure.caption.endswith(".")
-    assert len({figure.title for figure in figures.FIGURES.values()}) == 14
+    assert len({figure.title for figure in figures.FIGURES.values()}) == 15
 
 
 def test_every_method_has_a_color_that_nothing_else_has():
-    assert figures.COLORS.keys() >= TINY.methods.keys()
+    assert figures.COLORS.keys() >= PRESET.methods.keys()
     assert plots.COLORS.items() <= figures.COLORS.items()
     others = [figures.FIRST, figures.SECOND, figures.INK, figures.PALE]
     everything = [*figures.COLORS.values(), *others]
@@ -88,13 +55,13 @@ def test_each_draws_with_labels_and_the_same_each_time(study, number):
 @pytest.mark.parametrize("number", BY_METHOD)
 def test_methods_keep_their_colors(study, number):
     found = colors_of(figures.FIGURES[number].draw(study))
-    assert found >= {figures.COLORS[method] for method in TINY.methods}
+    assert found >= {figures.COLORS[method] for method in PRESET.methods}
 
 
 def test_curves_are_medians_over_the_seeds(study):
     panels = figures.figure_10(study).axes
     for panel, kind in zip(panels[1::2], KINDS, strict=True):
-        for line, method in zip(panel.lines, TINY.methods, strict=True):
+        for line, method in zip(panel.lines, PRESET.methods, strict=True):
             curves = study.controlled[kind, method]["curve_lambda_max"].T.numpy()
             np.testing.assert_allclose(line.get_ydata(), np.median(curves, 1))
 
@@ -108,7 +75,7 @@ def test_boxes_show_every_network(study):
 
 def test_the_loss_along_an_eigenvector_bends_as_its_eigenvalue_says(study):
     result = study.controlled["sharp", "baseline"]
-    change = rise(TINY, result["parameters"], result["top"], (-1e-3, 0, 1e-3)).numpy()
+    change = rise(PRESET, result["parameters"], result["top"], (-1e-3, 0, 1e-3)).numpy()
     np.testing.assert_array_equal(change[1], 0)
     curvature = (change[0] + change[2]) / 1e-6
     np.testing.assert_allclose(curvature, result["eigenvalues"][:, -1].numpy(), rtol=1e-3)

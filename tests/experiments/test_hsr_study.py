@@ -36,6 +36,12 @@ TINY = replace(
     checkpoints=3,
     chunk=5,
     draws=3,
+    sweep_train_sizes=(9, 20),
+    sweep_datasets=(3, 2),
+    sweep_hidden=(2, 3),
+    sweep_seeds=3,
+    sweep_hsr_weights=(0.1, 2.0),
+    sweep_sam_radii=(0.3,),
 )
 METHODS = ("baseline", "hessian-trace", "a-sam", "hsr")
 
@@ -54,7 +60,10 @@ def short(monkeypatch):
 
 
 def toml(settings):
-    return "".join(f"{key} = {value}\n" for key, value in settings.items())
+    return "".join(
+        f"{key} = {list(value) if isinstance(value, tuple) else value}\n"
+        for key, value in settings.items()
+    )
 
 
 def network(preset=TINY):
@@ -74,6 +83,7 @@ def test_presets_are_found_by_name_and_by_path(tmp_path):
     paper, quick = load_preset("paper"), load_preset("quick")
     assert (paper.seeds, paper.steps, paper.active, paper.tolerance) == (3000, 10000, 0.5, 0.001)
     sizes = dict.fromkeys(("seeds", "distinct", "chunk", "draws"), 0)
+    sizes |= {key: 0 for key in asdict(paper) if key.startswith("sweep_")}
     assert asdict(quick) | sizes == asdict(paper) | sizes
     path = tmp_path / "mine.toml"
     path.write_text(toml(asdict(TINY)))
@@ -129,11 +139,22 @@ def test_missing_and_unknown_settings_are_named(tmp_path):
         ("learning_rate", "0.0", "a finite number greater than 0; got 0.0"),
         ("share", "0.6", "from 0 to 0.5; got 0.6"),
         ("active", "2", "from 0 to 1; got 2"),
+        ("sweep_hidden", "3", "a list, not empty; got 3"),
+        ("sweep_hidden", "[]", r"a list, not empty; got \[\]"),
+        ("sweep_hidden", "[3, 0]", r"a list, each entry finite and at least 1; got \[3, 0\]"),
+        ("sweep_hidden", "[3, 3]", r"a list in which no entry is repeated; got \[3, 3\]"),
+        ("sweep_datasets", "[1, 4]", r"a list, each entry finite and at least 2; got \[1, 4\]"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, key, value, expected):
     (tmp_path / "bad").write_text(toml(asdict(TINY) | {key: value}))
     with pytest.raises(PresetError, match=f"bad': {key} must be {expected}$"):
+        load_preset(str(tmp_path / "bad"))
+
+
+def test_the_sweep_needs_a_number_of_data_sets_for_each_size(tmp_path):
+    (tmp_path / "bad").write_text(toml(asdict(TINY) | {"sweep_datasets": [3, 3, 3]}))
+    with pytest.raises(PresetError, match="one number for each of sweep_train_sizes; got 3 for 2"):
         load_preset(str(tmp_path / "bad"))
 
 
@@ -438,7 +459,7 @@ def test_a_second_run_computes_nothing_and_finds_the_same(whole, folder):
         on_progress=lambda title, done, total: seen.append((done, total)),
     )
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
-    assert [total for _, total in seen] == [1, 3, 5, 8]  # timing, search, theory, control
+    assert [total for _, total in seen] == [1, 3, 5, 4, 4]  # timing, search, theory, control, sweep
     assert all(done == total for done, total in seen)
     assert_same(again.found, whole.found)
     for key, part in whole.controlled.items():

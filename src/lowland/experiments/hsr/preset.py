@@ -188,7 +188,7 @@ def _expected(key: str, value: object, kind: str) -> str:
     least, most = _LEAST.get(key, int(whole)), _MOST.get(key, math.inf)
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return "a whole number" if whole else "a number"
-    if key in {"train_size", "test_size", "sweep_train_sizes"} and value % 2:
+    if key in {"train_size", "test_size"} and value % 2:
         return "even, half of each class"
     if key in _POSITIVE and not 0 < value < math.inf:
         return "a finite number greater than 0"

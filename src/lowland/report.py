@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lowland.experiments.compare import MEASURES, SIGNIFICANCE, Cell, Comparison, Measure
+from lowland.experiments.compare import MEASURES, Cell, Comparison, Measure
 from lowland.pages import data_uri, p_value, render
+from lowland.significance import SIGNIFICANCE
 from lowland.training import METHODS, Method
 
 NOTEWORTHY = 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -17,6 +17,7 @@ from lowland import exact
 from lowland.datasets import Dataset, Splits, stratified_splits
 from lowland.errors import UserError
 from lowland.networks import initial_weights, logits, mean_loss
+from lowland.significance import holm
 from lowland.spectrum import extreme_eigenvalues
 from lowland.threads import threads
 from lowland.training import BASELINE, LOSS, METHODS, Method, Schedule, Trained, train
@@ -25,9 +26,6 @@ _WORTH_THREADS = 4_000_000  # values in all training parts; below, one step is t
 
 MOST_PARAMETERS = 10_000
 """Of a network: beyond, its eigenvalues take minutes at every checkpoint."""
-
-SIGNIFICANCE = 0.05
-"""Adjusted p-values below this are called a difference."""
 
 
 @dataclass(frozen=True)
@@ -356,18 +354,3 @@ def paired_test(differences: NDArray[np.float64], test_fraction: float) -> float
         return 1.0 if mean == 0 else 0.0
     t = mean / math.sqrt((1 / count + test_fraction) * variance)
     return float(2 * stats.t.sf(abs(t), count - 1))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for their number.
-
-    References:
-        S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of
-        Statistics 6 (1979).
-    """
-    order = np.argsort(p_values)
-    factors = np.arange(len(p_values), 0, -1)
-    stepped = np.maximum.accumulate(factors * np.asarray(p_values)[order])
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(stepped, 1)
-    return adjusted.tolist()

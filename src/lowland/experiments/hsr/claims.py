@@ -19,8 +19,7 @@ from lowland.experiments.hsr.problem import samples
 from lowland.experiments.hsr.run import KINDS, Study
 from lowland.experiments.hsr.sweep import gains, interval
 from lowland.experiments.reproduction import Claim
-
-SIGNIFICANCE = 0.05
+from lowland.significance import SIGNIFICANCE, holm
 
 F1_MARGIN = 0.004  # the standard error of macro-F1 on 10,000 test samples
 
@@ -382,15 +381,22 @@ def _sizes(study: Study) -> list[Claim]:
     preset = study.preset
     few = [n for n in preset.sweep_train_sizes if n <= FEW] or [min(preset.sweep_train_sizes)]
     many = max(preset.sweep_train_sizes)
+    converged = np.mean(
+        [float(study.sweep[h, n]["converged"].mean()) for h in preset.sweep_hidden for n in few]
+    )
+    # Data sets of several sizes and networks of several widths share seeds: one value for all.
+    values = {
+        name: pd.concat([gains(study.sweep[h, n], name) for h in preset.sweep_hidden for n in few])
+        .groupby(level=0)
+        .mean()
+        for name in preset.sweep_methods
+    }
+    arrays: list[Array] = [np.asarray(value, dtype=np.float64) for value in values.values()]
+    raw = [_greater(array, np.zeros_like(array)) for array in arrays]
     claims = []
-    for name, method in preset.sweep_methods.items():
+    for (name, method), p in zip(preset.sweep_methods.items(), holm(raw), strict=True):
         strength = f"weight {method.weight:g}" if method.weight else f"radius {method.radius:g}"
-        # Data sets of several sizes and networks of several widths share seeds: one value for all.
-        both = [gains(study.sweep[h, n], name) for h in preset.sweep_hidden for n in few]
-        values = pd.concat(both).groupby(level=0).mean()
-        array: Array = np.asarray(values, dtype=np.float64)
-        p = _greater(array, np.zeros_like(array))
-        middle, low, high = interval(values)
+        middle, low, high = interval(values[name])
         claims.append(
             Claim(
                 16,
@@ -398,7 +404,8 @@ def _sizes(study: Study) -> list[Claim]:
                 "better than the baseline from sharp seeds",
                 "not by size",
                 f"mean gain {middle:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} over "
-                f"{len(values)} data sets, {_p(p)}",
+                f"{len(values[name])} data sets, of whose seeds {converged:.0%} converged; "
+                f"{_p(p)}, adjusted for {len(raw)} comparisons",
                 p < SIGNIFICANCE,
             )
         )

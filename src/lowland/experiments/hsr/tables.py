@@ -78,4 +78,6 @@ def _curves(steps: list[int], kind: str, method: str, part: Tensors) -> pd.DataF
 
 def _sweep(hidden: int, train_size: int, cell: Tensors) -> pd.DataFrame:
     networks = {name: value.numpy() for name, value in cell.items() if name != "converged"}
-    return pd.DataFrame({"hidden": hidden, "train_size": train_size, **networks})
+    table = pd.DataFrame({"hidden": hidden, "train_size": train_size, **networks})
+    table.insert(4, "seeds_converged", cell["converged"].numpy()[cell["dataset"].numpy()])
+    return table

@@ -56,8 +56,8 @@ def main() -> None:
 def row(preset: Preset, weights: list[float], pool: Executor) -> None:
     """Print what one combination gives."""
     edges = range(0, preset.seeds, 25)
-    parts = pool.map(partial(search, preset), edges, (min(e + 25, preset.seeds) for e in edges))
-    parts = list(parts)
+    ends = [min(first + 25, preset.seeds) for first in edges]
+    parts = list(pool.map(partial(search, preset), edges, ends))
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     converged = found["converged"]
     multiple = matching_multiple(found["parameters"][converged])

@@ -1,11 +1,11 @@
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pagecheck import Page
 
 from lowland import pages, report
 from lowland.datasets import Dataset
@@ -136,27 +136,6 @@ def test_the_table_has_every_measure_and_only_telling_p_values():
 def test_convergence_is_counted_where_it_happened():
     rows = dict(report.table(comparison_of({}, converged=True)))
     assert rows["Converged"] == [("10 of 10", "")] * 4
-
-
-class Page(HTMLParser):
-    """What a page asks for, and whether its elements are closed."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.links, self.open, self.text = [], [], ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.links += [v for name, v in attributes if name in ("src", "href", "srcset", "data")]
-        if tag not in ("meta", "img", "link", "br", "hr"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        self.text += " " if tag in ("p", "td", "th", "span") else ""
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def page_of(comparison, command="lowland compare --out results"):

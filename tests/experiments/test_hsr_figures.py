@@ -90,7 +90,8 @@ def test_thresholds_stand_in_the_histogram(study):
 def test_the_linear_order_stands_beside_the_quadratic_one(study):
     for ax, name in zip(figures.figure_2(study).axes, ("samples", "parameters"), strict=True):
         table = study.theory["timing"][name].numpy()
-        drawn = np.array([line.get_ydata() for line in ax.lines])
-        np.testing.assert_allclose(drawn, 1e3 * table[:, 1:].T)
+        for line, seconds in zip(ax.lines, table[:, 1:].T, strict=True):
+            known = ~np.isnan(seconds)
+            np.testing.assert_allclose(line.get_ydata(), 1e3 * seconds[known])
         texts = [text.get_text() for text in ax.get_legend().get_texts()]
         assert all(re.search(r"slope -?\d", text) for text in texts)

@@ -79,8 +79,43 @@ class Reproduction:
         return {
             **{f"{name}.csv": table.to_csv(index=False).encode() for name, table in tables.items()},
             **{drawing.file: drawing.svg for drawing in self.drawings},
+            "summary.md": self.summary().encode(),
             "index.html": self.page().encode(),
         }
+
+    def summary(self) -> str:
+        """The claims and the figures in Markdown, to be shown beside the figures' files."""
+        rows = [
+            f"| {where(claim)} | {claim.text} | {claim.published} | {claim.found} | "
+            f"{'**holds**' if claim.holds else 'not found'} |"
+            for claim in self.claims
+        ]
+        figures = [
+            f"## Figure {drawing.number}. {drawing.title}\n\n![{drawing.title}]({drawing.file})\n\n"
+            f"{drawing.caption}\n"
+            for drawing in self.drawings
+        ]
+        table = "\n".join(
+            ["| where | claim | published | here | |", "| --- | --- | --- | --- | --- |", *rows]
+        )
+        return "\n".join(
+            [
+                f"# {self.title}\n",
+                f"{self.lead} {self.verdict}\n",
+                f"```sh\n{self.command}\n```\n",
+                f"{table}\n",
+                *figures,
+            ]
+        )
+
+    @property
+    def verdict(self) -> str:
+        """How many claims hold, in a sentence."""
+        holding = sum(claim.holds for claim in self.claims)
+        return (
+            f"{holding} of {len(self.claims)} claims hold here, each decided by the test that "
+            f"stands beside it; {len(self.claims) - holding} did not come out."
+        )
 
     def page(self) -> str:
         """One HTML page, which needs no other file."""
@@ -89,7 +124,6 @@ class Reproduction:
             command=self.command,
             reproduction=self,
             images={drawing.number: data_uri(drawing.svg) for drawing in self.drawings},
-            holding=sum(claim.holds for claim in self.claims),
             where=where,
         )
 

@@ -79,10 +79,11 @@ def figure_2(study: Study) -> Figure:
         for ax, (name, label) in zip(figure.subplots(1, 2), panels, strict=True):
             size, *columns = timing[name].numpy().T
             for seconds, (title, color, marker) in zip(columns, ways, strict=True):
-                slope = np.polyfit(np.log(size[-3:]), np.log(seconds[-3:]), 1)[0]
+                known = ~np.isnan(seconds)
+                slope = np.polyfit(np.log(size[known][-3:]), np.log(seconds[known][-3:]), 1)[0]
                 ax.plot(
-                    size,
-                    1e3 * seconds,
+                    size[known],
+                    1e3 * seconds[known],
                     color=color,
                     marker=marker,
                     markersize=5,

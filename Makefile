@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test install check bench clean
+.PHONY: demo reproduce test install check bench clean
 
 demo: $(STAMP)  ## train on real patient data with and without curvature control
 	$(BIN)/lowland compare --out lowland-results/compare
+
+reproduce: $(STAMP)  ## a paper's study in small: networks to critical points, figures, claims
+	$(BIN)/lowland reproduce hsr
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from lowland.commands.compare import compare
+from lowland.commands.reproduce import reproduce
 
 
 class _OneLineGroup(TyperGroup):
@@ -65,3 +66,4 @@ def main(
 
 
 app.command()(compare)
+app.add_typer(reproduce, name="reproduce")

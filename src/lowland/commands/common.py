@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from lowland.errors import UserError
 from lowland.training import DivergenceError
@@ -35,3 +45,31 @@ def require(met: bool, option: str, expected: str, got: float) -> None:  # noqa:
     """
     if not met:
         raise UserError(f"{option} must be {expected}; got {got}")
+
+
+@contextmanager
+def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left for each stage; a line when one ends where there is no terminal."""
+    console = Console(stderr=True, highlight=False)
+    begin = time.monotonic()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=3600,  # pieces may take minutes
+    ) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(title: str, done: int, total: int) -> None:
+            description = title[0].upper() + title[1:]
+            if title not in tasks:  # what an earlier run has done says nothing about speed
+                tasks[title] = progress.add_task(description, total=total, completed=done)
+            progress.update(tasks[title], completed=done)
+            if done == total and not console.is_terminal:
+                seconds = time.monotonic() - begin
+                console.print(f"{description}: {total} of {total}, {seconds:.0f} s after the start")
+
+        yield on_progress

@@ -1,0 +1,143 @@
+"""``lowland reproduce``: a paper's study from scratch, and a page that holds it against ours."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from lowland.commands.common import one_line_errors, require, stage_progress
+from lowland.errors import UserError
+from lowland.experiments.reproduction import Claim, where
+from lowland.output import check_writable, publish
+
+MOST_JOBS = 8  # by default: more processes than that rather fill the memory
+
+reproduce = typer.Typer(
+    help="Run a paper's study from scratch, and hold its claims against what comes out.",
+    no_args_is_help=True,
+)
+
+
+@reproduce.callback()
+def main() -> None:
+    """Run a paper's study from scratch, and hold its claims against what comes out."""
+
+
+@reproduce.command()
+def hsr(
+    preset: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="quick, paper, or a TOML file with the same settings."),
+    ] = "quick",
+    figure: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            help="Run what this figure (2 to 16) needs, and draw it alone; may be repeated.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for results, figures and page; lowland-results/hsr-NAME if left out.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help=f"Processes; one per core, at most {MOST_JOBS}, if left out."
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Of a Dask cluster that computes instead (lowland[cluster])."
+        ),
+    ] = None,
+) -> None:
+    """HSR regularization, arXiv:2606.28662: figures 2 to 15, one of ours, and every claim.
+
+    Stopped at any point, the same command goes on from there; once finished, it draws again.
+    """
+    folder = out or Path("lowland-results") / f"hsr-{Path(preset).stem}"
+    kept = f"what was finished is in {folder}, and the same command goes on from there"
+    with one_line_errors(kept):
+        if out is not None and not str(out).strip("."):
+            raise UserError(f"--out must name a folder of its own; got {str(out)!r}")
+        if jobs is not None:
+            require(jobs >= 1, "--jobs", "at least 1", jobs)
+            if scheduler is not None:
+                raise UserError("--jobs and --scheduler: give one; a cluster has its own workers")
+        check_writable(folder)
+
+        # Imported late, as in compare.
+        from lowland.experiments.hsr.figures import FIGURES  # noqa: PLC0415
+        from lowland.experiments.hsr.preset import load_preset, preset_text  # noqa: PLC0415
+        from lowland.experiments.hsr.reproduce import draw, reproduction, stages  # noqa: PLC0415
+        from lowland.experiments.hsr.run import STAGES, run_study  # noqa: PLC0415
+        from lowland.jobs import Store  # noqa: PLC0415
+        from lowland.workers import workers  # noqa: PLC0415
+
+        settings = load_preset(preset)
+        numbers = list(dict.fromkeys(figure or FIGURES))
+        for number in numbers:
+            require(number in FIGURES, "--figure", f"{min(FIGURES)} to {max(FIGURES)}", number)
+        store = Store.open(
+            folder / "pieces",
+            {"study": "hsr", "lowland": version("lowland"), **settings.to_dict()},
+        )
+        with workers(jobs or _cores(scheduler), scheduler) as executor, stage_progress() as tell:
+            study = run_study(
+                settings,
+                store,
+                stages=stages(numbers) if figure else STAGES,
+                executor=executor,
+                on_progress=tell,
+            )
+        if figure:
+            drawings = [draw(study, number) for number in numbers]
+            files = {drawing.file: drawing.svg for drawing in drawings}
+        else:
+            command = ["lowland", "reproduce", "hsr", "--preset", preset, "--out", str(folder)]
+            result = reproduction(study, settings=preset_text(preset), command=shlex.join(command))
+            files = result.files()
+        publish(files, folder)
+    with one_line_errors(f"the results are in {folder}"):
+        if figure:
+            for name in files:
+                typer.echo(folder / name)
+        else:
+            _show(result.claims)
+            typer.echo(f"The page with all of it: {folder / 'index.html'}")
+
+
+def _cores(scheduler: str | None) -> int:
+    """Processes to take where the user names no number."""
+    if scheduler is not None:
+        return 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(usable or 1, MOST_JOBS)
+
+
+def _show(claims: Sequence[Claim]) -> None:
+    """The claims and what became of them, in the terminal."""
+    view = Table(box=SIMPLE_HEAD, pad_edge=False)
+    view.add_column("where", no_wrap=True)
+    view.add_column("claim")
+    view.add_column("here")
+    view.add_column("", no_wrap=True)
+    for claim in claims:
+        verdict = "holds" if claim.holds else "not found"
+        view.add_row(where(claim), claim.text, claim.found, verdict)
+    console = Console(highlight=False)
+    Console(width=max(console.width, 100), highlight=False).print(view, markup=False)

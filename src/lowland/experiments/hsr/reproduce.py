@@ -10,12 +10,14 @@ from lowland.experiments.hsr.run import Study
 from lowland.experiments.hsr.tables import tables
 from lowland.experiments.reproduction import Drawing, Reproduction
 from lowland.plots import render
+from lowland.threads import threads
 
 
 def draw(study: Study, number: int) -> Drawing:
     """One figure, from the results of its stages."""
     figure = FIGURES[number]
-    return Drawing(number, figure.title, figure.caption, render(figure.draw(study), "svg"))
+    with threads(1):
+        return Drawing(number, figure.title, figure.caption, render(figure.draw(study), "svg"))
 
 
 def stages(numbers: Iterable[int]) -> set[str]:
@@ -32,6 +34,8 @@ def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
         command: What repeats the run.
     """
     preset, selection = study.preset, study.selection
+    with threads(1):
+        claims = judge(study)
     controlled = len(selection.sharp) + len(selection.flat)
     return Reproduction(
         "HSR regularization, reproduced",
@@ -40,7 +44,7 @@ def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
         f"{len(selection.distinct):,} were distinct; the sharpest and the flattest, {controlled} "
         "in all, trained again by four methods.",
         [draw(study, number) for number in FIGURES],
-        judge(study),
+        claims,
         tables(study),
         settings,
         command,

@@ -443,13 +443,14 @@ def figure_13(study: Study) -> Figure:
                 title = study.preset.methods[method].title
                 label = f"{title}, {kind} seed {int(result['seed'][worst])}:"
                 name = r"\max" if index else r"\min"
-                label += rf"  $\lambda_{{{name}}}$ = {value:.3g}"
+                label += rf"  $\lambda_{{{name}}} = {value:.3g}$"
                 color = COLORS[method]
                 ax.plot(reach, line[:, 0].numpy(), color=color, linewidth=1.8, label=label)
                 ax.plot(reach, value * reach**2 / 2, color=color, linewidth=1, linestyle=":")
         for ax, name, end in zip(axes, ("e_1", "e_P"), ("top", "bottom"), strict=True):
             ax.axhline(0, color=INK, linewidth=0.8)
             ax.set_title(f"along the {end} eigenvector")
+            ax.set_xticks((-1, -0.5, 0, 0.5, 1))
             ax.set_xlabel(rf"distance $\alpha$ along ${name}$")
             ax.set_ylabel(rf"$L(\theta + \alpha {name}) - L(\theta)$")
             ax.plot([], [], ":", color="#6e6e6e", linewidth=1, label=r"$\lambda \alpha^2 / 2$")
@@ -483,6 +484,7 @@ def figure_15(study: Study) -> Figure:
             maps = chances(study.preset, result["parameters"][shown], axis).numpy()
             for ax, index, values in zip(row, shown, maps, strict=True):
                 field = ax.contourf(line, line, values.T, np.linspace(0, 1, 11), colors=pale)
+                field.set_rasterized(True)
                 ax.contour(line, line, values.T, [0.5], colors="black")
                 for label, color in ((0, "#08519c"), (1, "#a50f15")):
                     ax.plot(
@@ -491,6 +493,7 @@ def figure_15(study: Study) -> Figure:
                         color=color,
                         markersize=3,
                         markeredgewidth=0,
+                        rasterized=True,
                     )
                 value = float(result["eigenvalues"][index, -1])
                 ax.set_title(rf"seed {seeds[index]}:  $\lambda_{{\max}}$ = {value:.2f}", fontsize=9)

@@ -1,7 +1,14 @@
 import json
 import multiprocessing
 import os
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
@@ -165,8 +172,19 @@ def test_a_dying_worker_is_named_and_what_was_finished_is_kept(store):
     assert all(name in store for name in work)
 
 
-@pytest.mark.parametrize("error", [BrokenProcessPool, KeyboardInterrupt, ZeroDivisionError])
-def test_what_finished_beside_a_failure_is_kept_and_the_rest_cancelled(store, error):
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (BrokenProcessPool("any"), JobError, "a worker process died; what was finished is kept"),
+        (BrokenExecutor("no more"), JobError, "no more; what was finished is kept"),
+        (CancelledError(), JobError, "the work was cancelled; what was finished is kept"),
+        (KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
+        (ZeroDivisionError("own"), ZeroDivisionError, "own"),
+    ],
+)
+def test_what_finished_beside_a_failure_is_kept_and_the_rest_cancelled(
+    store, error, expected, message
+):
     """Whichever of the futures is looked at first."""
     waiting = Future()
 
@@ -177,13 +195,12 @@ def test_what_finished_beside_a_failure_is_kept_and_the_rest_cancelled(store, er
                 return waiting
             future = Future()
             if number == 0:
-                future.set_exception(error("lost"))
+                future.set_exception(error)
             else:
                 future.set_result(fn())
             return future
 
-    expected = JobError if error is BrokenProcessPool else error
-    with pytest.raises(expected):
+    with pytest.raises(expected, match=message):
         run_pieces(FIVE, store, executor=Half())
     assert waiting.cancelled()
     assert finished(store) == {"part/1", "part/2", "part/3"}

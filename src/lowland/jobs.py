@@ -10,7 +10,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    as_completed,
+    wait,
+)
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +34,7 @@ Pieces = Mapping[str, Callable[[], Tensors]]
 
 
 class JobError(UserError):
-    """A folder that holds another run, or a worker that died."""
+    """A folder that holds another run, or workers that died or do not fit."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +139,12 @@ def run_pieces(
         pieces: What computes each piece, by name. For an executor of processes it must be
             picklable, as a :func:`functools.partial` of an importable function is.
         store: Where results go, piece by piece as they come.
-        executor: Any :class:`concurrent.futures.Executor`; without one, this process computes.
+        executor: Any :class:`concurrent.futures.Executor`, as :func:`lowland.workers.workers`
+            gives; without one, this process computes.
         on_done: Called with the number of finished pieces, first with those already there.
 
     Raises:
-        JobError: If a worker process died.
+        JobError: If workers died or do not fit, or their scheduler went away.
     """
     missing = {name: compute for name, compute in pieces.items() if name not in store}
     done = len(pieces) - len(missing)
@@ -169,13 +178,22 @@ def _run_elsewhere(
         for future in as_completed(futures):
             keep(futures[future], future.result())
             del futures[future]
-    except BrokenExecutor as error:
+    except (BrokenExecutor, CancelledError) as error:
+        if isinstance(error, BrokenProcessPool):
+            # The pool is about to fail all of its work, and Python 3.11's stumbles over what is
+            # cancelled in the meantime.
+            wait(futures, timeout=1)
         raise JobError(
-            "a worker process died; what was finished is kept, and the same command goes on from "
-            "there"
+            f"{_loss(error)}; what was finished is kept, and the same command goes on from there"
         ) from error
     finally:
         for future, name in futures.items():
             # Others may have finished beside the one that failed.
             if not future.cancel() and future.done() and future.exception() is None:
                 store.save(name, future.result())
+
+
+def _loss(error: BrokenExecutor | CancelledError) -> str:
+    if isinstance(error, BrokenProcessPool):
+        return "a worker process died"
+    return str(error) or "the work was cancelled"

@@ -1,5 +1,7 @@
 """Settings of all tests: annotations are checked, examples are few and repeatable."""
 
+import importlib
+import logging
 import os
 
 from hypothesis import HealthCheck, Phase, settings
@@ -35,6 +37,24 @@ def as_installed(monkeypatch):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Dask cluster of two processes on this machine."""
+    distributed = pytest.importorskip("distributed")
+    config = importlib.import_module("dask").config
+    with (
+        config.set({"distributed.scheduler.allowed-failures": 1}),  # 3 take their time
+        distributed.LocalCluster(
+            processes=True,
+            n_workers=2,
+            threads_per_worker=1,
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+    ):
+        yield cluster
 
 
 def pytest_collection_modifyitems(items):

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from threading import Thread
 
 import pandas as pd
 import pytest
@@ -260,6 +261,27 @@ def test_a_killed_command_goes_on_and_ends_bit_for_bit_like_another(tmp_path):
     assert there.items() <= expected.items(), f"after {pause} s"
     assert tensors(killed) == expected, f"after {pause} s"
     assert (killed / "figure-09.svg").read_bytes() == (whole / "figure-09.svg").read_bytes()
+
+
+def test_a_cluster_that_loses_a_worker_in_mid_run_loses_no_piece(cluster, tmp_path):
+    preset = write(replace(PRESET, seeds=40, chunk=4, steps=400), tmp_path / "more.toml")
+    options = ["--preset", preset, "--figure", 9]
+    far, here = tmp_path / "far", tmp_path / "here"
+    workers = [worker.pid for worker in cluster.workers.values()]
+
+    def kill():
+        while not list(far.glob("pieces/search/*.safetensors")):
+            time.sleep(0.01)
+        os.kill(workers[0], signal.SIGKILL)
+
+    killer = Thread(target=kill)
+    killer.start()
+    result = run(*options, "--out", far, "--scheduler", cluster.scheduler_address)
+    killer.join()
+    assert result.exit_code == 0, result.output
+    assert run(*options, "--out", here, "--jobs", 1).exit_code == 0
+    assert len(tensors(far)) == math.ceil(40 / 4)
+    assert tensors(far) == tensors(here)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Ctrl-C is another matter here")

@@ -1,6 +1,5 @@
 import importlib
 import json
-import logging
 import os
 import signal
 import socket
@@ -50,23 +49,6 @@ finally:
 @pytest.fixture
 def store(tmp_path):
     return Store.open(tmp_path / "run", {})
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    distributed = pytest.importorskip("distributed")
-    config = importlib.import_module("dask").config
-    with (
-        config.set({"distributed.scheduler.allowed-failures": 1}),  # 3 take their time
-        distributed.LocalCluster(
-            processes=True,
-            n_workers=2,
-            threads_per_worker=1,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-    ):
-        yield cluster
 
 
 @pytest.fixture(params=["processes", "cluster"])

@@ -209,6 +209,14 @@ def test_bad_options_are_answered_by_one_line(tmp_path, monkeypatch, arguments, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_scheduler_that_is_not_there_leaves_no_trace(tmp_path):
+    pytest.importorskip("distributed")
+    result = run("--scheduler", "tcp://127.0.0.1:1", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "no Dask scheduler answers at 'tcp://127.0.0.1:1'" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("out", ["", "."])
 def test_the_folder_one_stands_in_is_no_place_for_results(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
@@ -221,7 +229,10 @@ def test_the_folder_one_stands_in_is_no_place_for_results(tmp_path, monkeypatch,
 def test_help_names_the_options():
     runner = CliRunner()
     assert "reproduce" in runner.invoke(app, ["--help"]).stdout
-    assert "hsr" in runner.invoke(app, ["reproduce", "--help"]).stdout
+    for arguments in (["reproduce"], ["reproduce", "--help"]):
+        result = runner.invoke(app, arguments)
+        assert "hsr" in result.stdout
+        assert (result.exit_code, result.stderr) == (0, "")
     text = runner.invoke(app, ["reproduce", "hsr", "--help"], env={"COLUMNS": "120"}).stdout
     for option in ("--preset", "--figure", "--out", "--jobs", "--scheduler"):
         assert option in text

@@ -27,6 +27,8 @@ class _OneLineGroup(TyperGroup):
             if not hasattr(error, "format_message"):
                 raise
             reason = " ".join(error.format_message().split()).rstrip(".")
+            if not reason:  # a group without a command has shown its help
+                return sys.exit(0)
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "lowland"
             typer.echo(f"Error: {reason}; see {path} --help", err=True)

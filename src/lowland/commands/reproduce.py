@@ -92,11 +92,11 @@ def hsr(
         numbers = list(dict.fromkeys(figure or FIGURES))
         for number in numbers:
             require(number in FIGURES, "--figure", f"{min(FIGURES)} to {max(FIGURES)}", number)
-        store = Store.open(
-            folder / "pieces",
-            {"study": "hsr", "lowland": version("lowland"), **settings.to_dict()},
-        )
         with workers(jobs or _cores(scheduler), scheduler) as executor, stage_progress() as tell:
+            store = Store.open(
+                folder / "pieces",
+                {"study": "hsr", "lowland": version("lowland"), **settings.to_dict()},
+            )
             study = run_study(
                 settings,
                 store,

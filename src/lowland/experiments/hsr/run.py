@@ -89,30 +89,38 @@ def run_study(
 
     # By itself and first, so that nothing else of ours disturbs its clock.
     timing = {"theory/timing": partial(theory.timing, preset)} if "timing" in stages else {}
-    loose = {
+    results = run("timing gradients", timing)
+    found, selection = {}, NOTHING
+    if {"search", "control", "fit"} & set(stages):
+        found = _join(list(run("searching critical points", _search_pieces(preset)).values()))
+        selection = select(preset, found)
+    # All the rest at once, what takes longest first, so that no worker waits for another.
+    rest: dict[str, Callable[[], Tensors]] = {}
+    if "sweep" in stages:
+        rest |= _sweep_pieces(preset)
+    if "control" in stages:
+        rest |= _control_pieces(preset, found, selection)
+    if "fit" in stages:
+        examples = found["parameters"][selection.distinct[:FITTED]]
+        rest["theory/fit"] = partial(theory.fit, preset, examples)
+    rest |= {
         f"theory/{name}": partial(function, preset)
         for name, function in _THEORY.items()
         if name in stages
     }
-    results = run("timing gradients", timing)
-    found, selection = {}, NOTHING
-    controlled: dict[tuple[str, str], Tensors] = {}
-    if {"search", "control", "fit"} & set(stages):
-        found = _join(list(run("searching critical points", _search_pieces(preset)).values()))
-        selection = select(preset, found)
-    if "fit" in stages:
-        examples = found["parameters"][selection.distinct[:FITTED]]
-        loose["theory/fit"] = partial(theory.fit, preset, examples)
-    results |= run("measuring gradients", loose)
-    if "control" in stages:
-        parts = run("controlling the spectrum", _control_pieces(preset, found, selection))
-        controlled = _by_kind(preset, parts, selection)
-    swept = {}
-    if "sweep" in stages:
-        cells = run("sweeping the training size", _sweep_pieces(preset))
-        swept = dict(zip(_cells(preset), cells.values(), strict=True))
-    in_theory = {name.removeprefix("theory/"): result for name, result in results.items()}
-    return Study(preset, found, selection, controlled, in_theory, swept)
+    results |= run("training and measuring", rest)
+    return Study(
+        preset,
+        found,
+        selection,
+        _by_kind(preset, results, selection) if "control" in stages else {},
+        {
+            name.removeprefix("theory/"): result
+            for name, result in results.items()
+            if name.startswith("theory/")
+        },
+        {key: results[_cell_name(*key)] for key in _cells(preset)} if "sweep" in stages else {},
+    )
 
 
 _THEORY: dict[str, Callable[[Preset], Tensors]] = {
@@ -154,9 +162,13 @@ def _cells(preset: Preset) -> dict[tuple[int, int], int]:
     }
 
 
+def _cell_name(hidden: int, size: int) -> str:
+    return f"sweep/{hidden:03d}-{size:06d}"
+
+
 def _sweep_pieces(preset: Preset) -> Pieces:
     return {
-        f"sweep/{hidden:03d}-{size:06d}": partial(sweep, preset, size, hidden, datasets)
+        _cell_name(hidden, size): partial(sweep, preset, size, hidden, datasets)
         for (hidden, size), datasets in _cells(preset).items()
     }
 

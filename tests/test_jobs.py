@@ -138,6 +138,15 @@ def test_tensors_come_back_as_they_were(store):
         assert tensor.dtype == tensors[name].dtype
 
 
+@pytest.mark.parametrize("size", [0, 20])
+def test_a_damaged_piece_is_named(store, size):
+    store.save("one", pieces.square(1))
+    path = store.path("one")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(JobError, match=r"cannot read '.*one.safetensors': .*; remove it, and"):
+        store.load("one")
+
+
 @pytest.mark.parametrize("kind", ["here", "processes", "threads", "at once"])
 def test_only_what_is_missing_is_computed_and_progress_counts(store, kind, request):
     store.save("part/3", {"square": torch.tensor([-1.0])})

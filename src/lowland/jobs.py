@@ -78,8 +78,19 @@ class Store:
         return self.path(piece).exists()
 
     def load(self, piece: str) -> Tensors:
-        """The tensors of a finished piece."""
-        return load_file(self.path(piece))
+        """The tensors of a finished piece.
+
+        Raises:
+            JobError: If its file was damaged.
+        """
+        path = self.path(piece)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise JobError(
+                f"cannot read {str(path)!r}: {error}; remove it, and the same command computes it "
+                "again"
+            ) from None
 
     def save(self, piece: str, tensors: Tensors) -> None:
         """Keep a finished piece: all of it or nothing.

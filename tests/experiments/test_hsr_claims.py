@@ -66,15 +66,17 @@ def test_a_saddle_is_where_the_loss_falls(study):
     flat, steep = "HSR stands on none", "A-SAM stands on a saddle"
     count = len(study.controlled["sharp", "hsr"]["seed"])
     minus = torch.full((count, 9), -1.0, dtype=torch.float64)
-    # Up to the output's bias the network is silent, so the loss is that of a constant logit.
+    # A unit that opens along with its output's weight: to either side the logit grows alike.
     silent = torch.zeros(count, 21, dtype=torch.float64)
-    silent[:, 15] = 0.8
-    along_bias = torch.zeros_like(silent)
-    along_bias[:, 15] = 1.0
+    opening = torch.zeros_like(silent)
+    opening[:, [5, 10]] = 1.0
+    opening[:, 15], opening[:, 16] = -1.0, 2.0
+    slope = torch.zeros_like(silent)
+    slope[:, 16] = 1.0
     along_nothing = torch.zeros_like(silent)
     along_nothing[:, 0] = 1.0  # a silent unit's weight
     changed = study
-    for method, direction in (("a-sam", along_bias), ("hsr", along_nothing)):
+    for method, direction in (("a-sam", opening), ("hsr", along_nothing)):
         for name, value in (
             ("parameters", silent),
             ("bottom", direction),
@@ -84,9 +86,10 @@ def test_a_saddle_is_where_the_loss_falls(study):
             changed = claims_with(changed, "sharp", name, {method: value})
     assert found(changed, steep).holds
     assert found(changed, flat).holds
-    swapped = claims_with(changed, "sharp", "bottom", {"a-sam": along_nothing, "hsr": along_bias})
+    swapped = claims_with(changed, "sharp", "bottom", {"a-sam": along_nothing, "hsr": opening})
     assert not found(swapped, steep).holds
     assert not found(swapped, flat).holds
+    assert not found(claims_with(changed, "sharp", "bottom", {"a-sam": slope}), steep).holds
 
 
 def test_the_boundary_of_a_straight_line_is_as_long_as_the_line(study):

@@ -202,7 +202,7 @@ def _direction(study: Study) -> list[Claim]:
 def _training(study: Study) -> list[Claim]:
     preset = study.preset
     steps = np.array(preset.schedule.checkpoint_steps)
-    ends = int(np.searchsorted(steps, preset.schedule.active_steps))
+    ends = int(np.searchsorted(steps, preset.schedule.active_steps, side="right")) - 1
     curves = {
         method: _numpy(study.controlled["sharp", method]["curve_lambda_max"])[:, ends]
         for method in ("baseline", "a-sam", "hsr")
@@ -231,7 +231,7 @@ def _lines(study: Study) -> list[Claim]:
         return _numpy(rise(study.preset, part["parameters"], part[end], (-REACH, REACH)))
 
     steep = {name: change("sharp", name, "top").max(0) for name in study.preset.methods}
-    p = max(_greater(steep[name], steep["hsr"]) for name in steep if name != "hsr")
+    p = _largest(_greater(steep[name], steep["hsr"]) for name in steep if name != "hsr")
     tails = {name: np.quantile(values, 0.9) for name, values in steep.items()}
     medians = ", ".join(
         f"{study.preset.methods[name].title} {np.median(values):.3f}"
@@ -243,7 +243,8 @@ def _lines(study: Study) -> list[Claim]:
         kind = min(KINDS, key=lowest.__getitem__)
         part = study.controlled[kind, method]
         worst = int(part["eigenvalues"][:, 0].argmin())
-        fall = -float(change(kind, method, "bottom")[:, worst].min())
+        # The mean of both sides: what is left of a slope falls on one and rises on the other.
+        fall = -float(change(kind, method, "bottom")[:, worst].mean())
         falls[method] = max(0.0, fall) / float(part["curve_loss"][worst, -1])
     return [
         Claim(
@@ -259,8 +260,8 @@ def _lines(study: Study) -> list[Claim]:
             13,
             "where λ_min is most negative, A-SAM stands on a saddle",
             "",
-            f"at distance {REACH:g} along that eigenvector the loss falls by {falls['a-sam']:.2%} "
-            f"of itself; a saddle is called {SADDLE:.0%}",
+            f"at distance {REACH:g} to both sides along that eigenvector the loss falls by "
+            f"{falls['a-sam']:.2%} of itself on average; a saddle is called {SADDLE:.0%}",
             falls["a-sam"] >= SADDLE,
         ),
         Claim(
@@ -416,7 +417,7 @@ def _sizes(study: Study) -> list[Claim]:
         .mean()
         for name in preset.sweep_methods
     }
-    p = max(_within(values.to_numpy() / 100, F1_MARGIN) for values in last.values())
+    p = _largest(_within(values.to_numpy() / 100, F1_MARGIN) for values in last.values())
     means = [float(values.mean()) for values in last.values()]
     return [
         *claims,
@@ -436,7 +437,12 @@ def _alike(groups: Iterable[Array], margin: float) -> float:
 
     Two one-sided t-tests a pair: what is alike has to be shown, not only left unrefuted.
     """
-    return max(_within(left - right, margin) for left, right in combinations(groups, 2))
+    return _largest(_within(left - right, margin) for left, right in combinations(groups, 2))
+
+
+def _largest(p_values: Iterable[float]) -> float:
+    """The largest; NaN if one of them is."""
+    return float(np.max(list(p_values)))
 
 
 def _within(differences: Array, margin: float) -> float:

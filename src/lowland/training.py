@@ -234,10 +234,9 @@ class _Group:
     def step(self, step: int) -> None:
         """One step of every network that has not converged."""
         begin = time.perf_counter()
-        gradient = self._moving_gradient()
+        weights, gradient = self._moving_gradient()
         if not len(self.running):
             return
-        weights = select(self.weights, self.running)
         if step < self.schedule.active_steps:
             if self.method.radius:
                 worst = perturbed(weights, gradient, self.method.radius)
@@ -261,8 +260,8 @@ class _Group:
         data = pick(self.x, self.running), pick(self.y, self.running)
         return prepare(weights, *data, self.activation, LOSS, "mean")
 
-    def _moving_gradient(self) -> Weights:
-        """The gradient of the loss for the networks that go on; those that converged leave."""
+    def _moving_gradient(self) -> tuple[Weights, Weights]:
+        """Weights and the loss's gradient of networks that go on; those that converged leave."""
         weights = select(self.weights, self.running)
         gradient = self.setup.at(weights).loss_gradient()
         norm = torch.cat([part.flatten(1) for part in gradient], 1).norm(dim=1)
@@ -271,10 +270,10 @@ class _Group:
         moving = norm >= self.threshold[self.running]
         if not bool(moving.all()):
             self.running = self.running[moving]
-            gradient = select(gradient, moving)
+            weights, gradient = select(weights, moving), select(gradient, moving)
             if len(self.running):
-                self.setup = self._set_up(select(weights, moving))
-        return gradient
+                self.setup = self._set_up(weights)
+        return weights, gradient
 
     def _penalty_gradient(self, penalty: Penalty, weights: Weights) -> Weights:
         leaves = (weights[0].clone().requires_grad_(), weights[1].clone().requires_grad_())

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowland.experiments.hsr.boundary import boundary_length
 from lowland.experiments.hsr.landscape import REACH, rise
 from lowland.experiments.hsr.problem import samples
-from lowland.experiments.hsr.run import KINDS, Study
+from lowland.experiments.hsr.run import Study
 from lowland.experiments.hsr.sweep import gains, interval
 from lowland.experiments.reproduction import Claim
 from lowland.significance import SIGNIFICANCE, holm
@@ -239,10 +239,8 @@ def _lines(study: Study) -> list[Claim]:
     )
     falls = {}
     for method in ("a-sam", "hsr"):
-        lowest = {k: float(study.controlled[k, method]["eigenvalues"].min()) for k in KINDS}
-        kind = min(KINDS, key=lowest.__getitem__)
+        kind, worst = study.most_negative(method)
         part = study.controlled[kind, method]
-        worst = int(part["eigenvalues"][:, 0].argmin())
         # The mean of both sides: what is left of a slope falls on one and rises on the other.
         fall = -float(change(kind, method, "bottom")[:, worst].mean())
         falls[method] = max(0.0, fall) / float(part["curve_loss"][worst, -1])
@@ -386,13 +384,7 @@ def _sizes(study: Study) -> list[Claim]:
     converged = np.mean(
         [float(study.sweep[h, n]["converged"].mean()) for h in preset.sweep_hidden for n in few]
     )
-    # Data sets of several sizes and networks of several widths share seeds: one value for all.
-    values = {
-        name: pd.concat([gains(study.sweep[h, n], name) for h in preset.sweep_hidden for n in few])
-        .groupby(level=0)
-        .mean()
-        for name in preset.sweep_methods
-    }
+    values = {name: _pooled(study, name, few) for name in preset.sweep_methods}
     arrays: list[Array] = [np.asarray(value, dtype=np.float64) for value in values.values()]
     raw = [_greater(array, np.zeros_like(array)) for array in arrays]
     claims = []
@@ -411,12 +403,7 @@ def _sizes(study: Study) -> list[Claim]:
                 p < SIGNIFICANCE,
             )
         )
-    last = {
-        name: pd.concat([gains(study.sweep[h, many], name) for h in preset.sweep_hidden])
-        .groupby(level=0)
-        .mean()
-        for name in preset.sweep_methods
-    }
+    last = {name: _pooled(study, name, [many]) for name in preset.sweep_methods}
     p = _largest(_within(values.to_numpy() / 100, F1_MARGIN) for values in last.values())
     means = [float(values.mean()) for values in last.values()]
     return [
@@ -430,6 +417,15 @@ def _sizes(study: Study) -> list[Claim]:
             p < SIGNIFICANCE,
         ),
     ]
+
+
+def _pooled(study: Study, method: str, sizes: list[int]) -> pd.Series[float]:
+    """One gain a data set: those of several sizes, and networks of several widths, share seeds."""
+    cells = [study.sweep[hidden, size] for hidden in study.preset.sweep_hidden for size in sizes]
+    means: pd.Series[float] = (
+        pd.concat([gains(cell, method) for cell in cells]).groupby(level=0).mean()
+    )
+    return means
 
 
 def _alike(groups: Iterable[Array], margin: float) -> float:

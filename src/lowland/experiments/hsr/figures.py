@@ -432,10 +432,8 @@ def figure_13(study: Study) -> Figure:
     with _styled(9.6, 4.6) as figure:
         axes = figure.subplots(1, 2)
         for method in ("a-sam", "hsr"):
-            lowest = {k: float(study.controlled[k, method]["eigenvalues"].min()) for k in KINDS}
-            kind = min(KINDS, key=lowest.__getitem__)
+            kind, worst = study.most_negative(method)
             result = study.controlled[kind, method]
-            worst = int(result["eigenvalues"][:, 0].argmin())
             one = slice(worst, worst + 1)
             for ax, end, index in ((axes[0], "top", -1), (axes[1], "bottom", 0)):
                 value = float(result["eigenvalues"][worst, index])

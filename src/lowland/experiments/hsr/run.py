@@ -56,6 +56,12 @@ class Study:
     theory: dict[str, Tensors] = field(default_factory=dict)
     sweep: dict[tuple[int, int], Tensors] = field(default_factory=dict)
 
+    def most_negative(self, method: str) -> tuple[str, int]:
+        """Where a method's smallest eigenvalue of all is: the kind of seed, and the network."""
+        smallest = {kind: self.controlled[kind, method]["eigenvalues"][:, 0] for kind in KINDS}
+        kind = min(KINDS, key=lambda kind: float(smallest[kind].min()))
+        return kind, int(smallest[kind].argmin())
+
 
 def run_study(
     preset: Preset,

@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from lowland import exact
 from lowland.experiments.hsr.performance import macro_f1
 from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.problem import samples, start
@@ -22,7 +21,7 @@ from lowland.experiments.hsr.search import ACTIVATION, sharpest
 from lowland.jobs import Tensors
 from lowland.networks import select
 from lowland.threads import threads
-from lowland.training import BASELINE, LOSS, train
+from lowland.training import BASELINE, train
 
 
 def sweep(preset: Preset, train_size: int, hidden: int, datasets: int) -> Tensors:
@@ -47,9 +46,7 @@ def sweep(preset: Preset, train_size: int, hidden: int, datasets: int) -> Tensor
         (found,) = train(
             [BASELINE], begin, x[owner], y[owner], schedule=schedule, activation=ACTIVATION
         )
-        bound = exact.moments(
-            found.weights, x[owner], y[owner], activation=ACTIVATION, loss=LOSS
-        ).upper
+        bound = found.curves["upper_bound"][-1]
         again = torch.cat(
             [
                 own[sharpest(bound[own], preset.share)]

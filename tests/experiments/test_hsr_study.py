@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import config
 from sklearn.metrics import f1_score
+from study_in_small import PRESET
 
 from lowland.experiments.hsr import preset as presets
 from lowland.experiments.hsr import theory
@@ -24,9 +25,8 @@ from lowland.experiments.hsr.search import distinct_points, search, select
 from lowland.jobs import Store
 
 TINY = replace(
-    load_preset("quick"),
+    PRESET,
     seeds=12,
-    train_size=40,
     test_size=60,
     hidden=2,
     steps=60,
@@ -36,12 +36,8 @@ TINY = replace(
     checkpoints=3,
     chunk=5,
     draws=3,
-    sweep_train_sizes=(9, 20),
     sweep_datasets=(3, 2),
-    sweep_hidden=(2, 3),
     sweep_seeds=3,
-    sweep_hsr_weights=(0.1, 2.0),
-    sweep_sam_radii=(0.3,),
 )
 METHODS = ("baseline", "hessian-trace", "a-sam", "hsr")
 

@@ -16,15 +16,12 @@ from rich.table import Table
 
 from lowland.commands.common import one_line_errors, require, stage_progress
 from lowland.errors import UserError
-from lowland.experiments.reproduction import Claim, where
+from lowland.experiments.reproduction import Claim
 from lowland.output import check_writable, publish
 
 MOST_JOBS = 8  # by default: more processes than that rather fill the memory
 
-reproduce = typer.Typer(
-    help="Run a paper's study from scratch, and hold its claims against what comes out.",
-    no_args_is_help=True,
-)
+reproduce = typer.Typer(no_args_is_help=True)
 
 
 @reproduce.callback()
@@ -137,7 +134,6 @@ def _show(claims: Sequence[Claim]) -> None:
     view.add_column("here")
     view.add_column("", no_wrap=True)
     for claim in claims:
-        verdict = "holds" if claim.holds else "not found"
-        view.add_row(where(claim), claim.text, claim.found, verdict)
+        view.add_row(claim.where, claim.text, claim.found, claim.verdict)
     console = Console(highlight=False)
     Console(width=max(console.width, 100), highlight=False).print(view, markup=False)

@@ -28,6 +28,16 @@ class Claim:
     found: str
     holds: bool
 
+    @property
+    def where(self) -> str:
+        """Where in the paper it stands."""
+        return "text" if self.figure is None else f"figure {self.figure}"
+
+    @property
+    def verdict(self) -> str:
+        """For people."""
+        return "holds" if self.holds else "not found"
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -86,8 +96,8 @@ class Reproduction:
     def summary(self) -> str:
         """The claims and the figures in Markdown, to be shown beside the figures' files."""
         rows = [
-            f"| {where(claim)} | {claim.text} | {claim.published} | {claim.found} | "
-            f"{'**holds**' if claim.holds else 'not found'} |"
+            f"| {claim.where} | {claim.text} | {claim.published} | {claim.found} | "
+            f"{f'**{claim.verdict}**' if claim.holds else claim.verdict} |"
             for claim in self.claims
         ]
         figures = [
@@ -124,13 +134,7 @@ class Reproduction:
             command=self.command,
             reproduction=self,
             images={drawing.number: data_uri(drawing.svg) for drawing in self.drawings},
-            where=where,
         )
-
-
-def where(claim: Claim) -> str:
-    """Where in the paper a claim stands."""
-    return "text" if claim.figure is None else f"figure {claim.figure}"
 
 
 def claims_table(claims: Sequence[Claim]) -> pd.DataFrame:
@@ -138,7 +142,7 @@ def claims_table(claims: Sequence[Claim]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "where": where(claim),
+                "where": claim.where,
                 "claim": claim.text,
                 "published": claim.published,
                 "found": claim.found,

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import (
     BrokenExecutor,
@@ -30,7 +31,7 @@ from lowland.errors import UserError
 T = TypeVar("T")
 
 PATIENCE = 5.0
-"""Seconds that a scheduler has to answer in, twice at most."""
+"""Seconds to wait for an answer that should come at once."""
 
 
 @contextmanager
@@ -83,8 +84,15 @@ class _Processes(ProcessPoolExecutor):
         """Let go of the processes, and wait until they are gone."""
         manager = getattr(self, "_executor_manager_thread", None)  # which shutdown forgets
         # In this order: Python 3.11's pool stumbles where processes die while it still knows of
-        # work that was cancelled.
+        # work that was cancelled. It lowers the flag when it has forgotten that.
         self.shutdown(wait=False, cancel_futures=True)
+        deadline = time.monotonic() + PATIENCE
+        while (
+            manager is not None
+            and getattr(self, "_cancel_pending_futures", False)
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.001)
         hold.close()
         if manager is not None:
             manager.join()

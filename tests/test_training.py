@@ -57,7 +57,7 @@ def plain_loop(method, problem, index, *, steps, learning_rate, active_steps):
     for step in range(steps):
         optimizer.zero_grad()
         loss = criterion(model(x).squeeze(1), y)
-        if method.penalty is not None and step < active_steps:
+        if method.penalty_gradient is not None and step < active_steps:
             penalty = PENALTIES[method.name](criterion, method.weight, method="dense")
             loss = loss + penalty(model, x, y[:, None])
         loss.backward()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd import grad
 
 from lowland import exact
 from lowland.errors import UserError
@@ -30,26 +29,26 @@ from lowland.spectrum import extreme_eigenvalues
 LOSS = "bce"
 CURVES = ("loss", "lambda_max", "lambda_min", "upper_bound", "lower_bound")
 
-Penalty = Callable[[Setup], PerNetwork]
+PenaltyGradient = Callable[[Setup], Weights]
 
 
 class DivergenceError(UserError, ArithmeticError):
     """Training left the finite numbers."""
 
 
-def hsr_penalty(setup: Setup) -> PerNetwork:
-    """The upper bound ``U = m + s sqrt(P - 1)`` on the largest eigenvalue (arXiv:2606.28662)."""
-    return setup.moments().upper
+def hsr_gradient(setup: Setup) -> Weights:
+    """Of the bound ``U = m + s sqrt(P - 1)`` on the largest eigenvalue (arXiv:2606.28662)."""
+    return setup.gradient(lambda moments: moments.upper)
 
 
-def trace_penalty(setup: Setup) -> PerNetwork:
-    """The trace ``Tr H`` (Liu et al. 2023, as compared in arXiv:2606.28662)."""
-    return setup.trace()
+def trace_gradient(setup: Setup) -> Weights:
+    """Of the trace ``Tr H`` (Liu et al. 2023, as compared in arXiv:2606.28662)."""
+    return setup.trace_gradient()
 
 
-def flatness_penalty(setup: Setup) -> PerNetwork:
-    """``Tr H^2 / B``, with ``B`` the batch size: here the number of training samples."""
-    return setup.moments().trace_sq / setup.size.samples
+def flatness_gradient(setup: Setup) -> Weights:
+    """Of ``Tr H^2 / B``, with ``B`` the batch size: here the number of training samples."""
+    return setup.gradient(lambda moments: moments.trace_sq / setup.size.samples)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Method:
         name: As on the command line.
         title: As in tables and figures.
         formula: What the method descends, for people.
-        penalty: ``R``, one value per network; None for plain gradient descent.
+        penalty_gradient: Of ``R``; None for plain gradient descent.
         weight: ``w``, in units of loss per unit of ``R``.
         radius: For adaptive SAM: the loss's gradient is taken at the worst point within this
             radius, measured relative to each weight's size; 0 for the weights themselves.
@@ -69,7 +68,7 @@ class Method:
     name: str
     title: str
     formula: str
-    penalty: Penalty | None = None
+    penalty_gradient: PenaltyGradient | None = None
     weight: float = 0.0
     radius: float = 0.0
 
@@ -86,9 +85,9 @@ METHODS: dict[str, Method] = {
         # Wisconsin under the default schedule with seeds 1000 to 1019, none of which the default
         # run uses. These ratios of means were 1.37 and 1.06, 1.46 and 0.98, 1.47 and 1.08; with the
         # next weight 2.18 and 1.19, 3.84 and 0.88, 1.79 and 1.14.
-        Method("hsr", "HSR", "L + w (m + s √(P-1))", hsr_penalty, 0.3),
-        Method("hessian-trace", "Hessian trace", "L + w Tr H", trace_penalty, 0.03),
-        Method("flatness-aware", "Flatness-aware", "L + w Tr(H²) / B", flatness_penalty, 300.0),
+        Method("hsr", "HSR", "L + w (m + s √(P-1))", hsr_gradient, 0.3),
+        Method("hessian-trace", "Hessian trace", "L + w Tr H", trace_gradient, 0.03),
+        Method("flatness-aware", "Flatness-aware", "L + w Tr(H²) / B", flatness_gradient, 300.0),
     )
 }
 
@@ -241,8 +240,8 @@ class _Group:
             if self.method.radius:
                 worst = perturbed(weights, gradient, self.method.radius)
                 gradient = self.setup.at(worst).loss_gradient()
-            if self.method.penalty is not None:
-                extra = self._penalty_gradient(self.method.penalty, weights)
+            if self.method.penalty_gradient is not None:
+                extra = self.method.penalty_gradient(self.setup.at(weights))
                 for slope, more in zip(gradient, extra, strict=True):
                     slope.add_(more, alpha=self.method.weight)
         for whole, part, slope in zip(self.weights, weights, gradient, strict=True):
@@ -274,11 +273,6 @@ class _Group:
             if len(self.running):
                 self.setup = self._set_up(weights)
         return weights, gradient
-
-    def _penalty_gradient(self, penalty: Penalty, weights: Weights) -> Weights:
-        leaves = (weights[0].clone().requires_grad_(), weights[1].clone().requires_grad_())
-        first, second = grad(penalty(self.setup.at(leaves)).sum(), leaves)
-        return first, second
 
     def measure(self) -> None:
         """Note where the curves are."""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowland import exact
+from lowland.exact.api import prepare
 from lowland.moments import HessianMoments
 
 BOTH_TYPES = (torch.float64, torch.float32)
@@ -68,6 +69,26 @@ def test_gradient_stays_the_same_when_memory_forces_small_pieces(case, order):
     budget = cases.smallest_budget(call)
     actual = gradient(case, "upper", order=order, memory_budget=budget)
     assert_gradients(case, actual, of_hessian("upper", case.network.dim))
+
+
+def setup_of(case):
+    network = case.network
+    return prepare(*case.arguments, network.activation, network.loss, network.reduction)
+
+
+@given(
+    cases.cases(dtypes=BOTH_TYPES),
+    st.sampled_from(["auto", *cases.ORDERS]),
+    st.sampled_from(sorted(QUANTITIES)),
+)
+def test_gradient_without_a_graph(case, order, quantity):
+    actual = setup_of(case).gradient(QUANTITIES[quantity], order)
+    assert_gradients(case, actual, of_hessian(quantity, case.network.dim))
+
+
+@given(cases.cases(dtypes=BOTH_TYPES))
+def test_gradient_of_the_trace_without_a_graph(case):
+    assert_gradients(case, setup_of(case).trace_gradient(), torch.trace)
 
 
 @given(cases.cases(dtypes=BOTH_TYPES))

@@ -136,7 +136,7 @@ def _parse_methods(names: str, weights: Sequence[str]) -> tuple[Method, ...]:
     weighted = set()
     for entry in weights:
         name, _, value = entry.partition("=")
-        if name not in chosen or chosen[name].penalty is None:
+        if name not in chosen or chosen[name].penalty_gradient is None:
             raise UserError(
                 f"--weight {entry}: expected METHOD=VALUE with a penalty that is compared; "
                 f"got {name!r}"
@@ -169,7 +169,7 @@ def _load(data: Path | None, target: str | None) -> Dataset:
 def _progress(settings: Settings) -> Iterator[Callable[[int], None]]:
     """A bar with the time left, on terminals only."""
     schedule, methods = settings.schedule, settings.methods
-    heavy = schedule.active_steps * any(method.penalty is not None for method in methods)
+    heavy = schedule.active_steps * any(method.penalty_gradient is not None for method in methods)
     console = Console(stderr=True)
     with Progress(
         TextColumn("Training {task.description}"),
@@ -199,7 +199,7 @@ def spell_out(settings: Settings, data: Path | None, target: str | None, out: Pa
     words += ["--steps", str(schedule.steps), "--learning-rate", f"{schedule.learning_rate!r}"]
     words += ["--active", f"{schedule.active!r}", "--test-size", f"{settings.test_size!r}"]
     for method in settings.methods:
-        if method.penalty is not None:
+        if method.penalty_gradient is not None:
             words += ["--weight", f"{method.name}={method.weight!r}"]
     return shlex.join([*words, "--out", str(out)])
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import grad
 
 from lowland.activations import Activation, get_activation
 from lowland.exact import parameters
 from lowland.exact.compiled import covers
-from lowland.exact.engine import Problem, run_moments
+from lowland.exact.engine import Pass, Problem, run_moments
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, make_linear_plan, make_plan
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
@@ -187,11 +188,46 @@ class Setup:
 
     def loss_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, Tensor]:
         """As :func:`loss_gradient`."""
-        problem = self.linear_problem("loss", memory_budget)
+        return self._gradients(
+            self.linear_problem("loss", memory_budget), lambda part: part.loss_gradient()
+        )
+
+    def trace_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, Tensor]:
+        """The gradient of each network's ``Tr H``, without a graph."""
+
+        def gradient(part: Pass) -> tuple[Tensor, Tensor]:
+            one = part.output.new_ones(len(part.output))
+            return part.gradient(one, torch.zeros_like(one), None)
+
+        return self._gradients(self.linear_problem("trace", memory_budget), gradient)
+
+    def gradient(
+        self,
+        function: Callable[[HessianMoments], Tensor],
+        order: OrderChoice = "auto",
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of a function of each network's own moments, without a graph.
+
+        The same as a backward pass through :meth:`moments`, without what autograd costs a step.
+        """
+        dim = self.size.dim
+
+        def gradient(part: Pass) -> tuple[Tensor, Tensor]:
+            first, second, kept = part.moments()
+            with torch.enable_grad():
+                leaves = first.detach().requires_grad_(), second.detach().requires_grad_()
+                value = function(HessianMoments(dim, *leaves)).sum()
+            by_trace, by_square = grad(value, leaves, materialize_grads=True)
+            return part.gradient(by_trace, by_square, kept)
+
+        return self._gradients(self.problem(order, memory_budget), gradient)
+
+    def _gradients(
+        self, problem: Problem, compute: Callable[[Pass], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            parts = problem.on_passes(
-                self.weight, self.output, lambda _, part: part.loss_gradient()
-            )
+            parts = problem.on_passes(self.weight, self.output, lambda _, part: compute(part))
         in_weight, in_output = (torch.cat(part) for part in zip(*parts, strict=True))
         return (
             in_weight.view(*self.ensemble, *self.weight.shape[1:]),

@@ -23,6 +23,9 @@ from lowland.exact.terms import Architecture, Data, Quantity
 
 Result = TypeVar("Result")
 
+Pass = Reference | Kernel
+"""Some networks and their data on the path that a plan has chosen."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -44,7 +47,7 @@ class Problem:
             ]
 
     def on_passes(
-        self, weight: Tensor, output: Tensor, compute: Callable[[slice, Reference | Kernel], Result]
+        self, weight: Tensor, output: Tensor, compute: Callable[[slice, Pass], Result]
     ) -> list[Result]:
         """``compute`` on the path that the plan has chosen, group by group."""
         make = self._kernel if self.plan.compiled else self._reference
@@ -136,7 +139,7 @@ class _Gradient(Function):
     ) -> tuple[Tensor, Tensor]:
         problem = replace(problem, data=Data(*data))
 
-        def gradient(chosen: slice, part: Reference | Kernel) -> tuple[Tensor, Tensor]:
+        def gradient(chosen: slice, part: Pass) -> tuple[Tensor, Tensor]:
             kept = hessian[chosen] if hessian.numel() else None
             return part.gradient(trace_weight[chosen], square_weight[chosen], kept)
 

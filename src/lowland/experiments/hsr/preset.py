@@ -87,9 +87,15 @@ class Preset:
             method.name: method
             for method in (
                 BASELINE,
-                Method(trace.name, trace.title, trace.formula, trace.penalty, self.trace_weight),
+                Method(
+                    trace.name,
+                    trace.title,
+                    trace.formula,
+                    trace.penalty_gradient,
+                    self.trace_weight,
+                ),
                 Method("a-sam", "A-SAM", "L(θ + ε)", radius=self.sam_radius),
-                Method(hsr.name, hsr.title, hsr.formula, hsr.penalty, self.hsr_weight),
+                Method(hsr.name, hsr.title, hsr.formula, hsr.penalty_gradient, self.hsr_weight),
             )
         }
 

@@ -1,12 +1,15 @@
-"""The waist of the library: two moments of the Hessian's spectrum, and what they imply."""
+"""The waist of the library: moments of the Hessian's spectrum, and what they imply."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lowland.brackets import four_moment_bracket
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,10 @@ class HessianMoments:
         trace_sq: ``Tr H^2``, shape ``(*ensemble)``.
         stderr: Standard errors of ``(trace, trace_sq)`` where they are estimates, None where they
             are exact.
+        higher: ``(Tr H^3, Tr H^4)``, each of shape ``(*ensemble)``, where they were asked for.
 
     Raises:
-        ValueError: If ``dim`` is not positive or the two traces differ in shape.
+        ValueError: If ``dim`` is not positive or the traces differ in shape.
 
     References:
         H. Wolkowicz and G. P. H. Styan, Bounds for eigenvalues using traces, Linear Algebra and
@@ -37,6 +41,7 @@ class HessianMoments:
     trace: Tensor
     trace_sq: Tensor
     stderr: tuple[Tensor, Tensor] | None = None
+    higher: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -45,6 +50,11 @@ class HessianMoments:
             raise ValueError(
                 f"trace and trace_sq must have one shape; got {tuple(self.trace.shape)} "
                 f"and {tuple(self.trace_sq.shape)}"
+            )
+        if self.higher and any(power.shape != self.trace.shape for power in self.higher):
+            shapes = " and ".join(str(tuple(power.shape)) for power in self.higher)
+            raise ValueError(
+                f"higher must have the shape {tuple(self.trace.shape)} of trace; got {shapes}"
             )
 
     @property
@@ -84,12 +94,23 @@ class HessianMoments:
         low = 2.0 if dim % 2 == 0 else 2 * dim / math.sqrt(dim * dim - 1)
         return low * self.std, math.sqrt(2 * dim) * self.std
 
-    def bracket(self, k: int) -> tuple[Tensor, Tensor]:
+    def bracket(self, k: int, moments: Literal[2, 4] = 2) -> tuple[Tensor, Tensor]:
         """``(low, high)`` for the ``k``-th largest eigenvalue, ``k = 1`` the largest.
 
+        Args:
+            k: Between 1 and ``dim``.
+            moments: 2 for the bracket from ``trace`` and ``trace_sq``. 4 for the narrower one, from
+                ``higher`` too, by the Chebyshev-Markov-Stieltjes inequalities
+                (:mod:`lowland.brackets`); it is never wider, and has no gradients.
+
+        Returns:
+            Two tensors of shape ``(*ensemble)``.
+
         Raises:
-            ValueError: If ``k`` is not between 1 and ``dim``.
+            ValueError: If ``k`` is not between 1 and ``dim``, or ``moments`` is neither 2 nor 4, or
+                is 4 without ``higher``.
         """
+        check_number(moments)
         dim = self.dim
         if not 1 <= k <= dim:
             raise ValueError(f"k must be between 1 (the largest eigenvalue) and {dim}; got {k}")
@@ -101,4 +122,26 @@ class HessianMoments:
             low = mean + std / math.sqrt(dim - 1)
         if dim > 1 and k == dim:
             high = mean - std / math.sqrt(dim - 1)
-        return low, high
+        if moments == 2:
+            return low, high
+        if self.higher is None:
+            raise ValueError(
+                "bracket(k, moments=4) needs Tr H^3 and Tr H^4, which were not computed; get them "
+                "by hessian_moments(..., moments=4)"
+            )
+        low, high = low.detach(), high.detach()
+        powers = (self.trace, self.trace_sq, *self.higher)
+        four_low, four_high = four_moment_bracket(k, dim, tuple(power / dim for power in powers))
+        # Where four moments are NaN, fmax and fmin keep to two; rounding cannot swap the ends.
+        four_low = torch.fmin(torch.fmax(low, four_low), high)
+        return four_low, torch.maximum(torch.fmin(high, four_high), four_low)
+
+
+def check_number(moments: int) -> None:
+    """Refuse any number of moments but 2 and 4.
+
+    Raises:
+        ValueError: If there are no brackets from that many.
+    """
+    if moments not in (2, 4):
+        raise ValueError(f"moments must be 2 or 4, how many of the spectrum; got {moments!r}")

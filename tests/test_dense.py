@@ -30,6 +30,23 @@ def test_linear_regression_has_its_known_hessian(data):
     torch.testing.assert_close(moments.trace_sq, (expected @ expected).trace())
 
 
+def test_four_moments_are_traces_of_powers(data):
+    expected = regression(nn.Linear(2, 1), data[0])
+    model = nn.Linear(2, 1).double()
+    third, fourth = dense_moments(model, MSE, *data, moments=4).higher
+    torch.testing.assert_close(third, expected.matrix_power(3).trace())
+    torch.testing.assert_close(fourth, expected.matrix_power(4).trace())
+    (grad,) = torch.autograd.grad(third + fourth, model.weight)
+    assert not grad.any()  # a linear model's Hessian is constant
+    assert dense_moments(model, MSE, *data).higher is None
+
+
+@pytest.mark.usefixtures("as_installed")
+def test_another_number_of_moments_is_refused(data):
+    with pytest.raises(ValueError, match=r"moments must be 2 or 4.*got 3"):
+        dense_moments(nn.Linear(2, 1).double(), MSE, *data, moments=3)
+
+
 def test_frozen_parameters_leave_the_matrix(data):
     model = nn.Linear(2, 1).double()
     model.bias.requires_grad_(requires_grad=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowland.moments import HessianMoments
+from lowland.moments import HessianMoments, check_number
 from lowland.validation import check_values
 
 DEFAULT_MEMORY_LIMIT = 4 << 30
@@ -120,13 +121,25 @@ def dense_moments(
     x: Tensor,
     y: Tensor,
     *,
+    moments: Literal[2, 4] = 2,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
 ) -> HessianMoments:
     """Moments of :func:`dense_hessian`; arguments and errors are the same.
+
+    ``moments=4`` adds ``Tr H^3`` and ``Tr H^4``, at the cost of one product of matrices.
+
+    Raises:
+        ValueError: Also if ``moments`` is neither 2 nor 4.
 
     Notes:
         Time and memory grow with ``P^2``, and differentiating through it takes several times that.
         It is the reference for the other engines and the fallback for small models.
     """
+    check_number(moments)
     matrix = dense_hessian(model, criterion, x, y, memory_limit=memory_limit)
-    return HessianMoments(math.isqrt(matrix.numel()), matrix.trace(), matrix.square().sum())
+    higher = None
+    if moments == 4:
+        square = matrix @ matrix
+        higher = (square * matrix).sum(), square.square().sum()
+    dim = math.isqrt(matrix.numel())
+    return HessianMoments(dim, matrix.trace(), matrix.square().sum(), higher=higher)

@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from page import keep
 from timing import interleaved, median_ratio, seconds
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from lowland.exact import compiled
 
 SIZES = ((4_000, 2, 10, 5.0), (100_000, 10, 16, 12.0), (1_000, 30, 32, 40.0))
 SCALING = (1_000, 10_000, 100_000, 1_000_000)
-MARK = "<!-- measured below, by `make bench` -->"
 
 
 class Case:
@@ -278,8 +278,7 @@ def main() -> None:
     report = "\n\n".join(paragraphs)
     print(report)
     if arguments.keep:
-        page = Path(__file__).with_name("README.md")
-        page.write_text(page.read_text().partition(MARK)[0] + MARK + "\n\n" + report + "\n")
+        keep("exact.py", report)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,24 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
     return Activation(name, partial(_leaky_relu, slope=negative_slope), negative_slope)
 
 
+def compose(outer: Activation, inner: Activation | None) -> Activation:
+    """``outer(inner(a))`` by the chain rule; ``outer`` alone if there is no ``inner``."""
+    if inner is None:
+        return outer
+
+    def function(a: Tensor) -> Derivatives:
+        value, slope, bend, twist = inner(a)
+        result, by_value, second, third = outer(value)
+        return (
+            result,
+            by_value * slope,
+            second * slope.square() + by_value * bend,
+            third * slope**3 + 3 * second * slope * bend + by_value * twist,
+        )
+
+    return Activation(f"{outer.name}({inner.name})", function)
+
+
 ACTIVATIONS: dict[str, Activation] = {
     activation.name: activation
     for activation in (

@@ -1,63 +1,201 @@
-"""Per-sample losses of one logit, and their first three derivatives with respect to it."""
+"""Per-sample losses, and their first three derivatives in the logits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional
 
-LogitDerivatives = tuple[Tensor, Tensor, Tensor]
+TargetKind = Literal["binary", "real", "classes"]
+
+
+class Separable(NamedTuple):
+    """Derivatives of a sum of functions of one logit each; each field has the logits' shape."""
+
+    residual: Tensor
+    curvature: Tensor
+    third: Tensor
+
+
+class Coupled(NamedTuple):
+    """Derivatives of a function of all ``K`` logits of a sample.
+
+    Attributes:
+        residual: First derivatives ``r``, ``(..., samples, K)``.
+        curvature: Second derivatives ``Q``, ``(..., samples, K, K)``, symmetric.
+        third: Maps a symmetric ``A`` of ``Q``'s shape to the gradient of ``<A, Q>`` in the logits,
+            ``(..., samples, K)``.
+    """
+
+    residual: Tensor
+    curvature: Tensor
+    third: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss ``l(s, y)`` of one logit ``s`` and one target ``y`` per sample.
+    """A loss of the logits ``s`` and the targets ``y`` of each sample, twice differentiable.
+
+    A loss of your own needs its logit derivatives and nothing else; the engine does the rest::
+
+        def derivatives(s, y):  # Poisson regression, l = exp(s) - y s
+            rate = s.exp()
+            return Separable(rate - y, rate, rate)
+
+        poisson = Loss("poisson", lambda s, y: s.exp() - y * s, derivatives)
+        lowland.exact.moments(weights, x, counts, activation="tanh", loss=poisson)
 
     Attributes:
         name: The name used in ``loss="..."`` arguments.
-        value: Maps logits and targets of one shape to the per-sample loss, PyTorch's
-            ``reduction="none"``.
-        derivatives: Maps them to ``(r, q, t)``, the residual dl/ds, the curvature d2l/ds2 and the
-            third derivative d3l/ds3.
-        binary: True if targets must be 0 or 1.
+        value: The loss itself, PyTorch's ``reduction="none"``: of the logits' shape where it is a
+            sum over outputs, ``(..., samples)`` where it couples them.
+        derivatives: Maps logits and targets, ``(..., samples, K)`` both, to :class:`Separable` or
+            :class:`Coupled`.
+        targets: ``"binary"`` if they must be 0 or 1, ``"real"`` if any number will do; both have
+            one target per logit. ``"classes"`` for labels from 0 to ``K - 1``, which ``derivatives``
+            gets as a distribution over classes.
     """
 
     name: str
     value: Callable[[Tensor, Tensor], Tensor]
-    derivatives: Callable[[Tensor, Tensor], LogitDerivatives]
-    binary: bool
+    derivatives: Callable[[Tensor, Tensor], Separable | Coupled]
+    targets: TargetKind = "real"
+
+    @property
+    def per_output(self) -> bool:
+        """Whether the mean over a data set is one over samples and outputs, as in PyTorch."""
+        return self.targets != "classes"
+
+
+class _SeparableFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, derivatives: Separable) -> tuple[Tensor, Tensor]:
+        residual, curvature, third = derivatives
+        ctx.save_for_backward(curvature, third)
+        return residual, curvature
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        curvature, third = ctx.saved_tensors
+        return torch.addcmul(grads[0] * curvature, grads[1], third), None
+
+
+class _CoupledFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, derivatives: Coupled, scale: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        residual, curvature, ctx.third = derivatives
+        ctx.scale = scale
+        residual, curvature = residual * scale, curvature * _last(scale)
+        ctx.save_for_backward(curvature)
+        return residual, curvature
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (curvature,) = ctx.saved_tensors
+        adjoint = 0.5 * (grads[1] + grads[1].mT)
+        chained = (curvature @ grads[0].unsqueeze(-1)).squeeze(-1)
+        return chained + ctx.third(adjoint) * ctx.scale, None, None
+
+
+def _last(scale: float | Tensor) -> float | Tensor:
+    return scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale
+
+
+def logit_derivatives(
+    loss: Loss, logits: Tensor, targets: Tensor, scale: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first and second derivatives, which autograd can differentiate once more.
+
+    Args:
+        loss: The loss.
+        logits: ``(..., samples, K)``.
+        targets: ``(..., samples, K)``.
+        scale: Weight of each sample or of each of its outputs.
+
+    Returns:
+        ``(..., samples, K)``, and ``(..., samples, K)`` again for a separable loss, the diagonal of
+        its curvature, or ``(..., samples, K, K)`` for a coupled one.
+    """
+    with torch.no_grad():
+        found = loss.derivatives(logits, targets)
+        if isinstance(found, Separable):
+            found = Separable(*(part * scale for part in found))
+    result: tuple[Tensor, Tensor]
+    if isinstance(found, Separable):
+        result = _SeparableFunction.apply(logits, found)  # type: ignore[no-untyped-call]
+    else:
+        result = _CoupledFunction.apply(logits, found, scale)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _bce_value(logit: Tensor, target: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
 
 
-def _bce_derivatives(logit: Tensor, target: Tensor) -> LogitDerivatives:
+def _bce_derivatives(logit: Tensor, target: Tensor) -> Separable:
     # In terms of the signed logit a fitted sample's residual underflows gracefully, where p - y
     # would round to zero as soon as p rounds to one.
     sign = 1 - 2 * target
     signed = sign * logit
     wrong, right = torch.sigmoid(signed), torch.sigmoid(-signed)
     curvature = wrong * right
-    return sign * wrong, curvature, curvature * torch.tanh(-0.5 * logit)
+    return Separable(sign * wrong, curvature, curvature * torch.tanh(-0.5 * logit))
 
 
 def _mse_value(logit: Tensor, target: Tensor) -> Tensor:
     return (logit - target).square()
 
 
-def _mse_derivatives(logit: Tensor, target: Tensor) -> LogitDerivatives:
-    return 2 * (logit - target), torch.full_like(logit, 2), torch.zeros_like(logit)
+def _mse_derivatives(logit: Tensor, target: Tensor) -> Separable:
+    return Separable(2 * (logit - target), torch.full_like(logit, 2), torch.zeros_like(logit))
+
+
+def _ce_value(logits: Tensor, target: Tensor) -> Tensor:
+    log_p = functional.log_softmax(logits, -1)
+    if target.ndim == logits.ndim:
+        return -(target * log_p).sum(-1)
+    labels = target.long().expand(log_p.shape[:-1]).unsqueeze(-1)
+    return -log_p.gather(-1, labels).squeeze(-1)
+
+
+def _ce_derivatives(logits: Tensor, target: Tensor) -> Coupled:
+    p = torch.softmax(logits, -1)
+    top = functional.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
+    # 1 - p without cancellation: where p is the largest, the sum of the others.
+    others = torch.where(top, 0, p)
+    rest = torch.where(top, others.sum(-1, keepdim=True), 1 - p)
+    # The target need not sum to one: class weights are in it.
+    total = target.sum(-1, keepdim=True)
+    # sum_j (p_k target_j - p_j target_k): a fitted sample's terms vanish one by one.
+    residual = p * (total - target) - target * rest
+    outer = p.unsqueeze(-1) * p.unsqueeze(-2)
+    curvature = -outer
+    curvature.diagonal(dim1=-2, dim2=-1).copy_(p * rest)
+    curvature = curvature * total.unsqueeze(-1)
+
+    def third(adjoint: Tensor) -> Tensor:
+        # <A, Q> = total (diag(A) . p - p A p), then through the softmax: p (h - p . h). Measured
+        # from the largest class, for which the difference is small, nothing cancels.
+        along = adjoint.diagonal(dim1=-2, dim2=-1) - 2 * (adjoint @ p.unsqueeze(-1)).squeeze(-1)
+        along = along - torch.where(top, along, 0).sum(-1, keepdim=True)
+        return total * p * (along - (others * along).sum(-1, keepdim=True))
+
+    return Coupled(residual, curvature, third)
 
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("bce", _bce_value, _bce_derivatives, binary=True),
-        Loss("mse", _mse_value, _mse_derivatives, binary=False),
+        Loss("bce", _bce_value, _bce_derivatives, "binary"),
+        Loss("ce", _ce_value, _ce_derivatives, "classes"),
+        Loss("mse", _mse_value, _mse_derivatives),
     )
 }
 
@@ -65,8 +203,9 @@ LOSSES: dict[str, Loss] = {
 def get_loss(loss: str | Loss) -> Loss:
     """Look a loss up by name; a :class:`Loss` passes through.
 
-    ``"bce"`` is binary cross-entropy on the logit, ``"mse"`` the squared error ``(s - y)^2``
-    (PyTorch's convention: without a factor one half).
+    ``"bce"`` is binary cross-entropy on each logit, ``"ce"`` cross-entropy of the softmax over
+    logits, ``"mse"`` the squared error ``(s - y)^2`` (PyTorch's convention: without a factor one
+    half).
 
     Raises:
         ValueError: If the name is not one of ``LOSSES``.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lowland.losses import Loss
 
@@ -61,25 +64,83 @@ def check_finite(tensor: Tensor, name: str) -> None:
         )
 
 
-def check_targets(y: Tensor, *, samples: tuple[int, ...], loss: Loss, like: Tensor) -> None:
-    """Require one target per sample, of values that the loss can take.
+def check_weights(weights: Sequence[Tensor]) -> None:
+    """Require weights of layers that follow one another.
+
+    Raises:
+        TypeError: If their types or devices differ, or the closed form has no such type.
+        ValueError: If there is none, a shape does not suit, or a value is not finite.
+    """
+    if isinstance(weights, Tensor) or not len(weights):
+        got = "a tensor" if isinstance(weights, Tensor) else "none"
+        raise ValueError(f"expected a sequence of weight tensors, one for each layer; got {got}")
+    for index, weight in enumerate(weights):
+        name = f"weights[{index}]"
+        if weight.ndim < 2:
+            raise ValueError(
+                f"expected {name} of shape (*ensemble, inputs + 1, outputs), bias in row 0; got "
+                f"{tuple(weight.shape)}"
+            )
+        check_features(weight, like=weights[0], name=name)
+        if index and weight.shape[-2] != weights[index - 1].shape[-1] + 1:
+            before = weights[index - 1]
+            raise ValueError(
+                f"weights do not chain: weights[{index - 1}] of shape {tuple(before.shape)} has "
+                f"{before.shape[-1]} outputs, so {name} must have {before.shape[-1] + 1} rows, "
+                f"bias in row 0; got {tuple(weight.shape)}"
+            )
+
+
+def as_outputs(
+    y: Tensor, *, samples: tuple[int, ...], outputs: int, loss: Loss, like: Tensor
+) -> Tensor:
+    """Targets with one column for each output, after a look at their shape and their values.
+
+    Returns:
+        ``(..., samples, outputs)``; labels of classes become distributions.
 
     Raises:
         TypeError: If ``y`` is complex or on another device.
-        ValueError: If its shape does not end in the number of samples or its values do not suit.
+        ValueError: If its shape does not match or its values do not suit the loss.
     """
     if y.device != like.device or y.is_complex():
         raise TypeError(f"y is {_describe(y)} but the weights are {_describe(like)}")
-    if y.ndim < 1 or y.shape[-1] != samples[-1]:
+    count = samples[-1]
+    if loss.targets == "classes":
+        if outputs < 2:
+            raise ValueError(
+                f"{loss.name!r} takes one logit for each of at least two classes; got one output: "
+                "use 'bce' for one logit"
+            )
+        if y.is_floating_point() and tuple(y.shape[-2:]) == (count, outputs):
+            _check_distributions(y)
+            return y.to(like.dtype)
+    elif outputs > 1:
+        if y.ndim < 2 or tuple(y.shape[-2:]) != (count, outputs):
+            raise ValueError(
+                f"x and y do not match: with {count} samples and {outputs} outputs y must have "
+                f"shape ({count}, {outputs}) for {loss.name!r}; got {tuple(y.shape)}"
+            )
+        _check_values(y, loss)
+        return y
+    if y.ndim < 1 or y.shape[-1] != count:
         raise ValueError(
-            f"x and y do not match: x has {samples[-1]} samples, so y must have shape "
-            f"({samples[-1]},); got {tuple(y.shape)}"
+            f"x and y do not match: x has {count} samples, so y must have shape "
+            f"({count},); got {tuple(y.shape)}"
         )
+    if loss.targets != "classes":
+        _check_values(y, loss)
+        return y.unsqueeze(-1)
+    check_labels(y, outputs)
+    return functional.one_hot(y.long(), outputs).to(like.dtype)
+
+
+def _check_values(y: Tensor, loss: Loss) -> None:
     if y.device.type != "cpu":
         return
     if y.is_floating_point():
         check_finite(y, "y")
-    if loss.binary:
+    if loss.targets == "binary":
         for run in y.detach().reshape(-1).split(_RUN):
             if not bool(((run == 0) | (run == 1)).all()):
                 bad = run[(run != 0) & (run != 1)][0].item()
@@ -87,6 +148,37 @@ def check_targets(y: Tensor, *, samples: tuple[int, ...], loss: Loss, like: Tens
                     f"y must hold labels 0 or 1 for {loss.name!r}; got {bad}. Encode two classes "
                     "as 0 and 1"
                 )
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Require labels from 0 on, one for each class at most.
+
+    Raises:
+        ValueError: If a label is another number.
+    """
+    if y.device.type != "cpu":
+        return
+    if y.is_floating_point():
+        check_finite(y, "y")
+    for run in y.detach().reshape(-1).split(_RUN):
+        wrong = (
+            (run < 0) | (run >= classes) | (run != run.floor() if y.is_floating_point() else False)
+        )
+        if bool(wrong.any()):
+            raise ValueError(
+                f"y must hold labels from 0 to {classes - 1}, one for each output; got "
+                f"{run[wrong][0].item()}"
+            )
+
+
+def _check_distributions(y: Tensor) -> None:
+    if y.device.type != "cpu":
+        return
+    check_finite(y, "y")
+    if bool((y < 0).any()):
+        raise ValueError(
+            f"y must hold a probability for each class; got {y[y < 0][0].item()}, which is negative"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.autograd import grad
 
 from lowland.activations import Activation, get_activation
-from lowland.exact import parameters
 from lowland.exact.compiled import covers
-from lowland.exact.engine import Pass, Problem, run_moments
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, make_linear_plan, make_plan
+from lowland.exact.engine import Pass, Problem, join_layers, run_moments
+from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, MEBIBYTE, make_linear_plan, make_plan
+from lowland.exact.reference import Reference
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments
-from lowland.validation import check_features, check_targets
+from lowland.validation import as_outputs, check_features, check_weights
 
 Reduction = Literal["mean", "sum"]
+Activations = str | Activation | Sequence[str | Activation]
 OrderChoice = Literal["auto", "samples", "parameters"]
 
 
@@ -31,33 +32,44 @@ def moments(
     x: Tensor,
     y: Tensor,
     *,
-    activation: str | Activation,
+    activation: Activations,
     loss: str | Loss,
     order: OrderChoice = "auto",
     reduction: Reduction = "mean",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    unbiased: bool = False,
+    moments: Literal[2, 4] = 2,
 ) -> HessianMoments:
-    r"""Exact ``Tr H`` and ``Tr H^2`` of three-layer networks with one output.
+    r"""Exact ``Tr H`` and ``Tr H^2`` of multilayer perceptrons.
 
     ``H`` is the Hessian of the loss in all weights. The result can be differentiated (once) with
     respect to the weights; the backward pass is analytic and costs about one more forward pass.
 
     Args:
-        weights: ``[W, v]`` of shapes ``(*ensemble, inputs + 1, hidden)`` and
-            ``(*ensemble, hidden + 1, 1)``, biases in row 0. Leading dimensions broadcast.
+        weights: One tensor for each layer, ``(*ensemble, inputs + 1, outputs)`` with the biases in
+            row 0, from the first hidden layer to the logits; one tensor alone is a linear model.
+            Leading dimensions broadcast.
         x: ``(samples, inputs)``, or ``(*ensemble, samples, inputs)`` to give each network its own.
-        y: ``(samples,)``, or ``(*ensemble, samples)``.
+        y: ``(samples,)`` for one output and for labels of classes, else ``(samples, outputs)``;
+            ``*ensemble`` may precede.
         activation: ``"identity"``, ``"sigmoid"``, ``"tanh"``, ``"softplus"``, ``"gelu"``,
             ``"silu"``, ``"relu"``, ``"leaky_relu"``, or an
-            :class:`~lowland.activations.Activation`. For the piecewise linear ones the result is
-            exact almost everywhere.
-        loss: ``"bce"`` (binary cross-entropy on the logit, targets 0 or 1) or ``"mse"`` (squared
-            error without a factor one half, as in PyTorch).
+            :class:`~lowland.activations.Activation`; or a sequence of these, one for each hidden
+            layer. For the piecewise linear ones the result is exact almost everywhere.
+        loss: ``"bce"`` (binary cross-entropy on each logit, targets 0 or 1), ``"ce"``
+            (cross-entropy, labels from 0 or a distribution for each sample) or ``"mse"`` (squared
+            error without a factor one half); a mean over several outputs is one over samples and
+            outputs, as in PyTorch. Or a :class:`~lowland.losses.Loss` of your own.
         order: Sum over pairs of ``"samples"`` or of ``"parameters"``; ``"auto"`` takes the one that
             a measured cost model predicts to be faster.
         reduction: Of the loss over samples, ``"mean"`` or ``"sum"``.
         memory_budget: Bytes of temporaries that neither order exceeds. The results themselves, the
             weights' gradient, and data that must be converted or made contiguous come on top.
+        unbiased: Take the samples for a batch, drawn from a larger data set: leave each sample's
+            pair with itself out of ``Tr H^2``, whose expectation over batches is then that of the
+            data set. It may come out negative.
+        moments: 4 for ``Tr H^3`` and ``Tr H^4`` as well, which narrow the brackets of eigenvalues;
+            they cost some products of ``P x P`` matrices and carry no gradient.
 
     Returns:
         Moments whose fields have the shape ``(*ensemble)``.
@@ -75,7 +87,10 @@ def moments(
     References:
         arXiv:2606.28662, theorems 1 to 5; the order ``"parameters"`` is not in the paper.
     """
-    return prepare(weights, x, y, activation, loss, reduction).moments(order, memory_budget)
+    if moments not in (2, 4):
+        raise ValueError(f"moments must be 2 or 4; got {moments!r}")
+    setup = prepare(weights, x, y, activation, loss, reduction)
+    return setup.moments(order, memory_budget, unbiased=unbiased, moments=moments)
 
 
 def trace(
@@ -83,7 +98,7 @@ def trace(
     x: Tensor,
     y: Tensor,
     *,
-    activation: str | Activation,
+    activation: Activations,
     loss: str | Loss,
     reduction: Reduction = "mean",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -103,11 +118,11 @@ def loss_gradient(
     x: Tensor,
     y: Tensor,
     *,
-    activation: str | Activation,
+    activation: Activations,
     loss: str | Loss,
     reduction: Reduction = "mean",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The gradient of each network's own loss, what plain training of an ensemble descends.
 
     Arguments and errors are those of :func:`moments`.
@@ -124,7 +139,7 @@ def hessian(
     x: Tensor,
     y: Tensor,
     *,
-    activation: str | Activation,
+    activation: Activations,
     loss: str | Loss,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -133,18 +148,7 @@ def hessian(
     Parameters are ordered as ``W`` row by row, then ``v``. Arguments and errors are those of
     :func:`moments`.
     """
-    setup = prepare(weights, x, y, activation, loss, reduction)
-    # The result is as large as the matrix; a budget beside it only sets the length of runs.
-    needed = 8 * setup.size.dim**2 * setup.size.itemsize
-    budget = max(DEFAULT_MEMORY_BUDGET, needed)
-    problem = setup.problem("parameters", budget, compiled=False)
-    whole = parameters.Block(slice(0, setup.size.inputs), with_output=True)
-    with torch.no_grad():
-        parts = problem.on_references(
-            setup.weight, setup.output, lambda part: part.hessian_rows(whole)
-        )
-    dim = setup.size.dim
-    return torch.cat(parts).view(*setup.ensemble, dim, dim)
+    return prepare(weights, x, y, activation, loss, reduction).hessian()
 
 
 @dataclass(frozen=True)
@@ -157,47 +161,81 @@ class Setup:
 
     arch: Architecture
     data: Data
-    weight: Tensor
-    output: Tensor
+    weights: tuple[Tensor, ...]
     ensemble: torch.Size
     size: Size
+    is_mean: bool = True
 
     def at(self, weights: Sequence[Tensor]) -> Setup:
         """The same at other weights of the same shapes, which are not looked at."""
-        networks = len(self.weight)
-        weight, output = weights
-        return replace(
-            self,
-            weight=weight.reshape(networks, *self.weight.shape[1:]),
-            output=output.reshape(networks, *self.output.shape[1:]),
-        )
+        shaped = zip(weights, self.weights, strict=True)
+        return replace(self, weights=tuple(new.reshape(old.shape) for new, old in shaped))
 
     def moments(
-        self, order: OrderChoice = "auto", memory_budget: int = DEFAULT_MEMORY_BUDGET
+        self,
+        order: OrderChoice = "auto",
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        *,
+        unbiased: bool = False,
+        moments: int = 2,
     ) -> HessianMoments:
         """As :func:`moments`."""
-        problem = self.problem(order, memory_budget)
-        first, second = run_moments(problem, self.weight, self.output)
-        return HessianMoments(self.size.dim, first.view(self.ensemble), second.view(self.ensemble))
+        problem = self.problem(order, memory_budget, unbiased=unbiased)
+        first, second = run_moments(problem, self.weights)
+        higher = self._higher(memory_budget, unbiased=unbiased) if moments != 2 else None
+        return HessianMoments(
+            self.size.dim, first.view(self.ensemble), second.view(self.ensemble), higher=higher
+        )
+
+    def _higher(self, memory_budget: int, *, unbiased: bool) -> tuple[Tensor, Tensor]:
+        if unbiased:
+            raise ValueError("unbiased=True estimates Tr H and Tr H^2 alone; use moments=2")
+        needed = 3 * self.size.dim**2 * self.size.itemsize
+        if needed > memory_budget:
+            raise ValueError(
+                f"a memory budget of {memory_budget / MEBIBYTE:.3g} MiB is too small: moments=4 "
+                f"squares the Hessian of {self.size.dim} parameters and takes "
+                f"{needed / MEBIBYTE:.3g} MiB; raise memory_budget"
+            )
+        problem = self.problem("parameters", max(memory_budget, 16 * needed), compiled=False)
+        problem = replace(problem, plan=replace(problem.plan, networks=1))
+
+        def powers(part: Reference) -> Tensor:
+            matrix = part.hessian()
+            square = matrix @ matrix
+            return torch.stack([(square * matrix).sum((1, 2)), square.square().sum((1, 2))])
+
+        with torch.no_grad():
+            third, fourth = torch.cat(problem.on_references(self.weights, powers), 1)
+        return third.view(self.ensemble), fourth.view(self.ensemble)
 
     def trace(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> Tensor:
         """As :func:`trace`."""
-        problem = self.linear_problem("trace", memory_budget)
-        first, _ = run_moments(problem, self.weight, self.output)
+        first, _ = run_moments(self.linear_problem("trace", memory_budget), self.weights)
         return first.view(self.ensemble)
 
-    def loss_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, Tensor]:
+    def hessian(self) -> Tensor:
+        """As :func:`hessian`."""
+        # The result is as large as the matrix; a budget beside it only sets the length of runs.
+        needed = 16 * self.size.dim**2 * self.size.itemsize
+        budget = max(DEFAULT_MEMORY_BUDGET, needed)
+        problem = self.problem("parameters", budget, compiled=False)
+        with torch.no_grad():
+            parts = problem.on_references(self.weights, Reference.hessian)
+        return torch.cat(parts).view(*self.ensemble, self.size.dim, self.size.dim)
+
+    def loss_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
         """As :func:`loss_gradient`."""
         return self._gradients(
             self.linear_problem("loss", memory_budget), lambda part: part.loss_gradient()
         )
 
-    def trace_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, Tensor]:
+    def trace_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
         """The gradient of each network's ``Tr H``, without a graph."""
 
-        def gradient(part: Pass) -> tuple[Tensor, Tensor]:
-            one = part.output.new_ones(len(part.output))
-            return part.gradient(one, torch.zeros_like(one), None)
+        def gradient(part: Pass) -> Sequence[Tensor]:
+            one = self.weights[0].new_ones(part.networks)
+            return part.gradient(one, torch.zeros_like(one), [])
 
         return self._gradients(self.linear_problem("trace", memory_budget), gradient)
 
@@ -206,14 +244,14 @@ class Setup:
         function: Callable[[HessianMoments], Tensor],
         order: OrderChoice = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """The gradient of a function of each network's own moments, without a graph.
 
         The same as a backward pass through :meth:`moments`, without what autograd costs a step.
         """
         dim = self.size.dim
 
-        def gradient(part: Pass) -> tuple[Tensor, Tensor]:
+        def gradient(part: Pass) -> Sequence[Tensor]:
             first, second, kept = part.moments()
             with torch.enable_grad():
                 leaves = first.detach().requires_grad_(), second.detach().requires_grad_()
@@ -224,111 +262,152 @@ class Setup:
         return self._gradients(self.problem(order, memory_budget), gradient)
 
     def _gradients(
-        self, problem: Problem, compute: Callable[[Pass], tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+        self, problem: Problem, compute: Callable[[Pass], Sequence[Tensor]]
+    ) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            parts = problem.on_passes(self.weight, self.output, lambda _, part: compute(part))
-        in_weight, in_output = (torch.cat(part) for part in zip(*parts, strict=True))
-        return (
-            in_weight.view(*self.ensemble, *self.weight.shape[1:]),
-            in_output.view(*self.ensemble, *self.output.shape[1:], 1),
-        )
+            parts = problem.on_passes(self.weights, lambda _, part: compute(part))
+        return self.shaped(join_layers(parts, self.weights))
 
-    def problem(self, order: OrderChoice, memory_budget: int, *, compiled: bool = True) -> Problem:
+    def shaped(self, layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What there is for each layer, with the ensemble's dimensions in front."""
+        return tuple(part.view(*self.ensemble, *part.shape[1:]) for part in layers)
+
+    def problem(
+        self,
+        order: OrderChoice,
+        memory_budget: int,
+        *,
+        compiled: bool = True,
+        unbiased: bool = False,
+    ) -> Problem:
         """The problem of both moments; ``compiled=False`` insists on the PyTorch path."""
-        device = self.weight.device
+        if unbiased:
+            self._check_unbiased()
         plan = make_plan(
             self.size,
             order,
             memory_budget,
-            on_cpu=device.type == "cpu",
-            compiled=compiled and covers(self.arch, device),
+            on_cpu=self._device.type == "cpu",
+            compiled=compiled and not unbiased and covers(self.arch, self.size, self._device),
         )
-        return Problem(self.arch, self.data, plan)
+        return Problem(self.arch, self.data, plan, self.size, unbiased=unbiased)
 
     def linear_problem(self, quantity: Quantity, memory_budget: int) -> Problem:
         """The problem of the trace alone, or of the loss."""
-        device = self.weight.device
         plan = make_linear_plan(
             self.size,
             memory_budget,
-            on_cpu=device.type == "cpu",
-            compiled=covers(self.arch, device),
+            on_cpu=self._device.type == "cpu",
+            compiled=covers(self.arch, self.size, self._device),
         )
-        return Problem(self.arch, self.data, plan, quantity)
+        return Problem(self.arch, self.data, plan, self.size, quantity)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.weights[0].device
+
+    def _check_unbiased(self) -> None:
+        if self.size.samples < 2:
+            raise ValueError(
+                "unbiased=True leaves out each sample's pair with itself, so it needs at least 2 "
+                f"samples; got {self.size.samples}"
+            )
+        if not self.is_mean:
+            raise ValueError(
+                "unbiased=True estimates the moments of a mean over samples; got a sum, or a mean "
+                "weighed by classes, whose denominator depends on the batch: use a mean without "
+                "class weights"
+            )
 
 
 def prepare(  # noqa: PLR0917 - the arguments of every public function, in their order
     weights: Sequence[Tensor],
     x: Tensor,
     y: Tensor,
-    activation: str | Activation,
+    activation: Activations,
     loss: str | Loss,
     reduction: Reduction,
     *,
-    sample_weights: Tensor | None = None,
-    input_rows: slice | None = None,
-    output_rows: slice | None = None,
+    scale: float | Tensor | None = None,
+    rows: Sequence[slice] | None = None,
 ) -> Setup:
     """Check everything at the door and bring it into the engine's shapes.
 
-    ``input_rows`` and ``output_rows`` name the trained rows of ``W`` and ``v`` (all by default).
+    Args:
+        weights: As for :func:`moments`, like all that follows.
+        x: Inputs.
+        y: Targets; for classes also a distribution over them for each sample.
+        activation: Of all layers but the last, or one for each of them.
+        loss: Of the logits.
+        reduction: Of the loss over samples.
+        scale: The weight of each sample, ``(*ensemble, samples)``, or of each of its outputs, in
+            place of what ``reduction`` gives.
+        rows: The trained rows of each layer's weights (all by default).
     """
-    activation, loss = get_activation(activation), get_loss(loss)
+    loss = get_loss(loss)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"unknown reduction {reduction!r}: expected 'mean' or 'sum'")
-    weight, output = _check_weights(weights)
-    check_features(x, like=weight)
-    if x.ndim < 2 or x.shape[-1] + 1 != weight.shape[-2]:
+    check_weights(weights)
+    activations = _read_activations(activation, len(weights) - 1)
+    first, outputs = weights[0], weights[-1].shape[-1]
+    check_features(x, like=first)
+    if x.ndim < 2 or x.shape[-1] + 1 != first.shape[-2]:
         raise ValueError(
-            f"x and weights[0] do not match: expected x of shape (samples, {weight.shape[-2] - 1}) "
-            f"for weights[0] of shape {tuple(weight.shape)} (inputs + 1, hidden), bias in row 0; "
+            f"x and weights[0] do not match: expected x of shape (samples, {first.shape[-2] - 1}) "
+            f"for weights[0] of shape {tuple(first.shape)} (inputs + 1, outputs), bias in row 0; "
             f"got {tuple(x.shape)}"
         )
-    check_targets(y, samples=tuple(x.shape[:-1]), loss=loss, like=weight)
+    y = as_outputs(y, samples=tuple(x.shape[:-1]), outputs=outputs, loss=loss, like=first)
     try:
         ensemble = torch.broadcast_shapes(
-            weight.shape[:-2], output.shape[:-2], x.shape[:-2], y.shape[:-1]
+            *(weight.shape[:-2] for weight in weights), x.shape[:-2], y.shape[:-2]
         )
     except RuntimeError as error:
+        leading = " and ".join(str(tuple(weight.shape[:-2])) for weight in weights)
         raise ValueError(
             "the leading (ensemble) dimensions do not broadcast: weights "
-            f"{tuple(weight.shape[:-2])} and {tuple(output.shape[:-2])}, x {tuple(x.shape[:-2])}, "
-            f"y {tuple(y.shape[:-1])}"
+            f"{leading}, x {tuple(x.shape[:-2])}, y {tuple(y.shape[:-2])}"
         ) from error
     networks = math.prod(ensemble)
     if networks == 0:
         raise ValueError(
             f"expected at least one network; got an ensemble of shape {tuple(ensemble)}"
         )
-
     samples = x.shape[-2]
-    scale: float | Tensor = 1 / samples if reduction == "mean" else 1.0
-    if sample_weights is not None:
-        scale = _flatten(sample_weights * scale, ensemble, 1)
-    hidden = weight.shape[-1]
-    arch = Architecture(
-        activation,
-        loss,
-        input_rows or slice(0, weight.shape[-2]),
-        output_rows or slice(0, hidden + 1),
-    )
+    if scale is None:
+        terms = samples * (outputs if loss.per_output else 1)
+        scale = 1 / terms if reduction == "mean" else 1.0
+    if isinstance(scale, Tensor):
+        scale = _flatten(scale if scale.ndim == y.ndim else scale.unsqueeze(-1), ensemble, 2)
+    rows = tuple(rows or (slice(0, weight.shape[-2]) for weight in weights))
     return Setup(
-        arch,
-        Data(_flatten(x.detach(), ensemble, 2), _flatten(y.detach(), ensemble, 1), scale),
-        weight.expand(*ensemble, *weight.shape[-2:]).reshape(networks, *weight.shape[-2:]),
-        output.squeeze(-1).expand(*ensemble, hidden + 1).reshape(networks, hidden + 1),
+        Architecture(activations, loss, rows),
+        Data(_flatten(x.detach(), ensemble, 2), _flatten(y.detach(), ensemble, 2), scale),
+        tuple(
+            weight.expand(*ensemble, *weight.shape[-2:]).reshape(networks, *weight.shape[-2:])
+            for weight in weights
+        ),
         ensemble,
         Size(
             networks,
             samples,
-            weight.shape[-2],
-            arch.input_rows.stop - arch.input_rows.start,
-            hidden,
-            arch.output_rows.stop - arch.output_rows.start,
-            weight.element_size(),
+            (x.shape[-1], *(weight.shape[-1] for weight in weights)),
+            tuple(part.stop - part.start for part in rows),
+            first.element_size(),
         ),
+        is_mean=reduction == "mean",
     )
+
+
+def _read_activations(activation: Activations, count: int) -> tuple[Activation, ...]:
+    if isinstance(activation, str | Activation):
+        return (get_activation(activation),) * count
+    if len(activation) != count:
+        raise ValueError(
+            f"expected one activation, or one for each of the {count} hidden layers; got "
+            f"{len(activation)}"
+        )
+    return tuple(get_activation(each) for each in activation)
 
 
 def _flatten(tensor: Tensor, ensemble: torch.Size, own: int) -> Tensor:
@@ -337,26 +416,3 @@ def _flatten(tensor: Tensor, ensemble: torch.Size, own: int) -> Tensor:
     if math.prod(leading) == 1:
         return tensor.reshape(1, *trailing)
     return tensor.expand(*ensemble, *trailing).reshape(-1, *trailing)
-
-
-def _check_weights(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    if len(weights) != 2:
-        raise ValueError(
-            "expected two weight tensors [W, v], one per layer of a three-layer network; "
-            f"got {len(weights)}"
-        )
-    weight, output = weights
-    if weight.ndim < 2 or output.ndim < 2:
-        raise ValueError(
-            "expected weights of shapes (*ensemble, inputs + 1, hidden) and "
-            f"(*ensemble, hidden + 1, 1); got {tuple(weight.shape)} and {tuple(output.shape)}"
-        )
-    check_features(weight, like=weight, name="weights[0]")
-    check_features(output, like=weight, name="weights[1]")
-    if output.shape[-2:] != (weight.shape[-1] + 1, 1):
-        raise ValueError(
-            f"weights do not chain: weights[0] of shape {tuple(weight.shape)} has "
-            f"{weight.shape[-1]} hidden units, so weights[1] must end in "
-            f"({weight.shape[-1] + 1}, 1), bias in row 0; got {tuple(output.shape)}"
-        )
-    return weight, output

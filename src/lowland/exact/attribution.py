@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowland.activations import Activation
-from lowland.exact.api import OrderChoice, Reduction, Setup, prepare
+from lowland.exact.api import Activations, OrderChoice, Reduction, prepare
 from lowland.exact.engine import run_moments
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.exact.reference import Reference
-from lowland.exact.terms import sensitivities
 from lowland.losses import Loss
 from lowland.moments import HessianMoments
 
@@ -31,13 +29,13 @@ class Direction:
         spread: The gradient of ``s sqrt(P - 1)``, shaped like ``weights``.
     """
 
-    mean: tuple[Tensor, Tensor]
-    spread: tuple[Tensor, Tensor]
+    mean: tuple[Tensor, ...]
+    spread: tuple[Tensor, ...]
 
     @property
-    def total(self) -> tuple[Tensor, Tensor]:
+    def total(self) -> tuple[Tensor, ...]:
         """The gradient of ``U``."""
-        return self.mean[0] + self.spread[0], self.mean[1] + self.spread[1]
+        return tuple(mean + spread for mean, spread in zip(self.mean, self.spread, strict=True))
 
 
 def direction(
@@ -45,7 +43,7 @@ def direction(
     x: Tensor,
     y: Tensor,
     *,
-    activation: str | Activation,
+    activation: Activations,
     loss: str | Loss,
     order: OrderChoice = "auto",
     reduction: Reduction = "mean",
@@ -60,15 +58,14 @@ def direction(
     """
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem(order, memory_budget)
-    weight = setup.weight.detach().requires_grad_()
-    output = setup.output.detach().requires_grad_()
+    leaves = [weight.detach().requires_grad_() for weight in setup.weights]
     with torch.enable_grad():
-        moments = HessianMoments(setup.size.dim, *run_moments(problem, weight, output))
+        moments = HessianMoments(setup.size.dim, *run_moments(problem, leaves))
         mean = moments.mean.sum()
         spread = (moments.std * math.sqrt(setup.size.dim - 1)).sum()
-    mean_part = torch.autograd.grad(mean, (weight, output), retain_graph=True)
-    spread_part = torch.autograd.grad(spread, (weight, output))
-    return Direction(_shaped(setup, *mean_part), _shaped(setup, *spread_part))
+    mean_part = torch.autograd.grad(mean, leaves, retain_graph=True)
+    spread_part = torch.autograd.grad(spread, leaves)
+    return Direction(setup.shaped(mean_part), setup.shaped(spread_part))
 
 
 def sample_contributions(
@@ -76,12 +73,12 @@ def sample_contributions(
     x: Tensor,
     y: Tensor,
     *,
-    activation: str | Activation,
+    activation: Activations,
     loss: str | Loss,
     order: OrderChoice = "auto",
     reduction: Reduction = "mean",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     r"""Each sample's share of the gradient of ``U`` (section V-A).
 
     With ``U``'s derivatives ``a`` and ``b`` in the two traces, the share of sample ``i`` is
@@ -97,25 +94,17 @@ def sample_contributions(
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem(order, memory_budget, compiled=False)
 
-    def shares(group: Reference) -> tuple[Tensor, Tensor]:
-        first, second, matrix = group.moments()
+    def shares(group: Reference) -> list[Tensor]:
+        first, second, kept = group.moments()
         with torch.enable_grad():
             first, second = first.requires_grad_(), second.requires_grad_()
             upper = HessianMoments(setup.size.dim, first, second).upper.sum()
         a, b = torch.autograd.grad(upper, (first, second))
-        networks, samples = group.output.shape[0], setup.size.samples
-        in_weight = group.output.new_zeros(networks, samples, *setup.weight.shape[1:])
-        in_output = group.output.new_zeros(networks, samples, setup.output.shape[1])
-        for run, terms, adjoint in group.adjoints(a, b, matrix):
-            in_a, in_v = sensitivities(problem.arch, group.output, terms, adjoint)
-            inputs = terms.inputs.expand(networks, -1, -1)
-            in_weight[:, run] += torch.einsum("ekn,ejn->enkj", inputs, in_a)
-            in_output[:, run] += in_v.mT
-        return in_weight, in_output
+        return group.sample_gradients(a, b, kept)
 
     with torch.no_grad():
-        parts = problem.on_references(setup.weight, setup.output, shares)
-    return _shaped(setup, *(torch.cat(part) for part in zip(*parts, strict=True)))
+        parts = problem.on_references(setup.weights, shares)
+    return setup.shaped([torch.cat(layer) for layer in zip(*parts, strict=True)])
 
 
 def pair_contributions(
@@ -123,7 +112,7 @@ def pair_contributions(
     x: Tensor,
     y: Tensor,
     *,
-    activation: str | Activation,
+    activation: Activations,
     loss: str | Loss,
     reduction: Reduction = "mean",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -139,13 +128,6 @@ def pair_contributions(
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem("samples", memory_budget)
     with torch.no_grad():
-        parts = problem.on_references(setup.weight, setup.output, Reference.pairs)
+        parts = problem.on_references(setup.weights, Reference.pairs)
     matrix = torch.cat(parts)
     return matrix.view(*setup.ensemble, *matrix.shape[1:])
-
-
-def _shaped(setup: Setup, in_weight: Tensor, in_output: Tensor) -> tuple[Tensor, Tensor]:
-    return (
-        in_weight.view(*setup.ensemble, *in_weight.shape[1:]),
-        in_output.view(*setup.ensemble, *in_output.shape[1:], 1),
-    )

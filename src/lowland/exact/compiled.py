@@ -1,6 +1,7 @@
-"""The order "parameters" on the CPU by compiled code, where the build found a C compiler.
+"""One hidden layer and one output on the CPU by compiled code, where the build found a compiler.
 
-``csrc/`` computes what :mod:`lowland.exact.parameters` computes, with the packed blocks
+``csrc/`` computes what :mod:`lowland.exact.parameters` computes for these networks, of which
+ensembles are trained by the thousand, with the packed blocks
 
     WW (pairs of inputs x pairs of hidden units),   Wv,   vv
 
@@ -102,11 +103,14 @@ def is_available() -> bool:
     return _library() is not None
 
 
-def covers(arch: Architecture, device: torch.device) -> bool:
+def covers(arch: Architecture, size: Size, device: torch.device) -> bool:
     """Whether the compiled code can take a problem."""
     return (
         device.type == "cpu"
-        and _activation_code(arch.activation) is not None
+        and size.depth == 2
+        and size.widths[2] == 1
+        and arch.loss.name in _LOSSES
+        and _activation_code(arch.activations[0]) is not None
         and LOSSES.get(arch.loss.name) is arch.loss
         and is_available()
     )
@@ -142,8 +146,8 @@ def choose_block(size: Size, limit: int, *, linear: bool = False) -> int:
 
 def _row_count(size: Size, linear: bool) -> int:  # noqa: FBT001 - as `layout` of kernel.inc
     """Rows of a block, as ``layout`` of kernel.inc lays them out."""
-    inputs, hidden, outputs = size.inputs, size.hidden, size.outputs
-    rows = size.features + 10 * hidden + outputs + 10
+    (inputs, outputs), (features, hidden, _) = size.rows, size.widths
+    rows = features + 1 + 10 * hidden + outputs + 10
     if linear:
         return rows
     pairs = inputs * (inputs + 1) // 2 + hidden * (hidden + 1) // 2 + hidden * outputs
@@ -152,8 +156,9 @@ def _row_count(size: Size, linear: bool) -> int:  # noqa: FBT001 - as `layout` o
 
 def _coefficients(size: Size) -> int:
     """Of the backward pass, ``W`` transposed, and what lies between them to keep them aligned."""
-    entries = packed_entries(size.inputs, size.hidden, size.outputs)
-    return entries + (size.features + 1) * size.hidden + 1 + 5 * _LANES
+    features, hidden, _ = size.widths
+    entries = packed_entries(size.rows[0], hidden, size.rows[1])
+    return entries + (features + 2) * hidden + 1 + 5 * _LANES
 
 
 @dataclass(frozen=True)
@@ -176,16 +181,21 @@ class Kernel:
     block: int
     quantity: Quantity
 
-    def moments(self) -> tuple[Tensor, Tensor, Packed]:
+    @property
+    def networks(self) -> int:
+        """How many there are."""
+        return len(self.weight)
+
+    def moments(self) -> tuple[Tensor, Tensor, list[Packed]]:
         """``Tr H``, ``Tr H^2``, and the packed Hessians (or traces) behind them."""
         packed = self._accumulate()
         if self.quantity == "trace":
-            return packed[:, 0], torch.zeros_like(packed[:, 0]), packed
+            return packed[:, 0], torch.zeros_like(packed[:, 0]), [packed]
         traces = packed.new_empty(packed.shape[0], 2)
         self._function("traces")(
             ctypes.byref(self._problem(packed.shape[0])), _pointer(packed), _pointer(traces)
         )
-        return traces[:, 0], traces[:, 1], packed
+        return traces[:, 0], traces[:, 1], [packed]
 
     def _accumulate(self) -> Packed:
         networks = self.weight.shape[0]
@@ -199,10 +209,10 @@ class Kernel:
         return self._add_up(packed)
 
     def gradient(
-        self, trace_weight: Tensor, square_weight: Tensor, packed: Packed | None
+        self, trace_weight: Tensor, square_weight: Tensor, kept: Sequence[Packed]
     ) -> tuple[Tensor, Tensor]:
         """The gradient of ``trace_weight Tr H + square_weight Tr H^2`` in ``W`` and ``v``."""
-        packed = (self._accumulate() if packed is None else packed).contiguous()
+        packed = (kept[0] if kept else self._accumulate()).contiguous()
         return self._pull_back(
             "gradient_share",
             packed=packed,
@@ -239,7 +249,7 @@ class Kernel:
         return copies[0]
 
     def _shape(self) -> tuple[int, int, int]:
-        rows, outputs = self.arch.input_rows, self.arch.output_rows
+        rows, outputs = self.arch.rows
         return rows.stop - rows.start, self.weight.shape[2], outputs.stop - outputs.start
 
     def _function(self, name: str) -> Callable[..., int]:
@@ -258,18 +268,18 @@ class Kernel:
             samples=data.samples,
             inputs=data.x.shape[2],
             hidden=self.weight.shape[2],
-            x_start=arch.input_rows.start,
-            x_stop=arch.input_rows.stop,
-            z_start=arch.output_rows.start,
-            z_stop=arch.output_rows.stop,
+            x_start=arch.rows[0].start,
+            x_stop=arch.rows[0].stop,
+            z_start=arch.rows[1].start,
+            z_stop=arch.rows[1].stop,
             x_stride=_network_stride(data.x),
             y_stride=_network_stride(data.y),
             scale_stride=_network_stride(scale) if isinstance(scale, Tensor) else 0,
             block=min(self.block, -(-data.samples // _LANES) * _LANES),
-            activation=_activation_code(arch.activation),
+            activation=_activation_code(arch.activations[0]),
             loss=_LOSSES[arch.loss.name],
             mode=_MODES[self.quantity],
-            negative_slope=arch.activation.negative_slope or 0.0,
+            negative_slope=arch.activations[0].negative_slope or 0.0,
             scale=1.0 if isinstance(scale, Tensor) else scale,
         )
 

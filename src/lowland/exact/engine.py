@@ -8,7 +8,7 @@ with ``C``; autograd never sees the inside of the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch.autograd import Function
 from lowland.exact.compiled import Kernel, make_kernel
 from lowland.exact.plan import Plan
 from lowland.exact.reference import PerNetwork, Reference
+from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
 
 Result = TypeVar("Result")
@@ -34,53 +35,49 @@ class Problem:
     arch: Architecture
     data: Data
     plan: Plan
+    size: Size
     quantity: Quantity = "moments"
+    unbiased: bool = False
 
     def on_references(
-        self, weight: Tensor, output: Tensor, compute: Callable[[Reference], Result]
+        self, weights: Sequence[Tensor], compute: Callable[[Reference], Result]
     ) -> list[Result]:
         """``compute`` on the PyTorch path, for each group of networks that are handled together."""
-        with _full_precision(weight):
-            return [
-                compute(self._reference(weight, output, chosen))
-                for chosen in self._groups(weight.shape[0])
-            ]
+        with _full_precision(weights[0]):
+            return [compute(self._reference(weights, chosen)) for chosen in self._groups(weights)]
 
     def on_passes(
-        self, weight: Tensor, output: Tensor, compute: Callable[[slice, Pass], Result]
+        self, weights: Sequence[Tensor], compute: Callable[[slice, Pass], Result]
     ) -> list[Result]:
         """``compute`` on the path that the plan has chosen, group by group."""
         make = self._kernel if self.plan.compiled else self._reference
-        with _full_precision(weight):
-            return [
-                compute(chosen, make(weight, output, chosen))
-                for chosen in self._groups(weight.shape[0])
-            ]
+        with _full_precision(weights[0]):
+            return [compute(chosen, make(weights, chosen)) for chosen in self._groups(weights)]
 
-    def _reference(self, weight: Tensor, output: Tensor, chosen: slice) -> Reference:
-        data = self.data.of_networks(chosen)
+    def _reference(self, weights: Sequence[Tensor], chosen: slice) -> Reference:
         return Reference(
             self.arch,
-            weight[chosen],
-            output[chosen],
-            data,
+            [weight[chosen] for weight in weights],
+            self.data.of_networks(chosen),
             self.plan,
+            self.size,
             self.quantity,
+            self.unbiased,
         )
 
-    def _kernel(self, weight: Tensor, output: Tensor, chosen: slice) -> Kernel:
-        data = self.data.of_networks(chosen)
+    def _kernel(self, weights: Sequence[Tensor], chosen: slice) -> Kernel:
+        weight, output = weights
         return make_kernel(
             self.arch,
             weight[chosen],
-            output[chosen],
-            data,
+            output[chosen].squeeze(2),
+            self.data.of_networks(chosen),
             self.plan.block,
             self.quantity,
         )
 
-    def _groups(self, networks: int) -> Iterator[slice]:
-        size = self.plan.networks
+    def _groups(self, weights: Sequence[Tensor]) -> Iterator[slice]:
+        size, networks = self.plan.networks, weights[0].shape[0]
         return (slice(start, start + size) for start in range(0, networks, size))
 
 
@@ -92,36 +89,33 @@ def _full_precision(tensor: Tensor) -> torch.autocast:
 class _Moments(Function):
     # The data come as arguments, not inside the problem: so torch.func can unwrap them.
     @staticmethod
-    def forward(
-        problem: Problem, weight: Tensor, output: Tensor, *data: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        problem = replace(problem, data=Data(*data))
-        parts = problem.on_passes(weight, output, lambda _, part: part.moments())
-        kept = [part[2] for part in parts if part[2] is not None and problem.plan.keep]
-        return (
-            _join([part[0] for part in parts]),
-            _join([part[1] for part in parts]),
-            _join(kept) if kept else weight.new_empty(0),
+    def forward(problem: Problem, x: Tensor, y: Tensor, scale: Any, *weights: Tensor) -> Any:
+        problem = replace(problem, data=Data(x, y, scale))
+        first, second, kept = zip(
+            *problem.on_passes(weights, lambda _, part: part.moments()), strict=True
         )
+        keep = zip(*kept, strict=True) if problem.plan.keep else ()
+        return _join(first), _join(second), *(_join(parts) for parts in keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        problem, weight, output_weight, x, y, scale = inputs
-        hessian = output[2]
-        ctx.mark_non_differentiable(hessian)
+        problem, x, y, scale, *weights = inputs
+        kept = output[2:]
+        ctx.mark_non_differentiable(*kept)
         # Saved rather than kept as attributes, tensors are guarded against changes in place.
         guarded = [scale] if isinstance(scale, Tensor) else []
-        ctx.save_for_backward(weight, output_weight, hessian, x, y, *guarded)
+        ctx.save_for_backward(x, y, *guarded, *weights, *kept)
         ctx.problem, ctx.scale = problem, scale if not guarded else None
+        ctx.layers = len(weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, output, hessian, x, y, *guarded = ctx.saved_tensors
-        scale = guarded[0] if guarded else ctx.scale
-        in_weight, in_output = _Gradient.apply(  # type: ignore[no-untyped-call]
-            ctx.problem, weight, output, hessian, grads[0], grads[1], x, y, scale
+        x, y, *rest = ctx.saved_tensors
+        scale = rest.pop(0) if ctx.scale is None else ctx.scale
+        result = _Gradient.apply(  # type: ignore[no-untyped-call]
+            ctx.problem, ctx.layers, grads[0], grads[1], x, y, scale, *rest
         )
-        return None, in_weight, in_output, None, None, None
+        return None, None, None, None, *result
 
 
 class _Gradient(Function):
@@ -130,21 +124,23 @@ class _Gradient(Function):
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd functions take their arguments by position
         problem: Problem,
-        weight: Tensor,
-        output: Tensor,
-        hessian: Tensor,
+        layers: int,
         trace_weight: PerNetwork,
         square_weight: PerNetwork,
-        *data: Any,
-    ) -> tuple[Tensor, Tensor]:
-        problem = replace(problem, data=Data(*data))
+        x: Tensor,
+        y: Tensor,
+        scale: Any,
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:
+        problem = replace(problem, data=Data(x, y, scale))
+        weights, kept = rest[:layers], rest[layers:]
 
-        def gradient(chosen: slice, part: Pass) -> tuple[Tensor, Tensor]:
-            kept = hessian[chosen] if hessian.numel() else None
-            return part.gradient(trace_weight[chosen], square_weight[chosen], kept)
+        def gradient(chosen: slice, part: Pass) -> Sequence[Tensor]:
+            return part.gradient(
+                trace_weight[chosen], square_weight[chosen], [each[chosen] for each in kept]
+            )
 
-        parts = problem.on_passes(weight, output, gradient)
-        return _join([part[0] for part in parts]), _join([part[1] for part in parts])
+        return join_layers(problem.on_passes(weights, gradient), weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -159,14 +155,22 @@ class _Gradient(Function):
         )
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def run_moments(problem: Problem, weight: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """``Tr H`` and ``Tr H^2`` of each network, with gradients in ``weight`` and ``output``."""
+def join_layers(parts: Sequence[Sequence[Tensor]], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Layer by layer the gradients of all groups of networks, shaped like the weights."""
+    return tuple(
+        _join(layer).view_as(weight)
+        for layer, weight in zip(zip(*parts, strict=True), like, strict=True)
+    )
+
+
+def run_moments(problem: Problem, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``Tr H`` and ``Tr H^2`` of each network, with gradients in the weights."""
     data = problem.data
-    first, second, _ = _Moments.apply(  # type: ignore[no-untyped-call]
-        problem, weight, output, data.x, data.y, data.scale
+    first, second, *_ = _Moments.apply(  # type: ignore[no-untyped-call]
+        problem, data.x, data.y, data.scale, *weights
     )
     return first, second

@@ -1,16 +1,20 @@
-"""Reading a PyTorch model and criterion as a three-layer network and a loss."""
+"""Reading a PyTorch model and criterion as a multilayer perceptron and a loss."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lowland.activations import ACTIVATIONS, Activation, leaky_relu
+from lowland.activations import ACTIVATIONS, Activation, compose, leaky_relu
 from lowland.exact.api import OrderChoice, Setup, prepare
-from lowland.exact.engine import run_moments
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.losses import LOSSES, Loss
 from lowland.moments import HessianMoments
+from lowland.validation import check_labels
 
 _ELSEWHERE = "use method='dense', which differentiates any module (in memory quadratic in P)"
 
@@ -27,6 +31,8 @@ def module_moments(
     *,
     order: OrderChoice = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    unbiased: bool = False,
+    moments: int = 2,
 ) -> HessianMoments:
     """Exact moments of the Hessian in the model's trainable parameters.
 
@@ -35,9 +41,7 @@ def module_moments(
         ValueError: As :func:`lowland.exact.moments`.
     """
     setup = _read(model, criterion, x, y)
-    problem = setup.problem(order, memory_budget)
-    first, second = run_moments(problem, setup.weight, setup.output)
-    return HessianMoments(setup.size.dim, first.squeeze(0), second.squeeze(0))
+    return setup.moments(order, memory_budget, unbiased=unbiased, moments=moments)
 
 
 def module_trace(
@@ -49,9 +53,7 @@ def module_trace(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
     """The exact trace alone, in linear time; otherwise as :func:`module_moments`."""
-    setup = _read(model, criterion, x, y)
-    first, _ = run_moments(setup.linear_problem("trace", memory_budget), setup.weight, setup.output)
-    return first.squeeze(0)
+    return _read(model, criterion, x, y).trace(memory_budget)
 
 
 def check_supported(model: nn.Module, criterion: nn.Module) -> None:
@@ -64,34 +66,69 @@ def check_supported(model: nn.Module, criterion: nn.Module) -> None:
     _read_criterion(criterion)
 
 
+# The model
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A model as layers: what is done to the inputs, then weights and activations in turn."""
+
+    flat: bool
+    before: Activation | None
+    layers: list[nn.Linear]
+    activations: list[Activation]
+
+
 def _read(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Setup:
-    first, activation, last = _read_layers(model)
+    network = _read_layers(model)
     loss = _read_criterion(criterion)
+    first, outputs = network.layers[0], network.layers[-1].out_features
+    if network.flat and x.ndim > 2:
+        x = x.flatten(1)
     if x.ndim != 2 or x.shape[1] != first.in_features:
+        flat = " once flattened" if network.flat else ""
         raise ValueError(
             f"x and the model do not match: {first} takes x of shape "
-            f"(samples, {first.in_features}); got {tuple(x.shape)}"
+            f"(samples, {first.in_features}){flat}; got {tuple(x.shape)}"
         )
-    if tuple(y.shape) not in ((len(x),), (len(x), 1)):
-        raise ValueError(
-            f"x and y do not match: y must have shape ({len(x)},) or ({len(x)}, 1), one target per "
-            f"sample; got {tuple(y.shape)}"
-        )
-    y = y.reshape(-1)
-    weights = None
-    if isinstance(criterion, nn.BCEWithLogitsLoss) and criterion.pos_weight is not None:
-        weights = torch.where(y > 0, criterion.pos_weight.to(x.dtype).reshape(()), 1)
+    if network.before is not None:
+        x = network.before(x)[0]
+    y = _read_targets(y, len(x), outputs, loss)
+    reduction = "sum" if criterion.reduction == "sum" else "mean"
+    scale: float | Tensor | None = None
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        y, scale = _weigh_classes(criterion, y, outputs, like=x)
+        if scale is not None:  # not a mean over samples
+            reduction = "sum"
+    elif isinstance(criterion, nn.BCEWithLogitsLoss):
+        scale = _weigh_outputs(criterion, y, outputs, like=x)
     return prepare(
-        [_augmented(first), _augmented(last)],
+        [_augmented(layer) for layer in network.layers],
         x,
         y,
-        activation,
+        network.activations,
         loss,
-        "sum" if criterion.reduction == "sum" else "mean",
-        sample_weights=weights,
-        input_rows=_trained_rows(first),
-        output_rows=_trained_rows(last),
+        reduction,
+        scale=scale,
+        rows=[_trained_rows(layer) for layer in network.layers],
     )
+
+
+def _read_targets(y: Tensor, samples: int, outputs: int, loss: Loss) -> Tensor:
+    """Targets as PyTorch's criterion takes them; with one output also without its dimension."""
+    shapes: list[tuple[int, ...]]
+    if loss.targets == "classes":
+        shapes = [(samples,), (samples, outputs)]
+    elif outputs == 1:
+        shapes = [(samples,), (samples, 1)]
+    else:
+        shapes = [(samples, outputs)]
+    if tuple(y.shape) not in shapes:
+        raise ValueError(
+            f"x and y do not match: y must have shape {' or '.join(map(str, shapes))}, one target "
+            f"per {'sample' if len(shapes) > 1 else 'sample and output'}; got {tuple(y.shape)}"
+        )
+    return y.reshape(-1) if outputs == 1 else y
 
 
 def _augmented(layer: nn.Linear) -> Tensor:
@@ -108,56 +145,82 @@ def _trained_rows(layer: nn.Linear) -> slice:
     return slice(start, stop)
 
 
-def _read_layers(model: nn.Module) -> tuple[nn.Linear, Activation, nn.Linear]:
+def _read_layers(model: nn.Module) -> _Network:
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         raise UnsupportedModelError(
-            "the closed form reads nn.Sequential(Linear, activation, Linear(hidden, 1)); got "
+            "the closed form reads nn.Sequential of Linear layers and activations; got "
             f"{type(model).__name__}; {_ELSEWHERE}"
         )
     _require_no_hooks(model, "the model")
+    flat, before = False, None
+    layers: list[nn.Linear] = []
+    activations: list[Activation | None] = []  # after each layer
     for index, layer in enumerate(model):
-        if type(layer) is not nn.Linear and _read_activation(layer) is None:
-            raise UnsupportedModelError(
-                f"layer {index} of the model, {layer}, is not covered by the closed form; "
-                f"{_ELSEWHERE}"
-            )
-        _require_no_hooks(layer, f"layer {index} of the model, {layer},")
-    layers = [layer for layer in model if not isinstance(layer, nn.Identity)]
-    if len(layers) == 2 and len(model) > 2:
-        layers.insert(1, nn.Identity())  # a linear hidden layer
-    if len(layers) != 3:
+        name = f"layer {index} of the model, {layer}"
+        _require_no_hooks(layer, f"{name},")
+        if type(layer) is nn.Linear:
+            layers.append(layer)
+            activations.append(None)
+        elif type(layer) is nn.Flatten:
+            if layers or (layer.start_dim, layer.end_dim) != (1, -1):
+                raise UnsupportedModelError(
+                    f"{name}, is covered before the first Linear, with its default dimensions; "
+                    f"{_ELSEWHERE}"
+                )
+            flat = True
+        elif type(layer) is nn.Identity or (isinstance(layer, nn.Dropout) and not layer.training):
+            pass
+        else:
+            activation = _read_activation(layer)
+            if activation is None:
+                raise UnsupportedModelError(_not_covered(name, layer))
+            if layers:
+                activations[-1] = compose(activation, activations[-1])
+            else:
+                before = compose(activation, before)
+    if not layers:
         raise UnsupportedModelError(
-            "the closed form covers one hidden layer, nn.Sequential(Linear, activation, "
-            f"Linear(hidden, 1)); got {len(layers)} layers; {_ELSEWHERE}"
+            f"the closed form needs at least one Linear layer; got none; {_ELSEWHERE}"
         )
-    first, middle, last = layers
-    activation = _read_activation(middle)
-    if type(first) is not nn.Linear or type(last) is not nn.Linear or activation is None:
+    if activations[-1] is not None:
         raise UnsupportedModelError(
-            "the closed form reads the layers Linear, activation, Linear in this order; got "
-            f"{', '.join(type(layer).__name__ for layer in layers)}; {_ELSEWHERE}"
+            f"the model ends in {model[-1]}; the closed form takes logits, the outputs of a Linear "
+            f"layer, and a criterion on logits; remove it, or {_ELSEWHERE}"
         )
-    _require_fit(first, last)
+    _require_fit(layers)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "
             "those whose curvature you want"
         )
-    return first, activation, last
+    hidden = [ACTIVATIONS["identity"] if each is None else each for each in activations[:-1]]
+    return _Network(flat, before, layers, hidden)
 
 
-def _require_fit(first: nn.Linear, last: nn.Linear) -> None:
-    if not {id(p) for p in first.parameters()}.isdisjoint(id(p) for p in last.parameters()):
-        raise UnsupportedModelError(f"the two linear layers share a parameter; {_ELSEWHERE}")
-    if last.in_features != first.out_features:
-        raise ValueError(
-            f"the layers do not fit: {first} gives {first.out_features} values and {last} takes "
-            f"{last.in_features}; make them equal"
+def _not_covered(name: str, layer: nn.Module) -> str:
+    if isinstance(layer, nn.Dropout):
+        return (
+            f"{name}, draws a new mask in each call while it is in training mode, so the loss has "
+            f"no one Hessian; call model.eval() first, or {_ELSEWHERE}"
         )
-    if last.out_features != 1:
-        raise UnsupportedModelError(
-            f"the closed form covers one output; layer {last} has {last.out_features}; {_ELSEWHERE}"
-        )
+    return f"{name}, is not covered by the closed form; {_ELSEWHERE}"
+
+
+def _require_fit(layers: list[nn.Linear]) -> None:
+    seen: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            if seen.setdefault(id(parameter), index) != index:
+                raise UnsupportedModelError(
+                    f"the linear layers {layers[seen[id(parameter)]]} and {layer} share a "
+                    f"parameter; {_ELSEWHERE}"
+                )
+    for first, second in zip(layers[:-1], layers[1:], strict=True):
+        if second.in_features != first.out_features:
+            raise ValueError(
+                f"the layers do not fit: {first} gives {first.out_features} values and {second} "
+                f"takes {second.in_features}; make them equal"
+            )
 
 
 def _require_no_hooks(module: nn.Module, name: str) -> None:
@@ -200,11 +263,43 @@ def _read_activation(layer: nn.Module) -> Activation | None:
     return None if name is None else ACTIVATIONS[name]
 
 
+# The criterion
+
+_CRITERIA: dict[type[nn.Module], Callable[[nn.Module], Loss]] = {
+    nn.BCEWithLogitsLoss: lambda _: LOSSES["bce"],
+    nn.CrossEntropyLoss: lambda _: LOSSES["ce"],
+    nn.MSELoss: lambda _: LOSSES["mse"],
+}
+
+
+def register_criterion(kind: type[nn.Module], read: Callable[[nn.Module], Loss]) -> None:
+    """Teach the closed form a criterion of your own.
+
+    Args:
+        kind: The criterion's class. Instances need an attribute ``reduction``, ``"mean"`` (over
+            samples and outputs) or ``"sum"``.
+        read: Maps an instance to its :class:`~lowland.losses.Loss`.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowland.exact import register_criterion
+        >>> from lowland.losses import Loss, Separable
+        >>> def derivatives(s, y):
+        ...     rate = s.exp()
+        ...     return Separable(rate - y, rate, rate)
+        >>> poisson = Loss("poisson", lambda s, y: s.exp() - y * s, derivatives)
+        >>> register_criterion(nn.PoissonNLLLoss, lambda criterion: poisson)
+    """
+    _CRITERIA[kind] = read
+
+
 def _read_criterion(criterion: nn.Module) -> Loss:
-    if type(criterion) not in (nn.BCEWithLogitsLoss, nn.MSELoss):
+    read = _CRITERIA.get(type(criterion))
+    if read is None:
+        known = ", ".join(f"nn.{kind.__name__}" for kind in _CRITERIA)
         raise UnsupportedModelError(
-            "the closed form covers nn.BCEWithLogitsLoss and nn.MSELoss; got "
-            f"{type(criterion).__name__}; {_ELSEWHERE}"
+            f"the closed form covers {known}; got {type(criterion).__name__}; {_ELSEWHERE}, or "
+            "lowland.exact.register_criterion"
         )
     _require_no_hooks(criterion, "the criterion")
     if criterion.reduction not in ("mean", "sum"):
@@ -212,15 +307,69 @@ def _read_criterion(criterion: nn.Module) -> Loss:
             f"the criterion's reduction must be 'mean' or 'sum' for its Hessian to be a matrix; "
             f"got {criterion.reduction!r}"
         )
-    if isinstance(criterion, nn.MSELoss):
-        return LOSSES["mse"]
-    if criterion.weight is not None:
-        raise UnsupportedModelError(
-            f"the closed form does not cover BCEWithLogitsLoss(weight=...); {_ELSEWHERE}"
+    return read(criterion)
+
+
+def _weigh_outputs(
+    criterion: nn.BCEWithLogitsLoss, y: Tensor, outputs: int, like: Tensor
+) -> Tensor | None:
+    """The weights of samples and outputs, where there are any but those of the reduction."""
+    positive, weight = criterion.pos_weight, criterion.weight
+    if positive is None and weight is None:
+        return None
+    shape = (len(y), outputs)
+
+    def spread(values: Tensor, name: str) -> Tensor:
+        try:
+            return values.to(like.dtype).expand(shape)
+        except RuntimeError:
+            raise UnsupportedModelError(
+                f"BCEWithLogitsLoss({name}=...) must hold one value, or one for each output; with "
+                f"{outputs} output{'s' if outputs > 1 else ''} got shape {tuple(values.shape)}"
+            ) from None
+
+    scale = like.new_ones(shape)
+    if positive is not None:
+        scale = torch.where(y.view(shape) > 0, spread(positive, "pos_weight"), scale)
+    if weight is not None:
+        scale = scale * spread(weight, "weight")
+    return scale if criterion.reduction == "sum" else scale / scale.numel()
+
+
+def _weigh_classes(
+    criterion: nn.CrossEntropyLoss, y: Tensor, classes: int, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Targets as distributions that hold the criterion's weights, and the mean's denominator.
+
+    The latter is None where it is the number of samples, or where there is none.
+    """
+    smoothing, weights = criterion.label_smoothing, criterion.weight
+    soft = y.is_floating_point()
+    if soft and y.ndim < 2:
+        raise TypeError(
+            f"labels of classes must be integers; got {str(y.dtype).removeprefix('torch.')}: "
+            "convert them with y.long()"
         )
-    if criterion.pos_weight is not None and criterion.pos_weight.numel() != 1:
-        raise UnsupportedModelError(
-            "BCEWithLogitsLoss(pos_weight=...) must hold one value for a model of one output; got "
-            f"{criterion.pos_weight.numel()}"
+    kept = None
+    if not soft:
+        ignored = y == criterion.ignore_index
+        # Elsewhere a look would wait for the device.
+        if y.device.type != "cpu" or bool(ignored.any()):
+            kept, y = (~ignored).to(like.dtype), torch.where(ignored, 0, y)
+        check_labels(y, classes)
+        y = functional.one_hot(y.long(), classes).to(like.dtype)
+    if weights is not None and weights.numel() != classes:
+        raise ValueError(
+            f"CrossEntropyLoss(weight=...) must hold one value for each of {classes} outputs; got "
+            f"shape {tuple(weights.shape)}"
         )
-    return LOSSES["bce"]
+    target = (1 - smoothing) * y + smoothing / classes
+    mass = y
+    if weights is not None:
+        target, mass = target * weights.to(like.dtype), mass * weights.to(like.dtype)
+    if kept is not None:
+        target, mass = target * kept[:, None], mass * kept[:, None]
+    counts = soft or (weights is None and kept is None)
+    if criterion.reduction == "sum" or counts:
+        return target, None
+    return target, (1 / mass.sum()).expand(len(y))

@@ -1,127 +1,162 @@
-r"""The order of summation over pairs of parameters: accumulate ``H``, then square it.
+r"""The order of summation over pairs of parameters: accumulate ``H``'s blocks, then square them.
 
-The cost is ``O(samples * P^2)``, linear in the samples. ``H`` is built in blocks of rows that fit
-the memory budget, from runs of samples that fit the processor's cache:
-
-    H = J diag(q) J^T + residual part,    J = [x~ (x) u; z~]    (P x samples)
-
-and the residual part touches only entries whose hidden units agree.
+The cost is ``O(samples * P^2)``, linear in the samples. Memory is that of the pieces that are held
+at a time and of one run of samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from lowland.exact.terms import Adjoint, Architecture, Rows, Terms, batched_matmul
+from lowland.exact.blocks import (
+    Factors,
+    Piece,
+    accumulate,
+    diagonals,
+    factors,
+    on_diagonal,
+    outer,
+    packed,
+    pairs_of,
+    products,
+    weights_of,
+)
+from lowland.exact.size import Size
+from lowland.exact.terms import Architecture, Matrices, Name, Rows, Terms
 
-HessianRows = Float[Tensor, "networks block dim"]
-
-
-@dataclass(frozen=True)
-class Block:
-    """A range of the rows of ``H``: some trained rows of ``W``, and perhaps those of ``v``."""
-
-    inputs: slice
-    with_output: bool
-
-
-def row_blocks(inputs: int, per_block: int) -> Iterator[Block]:
-    """Cut ``H`` into blocks of at most ``per_block`` rows of ``W``; the last one has ``v``'s."""
-    starts = range(0, inputs, per_block) if inputs else range(1)
-    for start in starts:
-        stop = min(start + per_block, inputs)
-        yield Block(slice(start, stop), with_output=stop == inputs)
+Found = list[tuple[Piece, Tensor]]
 
 
-def _jacobian(x: Rows, u: Rows, z: Rows | None) -> Rows:
-    """``[x (x) u; z]``, written in place: a concatenation would move every row twice."""
-    networks, hidden, count = u.shape
-    products = x.shape[1] * hidden
-    rows = products + (0 if z is None else z.shape[1])
-    result = u.new_empty(networks, rows, count)
-    torch.mul(
-        x.unsqueeze(2), u.unsqueeze(1), out=result[:, :products].unflatten(1, (x.shape[1], hidden))
-    )
-    if z is not None:
-        result[:, products:] = z
+def accumulate_pieces(
+    arch: Architecture, size: Size, runs: Iterable[Terms], pieces: Sequence[Piece]
+) -> Found:
+    """Some pieces of ``H``, summed over runs of samples."""
+    blocks: dict[Piece, Tensor] = {}
+    extra: dict[Piece, Tensor] = {}
+    for terms in runs:
+        for piece in pieces:
+            found = factors(arch, terms, piece)
+            blocks[piece] = accumulate(blocks.get(piece), found)
+            if found.on_diagonal is not None:
+                extra[piece] = accumulate(extra.get(piece), Factors(*found.on_diagonal))
+    for piece, part in extra.items():
+        view = on_diagonal(size, piece, blocks[piece])
+        view.add_(part.unflatten(2, (view.shape[3], view.shape[2])).transpose(2, 3))
+    return list(blocks.items())
+
+
+def traces(size: Size, found: Found) -> tuple[Tensor, Tensor]:
+    """What pieces add to ``Tr H`` and to ``Tr H^2``."""
+    networks = len(found[0][1])
+    first, second = found[0][1].new_zeros(2, networks)
+    for piece, block in found:
+        weighed = weights_of(size, piece, block) * block
+        second = second + (weighed.flatten(1) * block.flatten(1)).sum(1)
+        if piece.left == piece.right:
+            rows, columns = diagonals(size, piece, block.device)
+            first = first + block[:, rows[:, None], columns].sum((1, 2))
+    return first, second
+
+
+def coefficients(size: Size, found: Found, trace_weight: Tensor, square_weight: Tensor) -> Found:
+    r"""Pieces of :math:`C = a I + 2 b H`, times what each entry stands for."""
+    result = []
+    for piece, block in found:
+        matrix = weights_of(size, piece, block) * block
+        matrix *= 2 * square_weight[:, None, None]
+        if piece.left == piece.right:
+            rows, columns = diagonals(size, piece, block.device)
+            matrix[:, rows[:, None], columns] += trace_weight[:, None, None]
+        result.append((piece, matrix))
     return result
 
 
-def hessian_rows(arch: Architecture, runs: Iterable[Terms], block: Block) -> HessianRows:
-    """One block of rows of ``H``, summed over runs of samples."""
-    total: Tensor | None = None
-    in_rc: Tensor | None = None
-    in_rslope: Tensor | None = None
-    for terms in runs:
-        root = terms.curvature.sqrt()
-        full = _jacobian(terms.x * root, terms.u, terms.z * root)
-        whole = block.inputs == slice(0, terms.x.shape[1]) and block.with_output
-        part = full if whole else _select(full, terms, block)
-        products = part @ full.mT
-        x_block = terms.x[:, block.inputs]
-        pairs = (x_block.unsqueeze(2) * terms.x.unsqueeze(1)).flatten(1, 2)
-        rc = batched_matmul(terms.residual * terms.c, pairs.mT)
-        rslope = batched_matmul(terms.residual * terms.slope, terms.x.mT)
-        if total is None or in_rc is None or in_rslope is None:
-            total, in_rc, in_rslope = products, rc, rslope
-        else:
-            total, in_rc, in_rslope = total.add_(products), in_rc.add_(rc), in_rslope.add_(rslope)
-    if total is None or in_rc is None or in_rslope is None:
-        raise ValueError("expected at least one run of samples")
-    _add_residual(arch, total, in_rc, in_rslope, block)
-    return total
-
-
-def _select(full: Rows, terms: Terms, block: Block) -> Rows:
-    hidden = terms.u.shape[1]
-    start, stop = block.inputs.start * hidden, block.inputs.stop * hidden
-    return full[:, start:] if block.with_output else full[:, start:stop]
-
-
-def _add_residual(
-    arch: Architecture, rows: HessianRows, in_rc: Tensor, in_rslope: Tensor, block: Block
-) -> None:
-    """Add the residual part: ``r c`` where hidden units agree, ``r phi'`` between W and v."""
-    networks, hidden, inputs = in_rslope.shape
-    count = block.inputs.stop - block.inputs.start
-    if not count:
-        return
-    ww = rows[:, : count * hidden, : inputs * hidden]
-    ww = ww.unflatten(2, (inputs, hidden)).unflatten(1, (count, hidden))
-    ww.diagonal(dim1=2, dim2=4).add_(
-        in_rc.view(networks, hidden, count, inputs).permute(0, 2, 3, 1)
+def derivatives(
+    arch: Architecture, terms: Terms, piece: Piece, matrix: Tensor
+) -> dict[Name, Tensor]:
+    r"""The derivatives of :math:`\langle C, H\rangle` in a run's terms, for a piece of ``C``."""
+    if piece.left == piece.right:
+        return _on_diagonal_block(terms, piece, matrix)
+    left, right = piece.left, piece.right
+    z, other, second = (
+        terms.z[left][:, piece.start : piece.stop],
+        terms.z[right],
+        terms.B[left, right],
     )
-    if not arch.trains_output_weights:
-        return
-    wv = rows[:, : count * hidden, -hidden:].unflatten(1, (count, hidden))
-    wv.diagonal(dim1=2, dim2=3).add_(in_rslope.mT[:, block.inputs])
-    if block.with_output:
-        vw = rows[:, -hidden:, : inputs * hidden].unflatten(2, (inputs, hidden))
-        vw.diagonal(dim1=1, dim2=3).add_(in_rslope.mT)
+    networks, width, above, count = second.shape
+    # C contracted with this layer's inputs, sample by sample.
+    rows = matrix.view(networks, piece.stop - piece.start, -1)
+    contracted = (z.mT @ rows).view(networks, count, other.shape[1], width * above)
+    by_sample = second.permute(0, 3, 1, 2).flatten(2)
+    result: dict[Name, Tensor] = {
+        ("B", (left, right)): _by_rows(
+            (_samples_first(other).unsqueeze(2) @ contracted).view(networks, count, width, above)
+        ),
+        ("z", right): (contracted @ by_sample.unsqueeze(3)).squeeze(3).mT,
+    }
+    if arch.trains_beyond_bias(right):
+        beyond = contracted[:, :, arch.first_beyond_bias(right) :].unflatten(3, (width, above))
+        result |= _first_order(terms, left, right, beyond)
+    if left:
+        whole = outer(arch, terms, left, right).flatten(1, 3)
+        in_z = torch.zeros_like(terms.z[left].expand(networks, -1, -1))
+        in_z[:, piece.start : piece.stop] = rows @ whole
+        result["z", left] = in_z
+    return result
 
 
-def adjoint(arch: Architecture, terms: Terms, block: Block, matrix: HessianRows) -> Adjoint:
-    r"""The adjoint of :math:`\langle C, H\rangle` for the rows ``matrix`` of a symmetric ``C``."""
-    networks, hidden, _ = terms.u.shape
-    x_block = terms.x[:, block.inputs]
-    size, inputs = x_block.shape[1], terms.x.shape[1]
-    product = matrix @ _jacobian(terms.x, terms.u, terms.z)
-    in_u = torch.zeros_like(terms.u)
-    for k in range(size):
-        in_u.addcmul_(product[:, k * hidden : (k + 1) * hidden], x_block[:, k : k + 1])
-    in_z = product[:, size * hidden :] if block.with_output else torch.zeros_like(terms.z)
+def _first_order(terms: Terms, left: int, right: int, beyond: Tensor) -> dict[Name, Tensor]:
+    """What goes through ``D (x) g``; ``beyond`` is ``(networks, samples, k', j, j')``."""
+    g = _samples_first(terms.g[right])
+    if right == left + 1:
+        along = beyond.diagonal(dim1=2, dim2=3)  # (networks, samples, j', j)
+        slope = _samples_first(terms.slope[left])
+        return {
+            ("slope", left): (g.unsqueeze(2) @ along).squeeze(2).mT,
+            ("g", right): (along @ slope.unsqueeze(3)).squeeze(3).mT,
+        }
+    first = terms.D[left, right - 1].permute(0, 3, 2, 1)  # (networks, samples, k', j)
+    in_first = (beyond @ g[:, :, None, :, None]).squeeze(4)
+    in_g = first.flatten(2).unsqueeze(2) @ beyond.flatten(2, 3)
+    return {
+        ("D", (left, right - 1)): in_first.permute(0, 3, 2, 1),
+        ("g", right): in_g.squeeze(2).mT,
+    }
 
-    ww = matrix[:, : size * hidden, : inputs * hidden]
-    ww = ww.unflatten(2, (inputs, hidden)).unflatten(1, (size, hidden))
-    ww = ww.diagonal(dim1=2, dim2=4).permute(0, 3, 1, 2).reshape(networks, hidden, size * inputs)
-    pairs = (x_block.unsqueeze(2) * terms.x.unsqueeze(1)).flatten(1, 2)
-    in_rslope = None
-    if arch.trains_output_weights:
-        wv = matrix[:, : size * hidden, -hidden:].unflatten(1, (size, hidden))
-        in_rslope = batched_matmul(2 * wv.diagonal(dim1=2, dim2=3).mT, x_block)
-    return Adjoint(in_u.mul_(2), 2 * in_z, batched_matmul(ww, pairs), in_rslope)
+
+def _on_diagonal_block(terms: Terms, piece: Piece, matrix: Tensor) -> dict[Name, Tensor]:
+    layer = piece.left
+    z, second = terms.z[layer], terms.B[layer, layer]
+    networks, width, _, count = second.shape
+    in_packed = matrix.mT @ products(z, piece.start, piece.stop)
+    result: dict[Name, Tensor] = {("B", (layer, layer)): _unpacked(in_packed, width)}
+    if layer:
+        rows = z.shape[1]
+        first, other = pairs_of(rows, z.device)
+        chosen = (first >= piece.start) & (first < piece.stop)
+        first, other = first[chosen], other[chosen]
+        in_pairs = matrix @ packed(second)
+        in_z = z.new_zeros(networks, rows, count)
+        in_z.index_add_(1, first, in_pairs * z[:, other])
+        in_z.index_add_(1, other, in_pairs * z[:, first])
+        result["z", layer] = in_z
+    return result
+
+
+def _unpacked(rows: Rows, width: int) -> Matrices:
+    """Packed rows in the upper triangle of matrices, zeros below."""
+    first, second = pairs_of(width, rows.device)
+    result = rows.new_zeros(rows.shape[0], width * width, rows.shape[2])
+    result[:, first * width + second] = rows
+    return result.unflatten(1, (width, width))
+
+
+def _samples_first(rows: Rows) -> Tensor:
+    return rows.mT.contiguous()
+
+
+def _by_rows(matrices: Tensor) -> Matrices:
+    return matrices.permute(0, 2, 3, 1)

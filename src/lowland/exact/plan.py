@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
 
+from lowland.exact import blocks
+from lowland.exact.blocks import Piece
 from lowland.exact.compiled import choose_block, packed_entries
 from lowland.exact.size import Size
 
@@ -24,31 +28,38 @@ class Plan:
         order: ``"samples"`` or ``"parameters"``.
         networks: Networks handled together.
         run: Samples handled together.
-        block: Rows of ``W`` whose part of ``H`` is held at a time (order ``"parameters"``); for
-            the compiled code the samples in a block.
+        pieces: Of ``H``, in groups that are held at a time (order ``"parameters"``).
         keep: Whether the backward pass may keep what the forward pass has built: ``H`` in the
             order ``"parameters"``, the terms of all runs in the order ``"samples"``.
         compiled: Whether the order ``"parameters"`` takes the compiled code.
+        block: For the compiled code the samples in a block.
     """
 
     order: Order
     networks: int
     run: int
-    block: int
-    keep: bool
+    pieces: list[list[Piece]] = field(default_factory=list)
+    keep: bool = False
     compiled: bool = False
+    block: int = 0
 
 
 # Pieces of about this size stay in the second-level cache between the operations on them.
 CACHE_BYTES = 4 * MEBIBYTE
+
+# Products over fewer samples at a time would spend their time on moving the result.
+SHORTEST_RUN = 32
+
+# Beyond this products gain nothing, and the processor's cache is left behind.
+LONGEST_RUN = 256
 
 Path = Literal["samples", "parameters", "compiled"]
 
 # Seconds for each unit of `work`, as fitted by `python benchmarks/cost_model.py` on two cores in
 # float64. Only their ratios matter to the choice.
 PRICES: dict[Path, tuple[float, float, float]] = {
-    "samples": (4.3e-11, 2.2e-10, 5.7e-6),
-    "parameters": (2.8e-11, 4.7e-10, 5.8e-6),
+    "samples": (2.5e-11, 4.0e-10, 6.0e-6),
+    "parameters": (2.5e-11, 4.0e-10, 6.0e-6),
     "compiled": (2.7e-11, 2.1e-8, 2.3e-4),
 }
 
@@ -60,14 +71,25 @@ def work(size: Size, path: Path) -> tuple[float, float, float]:
         Multiply-adds in matrix products, elements touched between them, and operations launched
         (for the compiled path: multiply-adds, hidden units evaluated, and calls).
     """
-    n, d, h, p = size.samples, size.inputs, size.hidden, size.dim
+    n = size.samples
     if path == "compiled":
-        return 2.0 * n * packed_entries(d, h, size.outputs), float(n * h), 1.0
+        return 2.0 * n * _packed_entries(size), float(n * size.widths[1]), 1.0
+    launched = 60 * size.depth * (size.depth + 1)
     if path == "parameters":
-        runs = max(1.0, n * _row_count(size) * size.itemsize / CACHE_BYTES)
-        return n * (2.0 * p * p + 2 * d * d * h), n * (5.0 * p + 2 * d * d + 60 * h), 120 * runs
+        # Once forward; backward once for each factor that depends on the weights.
+        products = sum(
+            (3.0 if block.left else 2.0 if block.right == 0 else 3.0)
+            * math.prod(blocks.shape(size, block))
+            for block in blocks.blocks(size)
+        )
+        runs = max(1.0, n * _row_bytes(size) / CACHE_BYTES)
+        return n * products, n * 0.5 * _rows(size), launched * runs
     runs = max(1.0, n / _kernel_run(size, CACHE_BYTES))
-    return n * n * (1.5 * d + 9 * h), n * (9.0 * n + 60 * h), 60 * runs * (runs + 1)
+    return (
+        2.5 * n * n * _inner(size),
+        n * (6.0 * n * len(list(blocks.blocks(size))) + 0.5 * runs * _term_rows(size)),
+        launched * runs * (runs + 1),
+    )
 
 
 def cost(size: Size, path: Path) -> float:
@@ -102,9 +124,8 @@ def make_plan(
             "or 'parameters' (cost quadratic in the parameters)"
         )
     threads = torch.get_num_threads()
-    room = budget // 4 // threads
-    compiled_block = choose_block(size, room) if compiled else 0
-    compiled_networks = budget // 2 // _packed_bytes(size, threads)
+    compiled_block = choose_block(size, budget // 4 // threads) if compiled else 0
+    compiled_networks = budget // 2 // _packed_bytes(size, threads) if compiled else 0
     compiled = compiled_block > 0 and compiled_networks > 0
     if order == "auto":
         fits = _smallest_parameters(size) <= budget
@@ -114,10 +135,14 @@ def make_plan(
     if order == "samples":
         return _plan_samples(size, budget, on_cpu=on_cpu)
     if compiled:
-        networks = min(size.networks, compiled_networks)
-        kept = size.networks * packed_entries(size.inputs, size.hidden, size.outputs)
-        keep = kept * size.itemsize <= budget // 4
-        return Plan("parameters", networks, size.samples, compiled_block, keep=keep, compiled=True)
+        return Plan(
+            "parameters",
+            min(size.networks, compiled_networks),
+            size.samples,
+            keep=size.networks * _packed_entries(size) * size.itemsize <= budget // 4,
+            compiled=True,
+            block=compiled_block,
+        )
     return _plan_parameters(size, budget, on_cpu=on_cpu)
 
 
@@ -127,7 +152,7 @@ def make_linear_plan(size: Size, budget: int, *, on_cpu: bool, compiled: bool) -
     Raises:
         ValueError: If the budget is too small for one sample.
     """
-    piece = 2 * _term_rows(size) * size.itemsize  # a run's terms, and what is made of them
+    piece = _linear_rows(size) * size.itemsize
     if piece > budget:
         raise ValueError(
             f"a memory budget of {budget / MEBIBYTE:.3g} MiB is too small: one sample's terms take "
@@ -137,34 +162,102 @@ def make_linear_plan(size: Size, budget: int, *, on_cpu: bool, compiled: bool) -
         room = budget // torch.get_num_threads()
         block = choose_block(size, room, linear=True)
         if block:
-            return Plan("parameters", size.networks, size.samples, block, keep=False, compiled=True)
+            return Plan("parameters", size.networks, size.samples, compiled=True, block=block)
     limit = min(budget, CACHE_BYTES) if on_cpu else budget
-    run = max(1, min(size.samples, max(32, limit // piece), budget // piece))
+    run = max(1, min(size.samples, max(SHORTEST_RUN, limit // piece), budget // piece))
     networks = max(1, min(size.networks, limit // (piece * run)))
-    return Plan("parameters", networks, run, 0, keep=False)
+    return Plan("parameters", networks, run)
+
+
+def _packed_entries(size: Size) -> int:
+    return packed_entries(size.rows[0], size.widths[1], size.rows[1])
 
 
 def _packed_bytes(size: Size, threads: int) -> int:
     """One network's packed Hessian, a copy a thread and one that is kept."""
-    return (threads + 1) * packed_entries(size.inputs, size.hidden, size.outputs) * size.itemsize
+    return (threads + 1) * _packed_entries(size) * size.itemsize
 
 
-def _smallest_parameters(size: Size) -> int:
-    return 2 * max(_matrix_bytes(size, rows=1), _row_count(size) * size.itemsize)
-
-
-def _row_count(size: Size) -> int:
-    """Rows of temporaries per sample and network in the order "parameters"."""
-    return 2 * size.dim + size.inputs * size.inputs + 24 * size.hidden + size.features + 16
+def _linear_rows(size: Size) -> int:
+    """Rows of temporaries per sample of both passes for ``Tr H``."""
+    last, outputs = size.depth - 1, size.widths[-1]
+    rows = 3 * size.widths[0] + 16 + 8 * outputs * outputs + 16 * outputs
+    for layer in range(last):
+        width, above = size.widths[layer + 1], size.widths[layer + 2 : last + 1]
+        rows += 30 * width + 8 * width * (sum(above[1:]) + outputs)
+        rows += 8 * width * sum(above[:1]) * (layer > size.trained[0])
+    return rows
 
 
 def _term_rows(size: Size) -> int:
-    return 30 * size.hidden + 2 * size.features + 16
+    """Rows of one sample's terms, with what autograd keeps of how they came about."""
+    last, outputs = size.depth - 1, size.widths[-1]
+    rows = 3 * size.widths[0] + 16 + 6 * outputs * outputs
+    for layer in range(last):
+        width, above = size.widths[layer + 1], size.widths[layer + 2]
+        columns = 1 + 2 * sum(size.widths[layer + 2 :])
+        rows += 20 * width + (above + 3 * width) * columns + 6 * width * width + 3 * width * above
+    return rows
 
 
-def _matrix_bytes(size: Size, rows: int) -> int:
-    """A block of ``H`` with that many rows of ``W``, its multiple ``C`` and one product."""
-    return 3 * (rows * size.hidden + size.outputs) * size.dim * size.itemsize
+def _factor_rows(size: Size) -> int:
+    """Rows of what is made of one sample's terms for the largest block."""
+
+    def rows(block: Piece) -> int:
+        total = sum(blocks.shape(size, block))
+        if block.left < block.right:
+            total += (
+                size.rows[block.right] * size.widths[block.left + 1] * size.widths[block.right + 1]
+            )
+        return total
+
+    return max(rows(block) for block in blocks.blocks(size))
+
+
+def _rows(size: Size) -> int:
+    """Rows of temporaries per sample and network in the order "parameters"."""
+    return 2 * _term_rows(size) + 2 * _factor_rows(size)
+
+
+def _row_bytes(size: Size) -> int:
+    return _rows(size) * size.itemsize
+
+
+def _inner(size: Size) -> int:
+    """Multiply-adds for each pair of samples, once forward."""
+    total = 0
+    for block in blocks.blocks(size):
+        width, other = size.widths[block.left + 1], size.widths[block.right + 1]
+        if block.left == block.right:
+            total += size.rows[block.left] + width * (width + 1) // 2
+        else:
+            beyond = size.widths[block.right]
+            extra = (
+                2 * width * other if block.right == block.left + 1 else 2 * width * (other + beyond)
+            )
+            total += width * other + extra
+    return total
+
+
+def _smallest_parameters(size: Size) -> int:
+    return 2 * max(_matrix_bytes(size, _smallest_piece(size)), _row_bytes(size))
+
+
+def _smallest_piece(size: Size) -> int:
+    """Entries of the largest row of any block."""
+    return max(
+        math.prod(blocks.shape(size, Piece(block.left, block.right, 0, 1)))
+        for block in blocks.blocks(size)
+    )
+
+
+def _matrix_bytes(size: Size, entries: int) -> int:
+    """Pieces of ``H``, what is added to them, and some copies of the weights."""
+    return (2 * entries + 6 * _weights(size)) * size.itemsize
+
+
+def _weights(size: Size) -> int:
+    return sum((a + 1) * b for a, b in pairwise(size.widths))
 
 
 def _too_small(budget: int, needed: int, order: Order) -> ValueError:
@@ -180,36 +273,56 @@ def _plan_parameters(size: Size, budget: int, *, on_cpu: bool) -> Plan:
     smallest = _smallest_parameters(size)
     if smallest > budget:
         raise _too_small(budget, smallest, "parameters")
-    matrices = runs = budget // 2
-    if on_cpu:
-        runs = min(runs, CACHE_BYTES)
-    per_row = _matrix_bytes(size, rows=1)
-    block = max(1, min(size.inputs, matrices // per_row))
-    per_network = _matrix_bytes(size, rows=block)
-    piece = _row_count(size) * size.itemsize
-    run = max(1, min(size.samples, max(32, runs // piece), budget // 2 // piece))
-    networks = max(1, min(size.networks, matrices // per_network, runs // (piece * run)))
-    kept = size.networks * size.dim * size.dim * size.itemsize
-    return Plan("parameters", networks, run, block, keep=kept <= budget // 4)
+    matrices = budget // 2
+    limit = (matrices // size.itemsize - 6 * _weights(size)) // 2
+    entries = min(blocks.entries(size), limit)
+    pieces = blocks.cut(size, limit)
+    if pieces is None:
+        raise _too_small(budget, smallest, "parameters")
+    piece = _row_bytes(size)
+    longest = LONGEST_RUN if on_cpu else size.samples
+    run = _evenly(size.samples, max(1, min(longest, matrices // piece)))
+    networks = max(
+        1, min(size.networks, matrices // _matrix_bytes(size, entries), matrices // (piece * run))
+    )
+    kept = size.networks * blocks.entries(size) * size.itemsize
+    return Plan("parameters", networks, run, pieces, keep=len(pieces) == 1 and kept <= budget // 4)
+
+
+def _evenly(samples: int, longest: int) -> int:
+    """The length of runs that are about equal."""
+    return -(-samples // -(-samples // longest))
+
+
+def _kernels(size: Size) -> int:
+    """Numbers for each pair of samples, in both passes."""
+    total = 6
+    for block in blocks.blocks(size):
+        total += 6
+        if block.right > block.left + 1:
+            total += 6 * size.widths[block.left + 1]
+    return total
+
+
+def _pair_rows(size: Size) -> int:
+    """Rows of one sample's terms and of their products in a pair of runs."""
+    return 4 * _term_rows(size) + 8 * _inner(size)
 
 
 def _kernel_run(size: Size, limit: float) -> int:
-    """The run whose kernels (four, run by run) and terms (two runs) fill the limit."""
-    terms = 2 * _term_rows(size)
-    return int(((terms * terms + 16 * limit / size.itemsize) ** 0.5 - terms) / 8)
+    """The run whose kernels and terms fill the limit."""
+    rows, kernels = _pair_rows(size), _kernels(size)
+    return int(((rows * rows + 4 * kernels * limit / size.itemsize) ** 0.5 - rows) / (2 * kernels))
 
 
 def _plan_samples(size: Size, budget: int, *, on_cpu: bool) -> Plan:
-    limit = budget // 2
-    if on_cpu:
-        limit = min(limit, CACHE_BYTES)
-    smallest = 2 * (2 * _term_rows(size) + 4) * size.itemsize
+    smallest = 2 * (_pair_rows(size) + _kernels(size) + 6 * _weights(size)) * size.itemsize
     if smallest > budget:
         raise _too_small(budget, smallest, "samples")
-    run = max(
-        1, min(size.samples, max(32, _kernel_run(size, limit)), _kernel_run(size, budget / 2))
-    )
-    piece = (4 * run + 2 * _term_rows(size)) * run * size.itemsize
-    networks = max(1, min(size.networks, limit // piece))
+    room = budget // 2 - 6 * _weights(size) * size.itemsize
+    longest = LONGEST_RUN if on_cpu else size.samples
+    run = _evenly(size.samples, max(1, min(longest, _kernel_run(size, room))))
+    piece = (_kernels(size) * run + _pair_rows(size)) * run * size.itemsize
+    networks = max(1, min(size.networks, room // piece))
     kept = networks * size.samples * _term_rows(size) * size.itemsize
-    return Plan("samples", networks, run, 0, keep=kept <= budget // 4)
+    return Plan("samples", networks, run, keep=kept <= budget // 4)

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import grad
 
-from lowland.exact import parameters, samples
+from lowland.exact import linear, parameters, samples
+from lowland.exact.blocks import dense
+from lowland.exact.parameters import Found
 from lowland.exact.plan import Plan
+from lowland.exact.size import Size
 from lowland.exact.terms import (
-    Adjoint,
     Architecture,
     Data,
+    Name,
     Quantity,
     Terms,
     compute_terms,
     loss_gradient,
-    pull_back,
-    trace,
-    trace_adjoint,
 )
 
 PerNetwork = Float[Tensor, " networks"]
+Slopes = dict[Name, Tensor]
+Parts = Callable[[Terms], Iterable[Slopes]]
+Values = Callable[[list[Tensor], Data], list[Tensor]]
 
 
 class Reference:
@@ -32,31 +36,37 @@ class Reference:
 
     Args:
         arch: What the networks share.
-        weight: ``W``, ``(networks, inputs + 1, hidden)``.
-        output: ``v``, ``(networks, hidden + 1)``.
+        weights: Of each layer, ``(networks, inputs + 1, outputs)``.
         data: The samples.
         plan: Order of summation and sizes of its pieces.
+        size: The extent of the problem.
         quantity: What is wanted.
+        unbiased: Whether ``Tr H^2`` leaves out each sample's pair with itself.
     """
 
     def __init__(  # noqa: PLR0917 - the parts of a problem, in its order
         self,
         arch: Architecture,
-        weight: Tensor,
-        output: Tensor,
+        weights: Sequence[Tensor],
         data: Data,
         plan: Plan,
+        size: Size,
         quantity: Quantity,
+        unbiased: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
-        self.arch, self.output, self.plan, self.quantity = arch, output, plan, quantity
+        self.arch, self.weights, self.data = arch, list(weights), data
+        self.plan, self.size, self.quantity, self.unbiased = plan, size, quantity, unbiased
+        self.networks = weights[0].shape[0]
         total = data.samples
-        runs = [slice(i, min(i + plan.run, total)) for i in range(0, total, plan.run)]
-        self.runs = runs
+        self.runs = [slice(i, min(i + plan.run, total)) for i in range(0, total, plan.run)]
+        # An average over pairs of different samples, where the sum has n^2 terms.
+        self.pairing = total / (total - 1) if unbiased else 1.0
 
         # Knows nothing of self: in a cycle the terms would live on until it is collected.
         def terms(index: int) -> Terms:
-            return compute_terms(arch, weight, output, data, runs[index])
+            return compute_terms(arch, weights, data.of_samples(self_runs[index]))
 
+        self_runs = self.runs
         # Pairs of runs need each run many times: keep the terms if memory allows.
         keep = plan.order == "samples" and plan.keep
         self.terms: Callable[[int], Terms] = lru_cache(None if keep else 1)(terms)
@@ -65,46 +75,45 @@ class Reference:
         """The terms of each run, computed when asked for."""
         return (self.terms(index) for index in range(len(self.runs)))
 
-    def blocks(self) -> list[parameters.Block]:
-        """The blocks of rows of ``H`` that the plan holds at a time."""
-        rows = self.arch.input_rows
-        return list(parameters.row_blocks(rows.stop - rows.start, self.plan.block))
+    def groups(self) -> Iterator[Found]:
+        """The pieces of ``H``, as many at a time as memory allows."""
+        for pieces in self.plan.pieces:
+            yield parameters.accumulate_pieces(self.arch, self.size, self.all_terms(), pieces)
 
-    def hessian_rows(self, block: parameters.Block) -> Tensor:
-        """One block of rows of ``H``."""
-        return parameters.hessian_rows(self.arch, self.all_terms(), block)
-
-    def moments(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``Tr H``, ``Tr H^2``, and ``H`` itself where the plan keeps it."""
+    def moments(self) -> tuple[PerNetwork, PerNetwork, list[Tensor]]:
+        """``Tr H``, ``Tr H^2``, and the blocks of ``H`` where the plan keeps them."""
+        first, second = self.weights[0].new_zeros(2, self.networks)
         if self.quantity == "trace":
-            first = self._trace()
-            return first, torch.zeros_like(first), None
+            return self._trace(), second, []
+        kept: list[Tensor] = []
         if self.plan.order == "samples":
-            return self._trace(), self._square_over_samples(), None
-        first, second = self.output.new_zeros(2, self.output.shape[0])
-        start = 0
-        blocks = self.blocks()
-        for block in blocks:
-            rows = self.hessian_rows(block)
-            first = first + rows.diagonal(start, 1, 2).sum(-1)
-            second = second + torch.linalg.vector_norm(rows, dim=(1, 2)).square()
-            start += rows.shape[1]
-        return first, second, rows if self.plan.keep and len(blocks) == 1 else None
+            first, second = self._trace(), self._over_samples()
+        else:
+            for found in self.groups():
+                more_first, more_second = parameters.traces(self.size, found)
+                first, second = first + more_first, second + more_second
+                if self.plan.keep and len(self.plan.pieces) == 1:
+                    kept = [block for _, block in found]
+                del found
+        if self.unbiased:
+            alone = sum(samples.own(self.arch, terms).sum(1) for terms in self.all_terms())
+            second = (second - alone) * self.pairing
+        return first, second, kept
 
     def _trace(self) -> PerNetwork:
-        total = self.output.new_zeros(self.output.shape[0])
-        for terms in self.all_terms():
-            total += trace(terms)
+        total = self.weights[0].new_zeros(self.networks)
+        for run in self.runs:
+            total += linear.trace(self.arch, self.weights, self.data.of_samples(run))
         return total
 
-    def _square_over_samples(self) -> PerNetwork:
-        total = self.output.new_zeros(self.output.shape[0])
+    def _over_samples(self) -> PerNetwork:
+        total = self.weights[0].new_zeros(self.networks)
         for i in range(len(self.runs)):
             left = self.terms(i)
             for j in range(i, len(self.runs)):
                 # The double sum is symmetric: half of the pairs of runs count twice.
-                pairs = samples.pair_contributions(self.arch, left, self.terms(j))
-                total.add_(pairs.sum((1, 2)), alpha=1 if i == j else 2)
+                kernel = samples.pairs(self.arch, left, self.terms(j))
+                total.add_(kernel.sum((1, 2)), alpha=1 if i == j else 2)
         return total
 
     def pairs(self) -> Float[Tensor, "networks samples samples"]:
@@ -112,56 +121,173 @@ class Reference:
         rows = []
         for index in range(len(self.runs)):
             left = self.terms(index)
-            row = [samples.pair_contributions(self.arch, left, right) for right in self.all_terms()]
+            row = [samples.pairs(self.arch, left, right) for right in self.all_terms()]
             rows.append(torch.cat(row, dim=2))
         return torch.cat(rows, dim=1)
 
-    def adjoints(
-        self, trace_weight: PerNetwork, square_weight: PerNetwork, hessian: Tensor | None
-    ) -> Iterator[tuple[slice, Terms, Adjoint]]:
-        """Adjoints of ``trace_weight Tr H + square_weight Tr H^2``, run by run.
-
-        A run may come up several times, once for each block of rows of ``H``; its adjoints add up.
-        """
-        a, b = trace_weight[:, None, None], square_weight[:, None, None]
-        if self.quantity == "trace":
-            for run, terms in zip(self.runs, self.all_terms(), strict=True):
-                yield run, terms, trace_adjoint(terms, a)
-        elif self.plan.order == "samples":
-            for index, run in enumerate(self.runs):
-                left = self.terms(index)
-                total = samples.adjoint(self.arch, left, self.terms(0))
-                for other in range(1, len(self.runs)):
-                    total = total + samples.adjoint(self.arch, left, self.terms(other))
-                yield run, left, trace_adjoint(left, a, total, b)
-        else:
-            start = 0
-            for block in self.blocks():
-                rows = self.hessian_rows(block) if hessian is None else hessian
-                matrix = (2 * b) * rows
-                matrix.diagonal(start, 1, 2).add_(a.squeeze(2))
-                start += rows.shape[1]
-                del rows  # the next block needs its room, and that of its multiple
-                for run, terms in zip(self.runs, self.all_terms(), strict=True):
-                    yield run, terms, parameters.adjoint(self.arch, terms, block, matrix)
-                del matrix
+    def hessian(self) -> Float[Tensor, "networks dim dim"]:
+        """``H`` itself, if the plan holds all of it at a time."""
+        (found,) = self.groups()
+        return dense(self.size, found)
 
     def gradient(
-        self, trace_weight: PerNetwork, square_weight: PerNetwork, hessian: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient of ``trace_weight Tr H + square_weight Tr H^2`` in ``W`` and ``v``."""
-        return _add_up(
-            pull_back(self.arch, self.output, terms, adjoint)
-            for _, terms, adjoint in self.adjoints(trace_weight, square_weight, hessian)
-        )
+        self, trace_weight: PerNetwork, square_weight: PerNetwork, kept: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The gradient of ``trace_weight Tr H + square_weight Tr H^2`` in the weights."""
+        leaves = [weight.detach().requires_grad_() for weight in self.weights]
+        total = [torch.zeros_like(weight) for weight in leaves]
+        for index, parts in self._derivatives(trace_weight, square_weight, kept):
+            with torch.enable_grad():
+                terms = compute_terms(self.arch, leaves, self._data(index))
+            slopes = _add_up(parts(_detached(terms)))
+            _chain(total, leaves, [terms.named[name] for name in slopes], list(slopes.values()))
+        for run, slope in self._linear_part(trace_weight):
+            with torch.enable_grad():
+                trace = linear.trace(self.arch, leaves, self.data.of_samples(run))
+            _chain(total, leaves, [trace], [slope])
+        return total
 
-    def loss_gradient(self) -> tuple[Tensor, Tensor]:
-        """The gradient of the loss itself in ``W`` and ``v``."""
-        return _add_up(loss_gradient(self.output, terms) for terms in self.all_terms())
+    def sample_gradients(
+        self, trace_weight: PerNetwork, square_weight: PerNetwork, kept: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The same, sample by sample: ``(networks, samples, inputs + 1, outputs)`` each."""
+        result = [
+            weight.new_zeros(self.networks, self.data.samples, *weight.shape[1:])
+            for weight in self.weights
+        ]
+
+        def chain(run: slice, values: Values, slopes: Sequence[Tensor]) -> None:
+            data = self.data.of_samples(run)
+            # As many networks as samples, with one sample each.
+            leaves = [
+                weight.detach().repeat_interleave(data.samples, 0).requires_grad_()
+                for weight in self.weights
+            ]
+            total = [torch.zeros_like(leaf) for leaf in leaves]
+            with torch.enable_grad():
+                outputs = values(leaves, data.one_by_one(self.networks))
+            _chain(total, leaves, outputs, slopes)
+            for whole, part in zip(result, total, strict=True):
+                whole[:, run] += part.unflatten(0, (self.networks, -1))
+
+        for index, parts in self._derivatives(trace_weight, square_weight, kept):
+            slopes = _add_up(parts(self.terms(index)))
+            names = list(slopes)
+            chain(
+                self.runs[index],
+                lambda leaves, data, names=names: [
+                    compute_terms(self.arch, leaves, data).named[name] for name in names
+                ],
+                [
+                    slope.expand(self.networks, *slope.shape[1:])
+                    .movedim(-1, 1)
+                    .flatten(0, 1)
+                    .unsqueeze(-1)
+                    for slope in slopes.values()
+                ],
+            )
+        for run, slope in self._linear_part(trace_weight):
+            chain(
+                run,
+                lambda leaves, data: [linear.trace(self.arch, leaves, data)],
+                [slope.repeat_interleave(run.stop - run.start)],
+            )
+        return result
+
+    def _data(self, index: int) -> Data:
+        return self.data.of_samples(self.runs[index])
+
+    def _linear_part(self, trace_weight: PerNetwork) -> Iterator[tuple[slice, PerNetwork]]:
+        """The trace's share, run by run, where it does not come with the blocks of ``H``."""
+        if self.quantity == "trace" or self.plan.order == "samples":
+            for run in self.runs:
+                yield run, trace_weight
+
+    def _derivatives(
+        self, trace_weight: PerNetwork, square_weight: PerNetwork, kept: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Parts]]:
+        """For each run what gives the moments' derivatives in its terms, in parts that add up.
+
+        A run may come up several times, once for each group of pieces.
+        """
+        if self.quantity == "trace":
+            return
+        square_weight = self.pairing * square_weight
+        runs = range(len(self.runs))
+        if self.plan.order == "samples":
+            for index in runs:
+                yield index, partial(self._of_pairs, square_weight)
+        else:
+            whole = [list(zip(self.plan.pieces[0], kept, strict=True))] if kept else self.groups()
+            for found in whole:
+                matrix = parameters.coefficients(self.size, found, trace_weight, square_weight)
+                del found
+                for index in runs:
+                    yield index, partial(self._of_blocks, matrix)
+                del matrix
+        if self.unbiased:
+            for index in runs:
+                yield index, partial(self._of_own, square_weight)
+
+    def _of_blocks(self, matrix: Found, terms: Terms) -> Iterator[Slopes]:
+        for piece, part in matrix:
+            yield parameters.derivatives(self.arch, terms, piece, part)
+
+    def _of_pairs(self, weight: PerNetwork, terms: Terms) -> Iterator[Slopes]:
+        for other in range(len(self.runs)):
+            # Twice: the other sample's share of a pair is the same, when it is its turn.
+            kernel = partial(samples.pairs, self.arch, right=self.terms(other))
+            yield _slopes(terms, kernel, 2 * weight[:, None, None])
+
+    def _of_own(self, weight: PerNetwork, terms: Terms) -> Iterator[Slopes]:
+        yield _slopes(terms, partial(samples.own, self.arch), -weight[:, None])
+
+    def loss_gradient(self) -> list[Tensor]:
+        """The gradient of the loss itself in the weights."""
+        total = [torch.zeros_like(weight) for weight in self.weights]
+        for run in self.runs:
+            parts = loss_gradient(self.arch, self.weights, self.data.of_samples(run))
+            for whole, part in zip(total, parts, strict=True):
+                whole += part
+        return total
 
 
-def _add_up(parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    weight, output = next(parts)
-    for in_weight, in_output in parts:
-        weight, output = weight + in_weight, output + in_output
-    return weight, output
+def _detached(terms: Terms) -> Terms:
+    return terms.like({name: part.detach() for name, part in terms.named.items()})
+
+
+def _slopes(terms: Terms, kernel: Callable[[Terms], Tensor], weight: Tensor) -> Slopes:
+    """The derivatives of ``sum weight * kernel(terms)`` in the terms."""
+    named = {name: part.detach().requires_grad_() for name, part in terms.named.items()}
+    with torch.enable_grad():
+        value = kernel(terms.like(named))
+    parts = grad(value, list(named.values()), weight.expand_as(value), allow_unused=True)
+    return {name: part for name, part in zip(named, parts, strict=True) if part is not None}
+
+
+def _add_up(parts: Iterable[Slopes]) -> Slopes:
+    total: Slopes = {}
+    for part in parts:
+        for name, slope in part.items():
+            total[name] = total[name] + slope if name in total else slope
+    return total
+
+
+def _chain(
+    total: list[Tensor],
+    leaves: list[Tensor],
+    values: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+) -> None:
+    """Add the gradient of ``sum <slopes, values>`` in the leaves."""
+    used = [
+        (value, slope) for value, slope in zip(values, slopes, strict=True) if value.requires_grad
+    ]
+    if not used:
+        return
+    parts = grad(
+        [value for value, _ in used], leaves, [slope for _, slope in used], allow_unused=True
+    )
+    for whole, part in zip(total, parts, strict=True):
+        if part is not None:
+            whole += part

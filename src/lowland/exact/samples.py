@@ -1,82 +1,110 @@
 r"""The order of summation over pairs of samples: ``Tr H^2`` as a double sum of kernels.
 
-    Tr H^2 = sum_ij  q_i q_j K_ij^2 + Gx (Gx . S + 2 R)
-    K = Gx * (u_i . u_j) + z~_i . z~_j,     Gx = x~_i . x~_j
+With the factors of :mod:`lowland.exact.terms`, the inner product of two samples' Hessians is
 
-``K`` is the kernel of the Gauss-Newton part. What the residuals add lives on the diagonals of the
-samples' blocks alone: with ``e = q u^2``, ``g = q u z``, ``rc = r c``, ``f = r phi'``,
+    sum_l (z_l . z_l)^2 (B_ll . B_ll)
+    + 2 sum_l<m (z_l . z_l) [ (z_m . z_m) (B_lm . B_lm) + 2 (D z_m) . (B g_m) + (D . D) (g_m . g_m) ]
 
-    S = e_i . rc_j + rc_i . e_j + rc_i . rc_j,    R = g_i . f_j + f_i . g_j + f_i . f_j
+where the left factor of each product is of one sample and the right one of the other, and the
+mixed term stands for both ways to choose. Nothing of size ``P^2`` is ever formed.
 
-The cost is ``O(samples^2 (inputs + hidden))``; nothing of size ``P^2`` is ever formed.
-
-Source: arXiv:2606.28662, theorem 1 and section V-B, rearranged into matrix products.
+Source: arXiv:2606.28662, theorem 1 and section V-B, for three layers and one output.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowland.exact.terms import Adjoint, Architecture, Rows, Terms
+from lowland.exact.blocks import multiplicity, packed
+from lowland.exact.terms import Architecture, Rows, Terms
 
 Kernel = Float[Tensor, "networks samples others"]
+Product = Callable[[Rows, Rows], Tensor]
 
 
-@dataclass(frozen=True)
-class _Diagonals:
-    """The diagonals of the samples' blocks, curvature part and residual part."""
+def pairs(arch: Architecture, left: Terms, right: Terms) -> Kernel:
+    """What each pair of samples adds to ``Tr H^2``."""
 
-    e: Rows
-    rc: Rows
-    g: Rows | None
-    f: Rows | None
+    def mixed(a: Terms, b: Terms, layer: int, above: int) -> Kernel:
+        # (D_b z_a) . (B_a g_b), for each pair.
+        reached = b.D[layer, above - 1].permute(0, 3, 1, 2) @ _beyond_bias(
+            arch, a, above
+        ).unsqueeze(1)
+        pulled = a.B[layer, above].permute(0, 3, 1, 2) @ b.g[above].unsqueeze(1)
+        return torch.einsum("ebla,ealb->eab", reached, pulled)
 
+    def both(layer: int, above: int) -> Kernel:
+        return mixed(left, right, layer, above) + mixed(right, left, layer, above).mT
 
-def _diagonals(arch: Architecture, terms: Terms) -> _Diagonals:
-    q, r = terms.curvature, terms.residual
-    qu = q * terms.u
-    if not arch.trains_output_weights:
-        return _Diagonals(qu * terms.u, r * terms.c, None, None)
-    hidden = terms.u.shape[1]
-    return _Diagonals(qu * terms.u, r * terms.c, qu * terms.z[:, -hidden:], r * terms.slope)
+    return _sum(arch, left, right, lambda a, b: a.mT @ b, both)
 
 
-def pair_contributions(arch: Architecture, left: Terms, right: Terms) -> Kernel:
-    """The terms of the double sum: what each pair of samples adds to ``Tr H^2``."""
-    inputs = left.x.mT @ right.x
-    kernel = torch.addcmul(left.z.mT @ right.z, inputs, left.u.mT @ right.u)
-    kernel = kernel.square_().mul_(left.curvature.mT).mul_(right.curvature)
-    a, b = _diagonals(arch, left), _diagonals(arch, right)
-    mixed = torch.cat([a.e + a.rc, a.rc], 1).mT @ torch.cat([b.rc, b.e], 1)
-    mixed = mixed.mul_(inputs)
-    if a.g is not None and a.f is not None and b.g is not None and b.f is not None:
-        mixed = mixed.add_(torch.cat([a.g + a.f, a.f], 1).mT @ torch.cat([b.f, b.g], 1), alpha=2)
-    return kernel.addcmul_(mixed, inputs)
+def own(arch: Architecture, terms: Terms) -> Float[Tensor, "networks samples"]:
+    """What each sample's pair with itself adds: the squared norm of its own Hessian."""
+
+    def mixed(layer: int, above: int) -> Tensor:
+        z = _beyond_bias(arch, terms, above)
+        reached = (terms.D[layer, above - 1] * z.unsqueeze(1)).sum(2)
+        pulled = (terms.B[layer, above] * terms.g[above].unsqueeze(1)).sum(2)
+        return 2 * (reached * pulled).sum(1)
+
+    return _sum(arch, terms, terms, lambda a, b: (a * b).sum(1), mixed)
 
 
-def adjoint(arch: Architecture, left: Terms, right: Terms) -> Adjoint:
-    """The adjoint of ``Tr H^2`` for the samples ``left``, from their pairs with ``right``."""
-    q = right.curvature
-    inputs = right.x.mT @ left.x
-    kernel = torch.addcmul(right.z.mT @ left.z, inputs, right.u.mT @ left.u)
-    in_z = (q * right.z) @ kernel
-    in_u = (q * right.u) @ kernel.mul_(inputs)
-    b = _diagonals(arch, right)
-    in_z, in_u = in_z.mul_(4), in_u.mul_(4)
-    in_rslope = None
-    hidden = left.u.shape[1]
-    if b.g is not None and b.f is not None:
-        mixed = torch.cat([b.g + b.f, b.f], 1) @ inputs
-        in_rslope = 4 * mixed[:, :hidden]
-        in_g = 4 * mixed[:, hidden:]
-        # g = q u z is a product of both quadratic factors.
-        in_u.addcmul_(in_g, left.z[:, -hidden:])
-        in_z[:, -hidden:].addcmul_(in_g, left.u)
-    mixed = torch.cat([b.e + b.rc, b.rc], 1) @ inputs.square_()
-    in_rc = 2 * mixed[:, :hidden]
-    in_u.addcmul_(mixed[:, hidden:], left.u, value=4)
-    return Adjoint(in_u, in_z, in_rc, in_rslope)
+def _beyond_bias(arch: Architecture, terms: Terms, layer: int) -> Rows:
+    return terms.z[layer][:, 1:] if arch.rows[layer].start == 0 else terms.z[layer]
+
+
+def _sum(
+    arch: Architecture,
+    left: Terms,
+    right: Terms,
+    product: Product,
+    mixed: Callable[[int, int], Tensor],
+) -> Tensor:
+    layers = [layer for layer in range(len(arch.rows)) if arch.trains(layer)]
+    inputs = {layer: product(left.z[layer], right.z[layer]) for layer in layers}
+    total: Tensor | None = None
+    for layer in layers:
+        # Products of whole symmetric matrices: half of one's entries, weighed by what they stand for.
+        half = packed(left.B[layer, layer]) * multiplicity(
+            left.B[layer, layer].shape[1], inputs[layer]
+        ).unsqueeze(1)
+        inner = inputs[layer] * product(half, packed(right.B[layer, layer]))
+        for above in layers:
+            if above <= layer:
+                continue
+            second, other = left.B[layer, above].flatten(1, 2), right.B[layer, above].flatten(1, 2)
+            part = inputs[above] * product(second, other)
+            if arch.trains_beyond_bias(above):
+                if above == layer + 1:
+                    part = part + _adjacent(arch, left, right, layer, product)
+                else:
+                    reached = [t.D[layer, above - 1].flatten(1, 2) for t in (left, right)]
+                    first = product(left.g[above], right.g[above])
+                    part = part + torch.addcmul(mixed(layer, above), product(*reached), first)
+            inner = torch.add(inner, part, alpha=2)
+        total = (
+            inputs[layer] * inner if total is None else torch.addcmul(total, inputs[layer], inner)
+        )
+    if total is None:
+        raise ValueError("expected a trained layer")
+    return total
+
+
+def _adjacent(
+    arch: Architecture, left: Terms, right: Terms, layer: int, product: Product
+) -> Tensor:
+    """Everything with ``D``, which is diagonal between neighbours."""
+
+    def rows(terms: Terms) -> tuple[Rows, Rows]:
+        z, g = _beyond_bias(arch, terms, layer + 1), terms.g[layer + 1]
+        second = (z.unsqueeze(2) * terms.B[layer, layer + 1]).flatten(1, 2)
+        return second, (terms.slope[layer].unsqueeze(2) * g.unsqueeze(1)).flatten(1, 2)
+
+    (second, first), (other_second, other_first) = rows(left), rows(right)
+    return product(torch.cat([second + first, first], 1), torch.cat([other_first, other_second], 1))

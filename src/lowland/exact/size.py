@@ -9,19 +9,31 @@ from dataclasses import dataclass
 class Size:
     """The extent of a problem.
 
-    ``features`` counts all rows of ``W``, ``inputs`` and ``outputs`` the trained rows of ``W`` and
-    of ``v``; biases are among them.
+    Attributes:
+        networks: In the ensemble.
+        samples: Of each network.
+        widths: Inputs, hidden layers from the first, outputs; biases are not counted.
+        rows: Trained rows of each layer's weights, the bias's among them.
+        itemsize: Bytes of a number.
     """
 
     networks: int
     samples: int
-    features: int
-    inputs: int
-    hidden: int
-    outputs: int
+    widths: tuple[int, ...]
+    rows: tuple[int, ...]
     itemsize: int
+
+    @property
+    def depth(self) -> int:
+        """The number of layers with weights."""
+        return len(self.rows)
 
     @property
     def dim(self) -> int:
         """``P``, the number of trained parameters."""
-        return self.inputs * self.hidden + self.outputs
+        return sum(rows * width for rows, width in zip(self.rows, self.widths[1:], strict=True))
+
+    @property
+    def trained(self) -> list[int]:
+        """Layers of which at least one row is trained."""
+        return [layer for layer, rows in enumerate(self.rows) if rows]

@@ -1,32 +1,41 @@
-r"""Per-sample terms of a three-layer network, and the reverse pass through them.
+r"""Per-sample terms of a multilayer perceptron: everything that its Hessian is made of.
 
-With the augmented input :math:`\tilde x = [1; x]`, hidden units :math:`z = \phi(a)`,
-:math:`a = W^T \tilde x`, and the logit :math:`s = v^T [1; z]`, one sample's Hessian blocks are
+Layer ``l`` (from 0) maps :math:`\tilde z_l = [1; z_l]` to :math:`a_l = W_l^T \tilde z_l`, and
+:math:`z_{l+1} = \phi_l(a_l)`; the last ``a`` are the logits. With :math:`g_l = \partial\ell/\partial
+a_l`, with :math:`B_{lm}` the second derivative of a sample's loss in shifts of :math:`a_l` and
+:math:`a_m`, and with :math:`D_{lm} = \partial z_{m+1} / \partial a_l`, the Hessian's blocks are
 
-    WW:  (x~ x~^T) (x) (q u u^T + r diag(c))      u = v' phi'(a),  c = v' phi''(a)
-    Wv:  x~ (x) (q u z~^T + r [0 | diag(phi')])    r, q, t: derivatives 1 to 3 of the loss in s
-    vv:  q z~ z~^T
+    H[W_l (k,j), W_m (k',j')] = z~_lk ( z~_mk' B_lm[j,j'] + [l < m, k' > 0] D_l,m-1[j,k'] g_m[j'] )
+
+and all three come from the layer above by one rule: multiply by the weights between, then by the
+activation's slope. What is new in a layer is the diagonal that its own bend adds to ``B``.
 
 Everything is laid out features first, samples last: a row is one quantity over consecutive
-samples, so that the scalars of a sample broadcast along contiguous memory.
+samples, so that blocks add up over samples by matrix products. What is computed here is made of
+operations that autograd knows, so that the gradient needs no second set of formulas.
 
-Source: arXiv:2606.28662, section IV.
+Source: arXiv:2606.28662, section IV, for three layers and one output; beyond, our derivation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import Function
 
 from lowland.activations import Activation
-from lowland.losses import Loss
+from lowland.losses import Loss, logit_derivatives
 
 Rows = Float[Tensor, "#networks _ samples"]
-PerNetwork = Float[Tensor, "networks 1 1"]
+Matrices = Float[Tensor, "networks _ _ samples"]
+
+# A factor and its layer or layers.
+Name = tuple[str, int | tuple[int, int]]
 
 # What is wanted of a network: both traces, Tr H alone, or only the loss's own gradient.
 Quantity = Literal["moments", "trace", "loss"]
@@ -38,9 +47,9 @@ class Data:
 
     Attributes:
         x: Shape ``(1 | networks, samples, inputs)``.
-        y: Shape ``(1 | networks, samples)``.
+        y: Shape ``(1 | networks, samples, outputs)``; for classes a distribution.
         scale: Weight of each sample in the loss: ``1 / samples`` for a mean, 1 for a sum, or a
-            tensor of ``y``'s shape.
+            tensor of shape ``(1 | networks, samples, 1 | outputs)``.
     """
 
     x: Tensor
@@ -61,17 +70,19 @@ class Data:
         scale = pick(self.scale) if isinstance(self.scale, Tensor) else self.scale
         return Data(pick(self.x), pick(self.y), scale)
 
-    def rows(self, samples: slice) -> tuple[Tensor, Tensor, float | Tensor]:
-        """Some samples as rows: ``[1; x]``, the targets and the weights.
+    def of_samples(self, samples: slice) -> Data:
+        """Some of the samples."""
+        scale = self.scale[:, samples] if isinstance(self.scale, Tensor) else self.scale
+        return Data(self.x[:, samples], self.y[:, samples], scale)
 
-        They are laid out anew for each run of samples, so that no copy grows with the data.
-        """
-        x = self.x[:, samples].mT
-        inputs = torch.cat([x.new_ones(x.shape[0], 1, x.shape[2]), x], dim=1)
-        scale = self.scale
-        if isinstance(scale, Tensor):
-            scale = scale[:, samples].unsqueeze(1)
-        return inputs, self.y[:, samples].unsqueeze(1).to(x.dtype), scale
+    def one_by_one(self, networks: int) -> Data:
+        """Each sample as the only one of a network of its own, network after network."""
+
+        def split(tensor: Tensor) -> Tensor:
+            return tensor.expand(networks, -1, -1).reshape(-1, 1, tensor.shape[2])
+
+        scale = split(self.scale) if isinstance(self.scale, Tensor) else self.scale
+        return Data(split(self.x), split(self.y), scale)
 
 
 @dataclass(frozen=True)
@@ -79,178 +90,192 @@ class Architecture:
     """What stays fixed while weights and data vary.
 
     Attributes:
-        activation: Of the hidden layer.
-        loss: Of the logit.
-        input_rows: The rows of ``W`` that are trained; row 0 holds the biases.
-        output_rows: The rows of ``v`` that are trained; row 0 holds the bias.
-
-    The Hessian is that of the trained rows alone.
+        activations: Of each layer but the last.
+        loss: Of the logits.
+        rows: The trained rows of each layer's weights; row 0 holds the biases. The Hessian is that
+            of the trained rows alone.
     """
 
-    activation: Activation
+    activations: tuple[Activation, ...]
     loss: Loss
-    input_rows: slice
-    output_rows: slice
+    rows: tuple[slice, ...]
+
+    def trains(self, layer: int) -> bool:
+        """Whether any row of a layer is trained."""
+        return bool(self.rows[layer].stop > self.rows[layer].start)
+
+    def trains_beyond_bias(self, layer: int) -> bool:
+        """Whether the rows that multiply hidden units are."""
+        return bool(self.rows[layer].stop > 1)
+
+    def first_beyond_bias(self, layer: int) -> int:
+        """The first trained row, counted from the first trained one, that multiplies a unit."""
+        return 1 if self.rows[layer].start == 0 else 0
 
     @property
-    def trains_output_weights(self) -> bool:
-        """Whether ``v`` is trained beyond its bias."""
-        return bool(self.output_rows.stop > 1)
+    def lowest(self) -> int:
+        """The first layer with a trained row."""
+        return next(layer for layer in range(len(self.rows)) if self.trains(layer))
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The factors of the Hessian blocks for a run of samples (symbols in the module's docstring).
+    r"""The factors of the Hessian's blocks for a run of samples (symbols in the module's docstring).
 
-    ``x`` and ``z`` hold the trained rows of the augmented inputs and hidden units. Residual,
-    curvature and third derivative carry the samples' weights.
+    Attributes:
+        z: The trained rows of each layer's augmented inputs.
+        slope: :math:`\phi'_l(a_l)`.
+        g: By layer; carries the samples' weights, as ``B`` does.
+        B: By pair of layers ``l <= m``.
+        D: By pair of layers ``l < m``; where ``l = m`` it is the diagonal matrix of slopes.
     """
 
-    inputs: Rows
-    hidden: Rows
-    x: Rows
-    z: Rows
-    slope: Rows
-    bend: Rows
-    twist: Rows
-    u: Rows
-    c: Rows
-    residual: Rows
-    curvature: Rows
-    third: Rows
+    z: list[Rows]
+    slope: list[Rows]
+    g: dict[int, Rows]
+    B: dict[tuple[int, int], Matrices]
+    D: dict[tuple[int, int], Matrices]
+
+    @property
+    def named(self) -> dict[Name, Tensor]:
+        """All of them but the data, which depend on no weights."""
+        return {
+            **{("z", layer): z for layer, z in enumerate(self.z) if layer},
+            **{("slope", layer): slope for layer, slope in enumerate(self.slope)},
+            **{("g", layer): g for layer, g in self.g.items()},
+            **{("B", pair): matrices for pair, matrices in self.B.items()},
+            **{("D", pair): matrices for pair, matrices in self.D.items()},
+        }
+
+    def like(self, named: Mapping[Name, Tensor]) -> Terms:
+        """Other tensors in the places of :attr:`named`."""
+        return Terms(
+            [self.z[0], *(named["z", layer] for layer in range(1, len(self.z)))],
+            [named["slope", layer] for layer in range(len(self.slope))],
+            {layer: named["g", layer] for layer in self.g},
+            {pair: named["B", pair] for pair in self.B},
+            {pair: named["D", pair] for pair in self.D},
+        )
+
+
+class _Activate(Function):
+    """An activation and its first two derivatives, which autograd can differentiate once more."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
+        value, slope, bend, twist = activation(a)
+        ctx.save_for_backward(slope, bend, twist)
+        return value, slope, bend
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        slope, bend, twist = ctx.saved_tensors
+        return (grads[0] * slope).addcmul_(grads[1], bend).addcmul_(grads[2], twist), None
+
+
+class _AddDiagonal(Function):
+    """Add to the diagonal of matrices that nobody else has seen, in their place."""
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Matrices, diagonal: Rows) -> Matrices:
+        matrices.diagonal(dim1=1, dim2=2).add_(diagonal.mT)
+        ctx.mark_dirty(matrices)
+        return matrices
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        return grads[0], grads[0].diagonal(dim1=1, dim2=2).mT
 
 
 @dataclass(frozen=True)
-class Adjoint:
-    r"""Derivatives of a scalar :math:`\langle C, H\rangle` in the factors of each sample's blocks.
+class Pass:
+    """Samples run through the networks: augmented inputs, logits, and the activations' derivatives.
 
-    Attributes:
-        u: Derivative in ``u`` of the part that is quadratic in ``(u, z~)``, per unit of ``q``.
-        z: The same in the trained rows of ``z~``.
-        rc: Derivative in ``r c``.
-        rslope: Derivative in ``r phi'``, or None where it has no part.
+    ``slope`` and ``bend`` have one entry fewer than there are layers.
     """
 
-    u: Rows
-    z: Rows
-    rc: Tensor
-    rslope: Tensor | None
-
-    def __add__(self, other: Adjoint) -> Adjoint:
-        rslope = self.rslope
-        if rslope is not None and other.rslope is not None:
-            rslope = rslope + other.rslope
-        return Adjoint(self.u + other.u, self.z + other.z, self.rc + other.rc, rslope)
+    inputs: list[Rows]
+    logits: Rows
+    slope: list[Rows]
+    bend: list[Rows]
 
 
-def compute_terms(
-    arch: Architecture,
-    weight: Float[Tensor, "networks inputs1 hidden"],
-    output: Float[Tensor, "networks hidden1"],
-    data: Data,
-    samples: slice,
-) -> Terms:
-    """Run some samples through the networks and collect the factors of their Hessian blocks."""
-    inputs, targets, scale = data.rows(samples)
-    value, slope, bend, twist = arch.activation(batched_matmul(weight.mT, inputs))
-    networks, _, count = value.shape
-    hidden = torch.cat([value.new_ones(networks, 1, count), value], dim=1)
-    residual, curvature, third = arch.loss.derivatives(output.unsqueeze(1) @ hidden, targets)
-    gain = output[:, 1:, None]
-    return Terms(
-        inputs=inputs,
-        hidden=hidden,
-        x=inputs[:, arch.input_rows],
-        z=hidden[:, arch.output_rows],
-        slope=slope,
-        bend=bend,
-        twist=twist,
-        u=gain * slope,
-        c=gain * bend,
-        residual=residual * scale,
-        curvature=curvature * scale,
-        third=third * scale,
+def forward(arch: Architecture, weights: Sequence[Tensor], data: Data) -> Pass:
+    """Run samples through the networks."""
+    rows = data.x.mT
+    inputs, slopes, bends = [_augment(rows)], [], []
+    a = batched_matmul(weights[0].mT, inputs[0])
+    for activation, weight in zip(arch.activations, weights[1:], strict=True):
+        value, slope, bend = _Activate.apply(a, activation)  # type: ignore[no-untyped-call]
+        inputs.append(_augment(value))
+        slopes.append(slope)
+        bends.append(bend)
+        a = weight.mT @ inputs[-1]
+    return Pass(inputs, a, slopes, bends)
+
+
+def _augment(rows: Rows) -> Rows:
+    return torch.cat([rows.new_ones(rows.shape[0], 1, rows.shape[2]), rows], dim=1)
+
+
+def top(arch: Architecture, logits: Rows, data: Data) -> tuple[Rows, Matrices]:
+    """``g`` and ``B`` of the logits."""
+    residual, curvature = logit_derivatives(
+        arch.loss, logits.mT, data.y.to(logits.dtype), data.scale
     )
+    if curvature.ndim == residual.ndim:
+        return residual.mT, torch.diag_embed(curvature).permute(0, 2, 3, 1)
+    return residual.mT, curvature.permute(0, 2, 3, 1)
 
 
-def trace(terms: Terms) -> Float[Tensor, " networks"]:
-    r"""These samples' share of ``Tr H``: ``|x~|^2 (q |u|^2 + r sum(c)) + q |z~|^2``."""
-    x_sq = terms.x.square().sum(1, keepdim=True)
-    ww = terms.curvature * terms.u.square().sum(1, keepdim=True)
-    ww = ww + terms.residual * terms.c.sum(1, keepdim=True)
-    vv = terms.curvature * terms.z.square().sum(1, keepdim=True)
-    return (x_sq * ww + vv).sum((1, 2))
+def compute_terms(arch: Architecture, weights: Sequence[Tensor], data: Data) -> Terms:
+    """Run samples through the networks and collect the factors of their Hessian's blocks."""
+    last = len(weights) - 1
+    run = forward(arch, weights, data)
+    g: dict[int, Rows] = {}
+    B: dict[tuple[int, int], Matrices] = {}  # noqa: N806 - as in the formulas
+    D: dict[tuple[int, int], Matrices] = {}  # noqa: N806
+    g[last], B[last, last] = top(arch, run.logits, data)
+    for layer in range(last - 1, arch.lowest - 1, -1):
+        above = layer + 1
+        slope, gain = run.slope[layer], weights[above][:, 1:]
+        # The diagonal block below needs the one above; other layers' matter where they are trained.
+        seconds = [m for m in range(above, last + 1) if m == above or arch.trains(m)]
+        firsts = [m for m in range(above + 1, last) if arch.trains_beyond_bias(m + 1)]
+        parts = [g[above].unsqueeze(2)]
+        parts += [B[above, m] for m in seconds] + [D[above, m] for m in firsts]
+        widths = [part.shape[2] for part in parts]
+        pulled = gain @ torch.cat(parts, 2).flatten(2)
+        pulled = pulled.unflatten(2, (-1, slope.shape[2]))
+        into_g, *into = (slope.unsqueeze(2) * pulled).split(widths, 2)
+        g[layer] = into_g.squeeze(2)
+        for m, part in zip(seconds, into, strict=False):
+            B[layer, m] = part
+        for m, part in zip(firsts, into[len(seconds) :], strict=True):
+            D[layer, m] = part
+        if above < last and arch.trains_beyond_bias(above + 1):
+            between = gain.unsqueeze(3) * run.slope[above].unsqueeze(1)
+            D[layer, above] = slope.unsqueeze(2) * between
+        # B_l,l+1 V^T, transposed: it is symmetric up to the slopes.
+        across = gain @ B[layer, above].transpose(1, 2).flatten(2)
+        across = across.unflatten(2, (-1, slope.shape[2])) * slope.unsqueeze(2)
+        B[layer, layer] = _AddDiagonal.apply(  # type: ignore[no-untyped-call]
+            across, run.bend[layer] * pulled[:, :, 0]
+        )
+    z = [inputs[:, rows] for inputs, rows in zip(run.inputs, arch.rows, strict=True)]
+    return Terms(z, run.slope, g, B, D)
 
 
-def trace_adjoint(
-    terms: Terms,
-    weight: PerNetwork,
-    square: Adjoint | None = None,
-    square_weight: PerNetwork | None = None,
-) -> Adjoint:
-    """The adjoint of ``weight * Tr H``, plus ``square_weight`` times another one."""
-    x_sq = weight * terms.x.square().sum(1, keepdim=True)
-    in_u, in_z = 2 * x_sq * terms.u, 2 * weight * terms.z
-    if square is None or square_weight is None:
-        return Adjoint(in_u, in_z, x_sq, None)
-    return Adjoint(
-        in_u.addcmul_(square_weight, square.u),
-        in_z.addcmul_(square_weight, square.z),
-        torch.addcmul(x_sq, square_weight, square.rc),
-        None if square.rslope is None else square_weight * square.rslope,
-    )
-
-
-def sensitivities(
-    arch: Architecture, output: Float[Tensor, "networks hidden1"], terms: Terms, adjoint: Adjoint
-) -> tuple[Rows, Rows]:
-    """Each sample's derivatives in the pre-activations and in the output weights.
-
-    This is the reverse pass of math.md, section 2: the factors' adjoints chain through the loss
-    into the logit, and through the activation into ``a``.
-
-    Returns:
-        The derivatives in ``a``, ``(networks, hidden, samples)``, and in ``v``,
-        ``(networks, hidden + 1, samples)``.
-    """
-    gain = output[:, 1:, None]
-    q, r = terms.curvature, terms.residual
-    # The quadratic part is homogeneous of degree two in (u, z~), so Euler's theorem gives its
-    # derivative in q without a division by q, which may have underflowed.
-    unit_q = (terms.u * adjoint.u).sum(1, keepdim=True) + (terms.z * adjoint.z).sum(1, keepdim=True)
-    unit_r = (terms.c * adjoint.rc).sum(1, keepdim=True)
-    in_u, in_c = q * adjoint.u, r * adjoint.rc
-    in_slope = gain * in_u
-    if adjoint.rslope is not None:
-        unit_r = unit_r + (terms.slope * adjoint.rslope).sum(1, keepdim=True)
-        in_slope = in_slope.addcmul_(r, adjoint.rslope)
-    # unit_q and unit_r multiply dq/ds and dr/ds, which carry the sample's weight already.
-    in_logit = 0.5 * unit_q * terms.third + unit_r * q
-    in_value = gain * in_logit
-    if arch.trains_output_weights:
-        in_value = in_value.addcmul_(q, adjoint.z[:, -gain.shape[1] :])
-    in_a = terms.slope * in_value
-    in_a = in_a.addcmul_(terms.bend, in_slope).addcmul_(terms.twist, gain * in_c)
-    in_output = terms.hidden * in_logit
-    in_output[:, 1:].addcmul_(in_u, terms.slope).addcmul_(in_c, terms.bend)
-    return in_a, in_output
-
-
-def pull_back(
-    arch: Architecture, output: Float[Tensor, "networks hidden1"], terms: Terms, adjoint: Adjoint
-) -> tuple[Float[Tensor, "networks inputs1 hidden"], Float[Tensor, "networks hidden1"]]:
-    """The gradient in ``W`` and ``v``, summed over the samples of ``terms``."""
-    in_a, in_output = sensitivities(arch, output, terms, adjoint)
-    return batched_matmul(in_a, terms.inputs.mT).mT, in_output.sum(-1)
-
-
-def loss_gradient(
-    output: Float[Tensor, "networks hidden1"], terms: Terms
-) -> tuple[Float[Tensor, "networks inputs1 hidden"], Float[Tensor, "networks hidden1"]]:
-    """The gradient of the loss itself in ``W`` and ``v``, summed over the samples of ``terms``."""
-    in_a = output[:, 1:, None] * terms.slope * terms.residual
-    in_output = (terms.hidden * terms.residual).sum(-1)
-    return batched_matmul(in_a, terms.inputs.mT).mT, in_output
+def loss_gradient(arch: Architecture, weights: Sequence[Tensor], data: Data) -> list[Tensor]:
+    """The gradient of the loss itself, summed over the samples."""
+    run = forward(arch, weights, data)
+    g, _ = logit_derivatives(arch.loss, run.logits.mT, data.y.to(run.logits.dtype), data.scale)
+    g = g.mT
+    result = [batched_matmul(g, run.inputs[-1].mT).mT]
+    for layer in range(len(weights) - 2, -1, -1):
+        g = run.slope[layer] * (weights[layer + 1][:, 1:] @ g)
+        result.append(batched_matmul(g, run.inputs[layer].mT).mT)
+    return result[::-1]
 
 
 def batched_matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -102,8 +102,51 @@ def test_options_reach_the_run(table, tmp_path):
     assert networks["seed"].tolist() == [7, 8] * 2
     assert pd.read_csv(tmp_path / "history.csv")["step"].max() == 4
     page = (tmp_path / "index.html").read_text()
+    assert "--weight hessian-trace=0.5" in page
     for words in ("3 hidden units (tanh)", "40 % for testing", "learning rate 0.3", "w = 0.5<"):
         assert words in page
+
+
+@pytest.fixture(scope="module")
+def three_classes(tmp_path_factory):
+    random = np.random.default_rng(1)
+    frame = pd.DataFrame(random.normal(size=(60, 2)), columns=["a", "b"])
+    frame["odd"] = random.random(60) > 0.5  # true and false in words
+    scores = frame[["a", "b"]].assign(c=-frame["a"]) + 0.3 * random.normal(size=(60, 3))
+    frame["kind"] = np.array(["red", "green", "blue"])[scores.to_numpy().argmax(1)]
+    path = tmp_path_factory.mktemp("data") / "three.csv"
+    frame.to_csv(path, index=False)
+    return path
+
+
+def test_more_classes_and_more_layers(three_classes, tmp_path):
+    result = run(
+        three_classes, "--target", "kind", "--hidden", "3, 2", "--activation", "tanh",
+        "--seeds", 2, "--steps", 60, "--active", 0.1, "--out", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    networks = pd.read_csv(tmp_path / "networks.csv")
+    assert (networks["upper_bound"] >= networks["lambda_max"]).all()
+    assert networks.query("method == 'baseline'")["accuracy"].between(0.5, 1).all()
+    page = (tmp_path / "index.html").read_text()
+    assert "3 inputs, 3 + 2 hidden units (tanh), 3 logits: 29 parameters" in page
+    assert "classes blue (" in page
+    assert "--hidden 3,2" in page
+
+
+def test_digits_need_no_file(tmp_path):
+    result = run(
+        "--data", "digits", "--hidden", 2, "--seeds", 2, "--steps", 3, "--out", tmp_path
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Handwritten digits" in result.stdout
+    networks = pd.read_csv(tmp_path / "networks.csv")
+    assert len(networks) == 2 * len(METHODS)
+    assert networks.select_dtypes("number").notna().all(axis=None)
+    page = (tmp_path / "index.html").read_text()
+    assert "1797 samples, 64 features, classes 0 (178), 1 (182)," in page
+    assert "64 inputs, 2 hidden units (sigmoid), 10 logits: 160 parameters" in page
+    assert "--data digits" in page
 
 
 GOOD = "a,t\n" + "\n".join(f"{i},{i % 2}" for i in range(30))
@@ -117,7 +160,16 @@ BAD_INPUTS = {
         "no column 'x' in 'good.csv'; its columns are 'a', 't'",
     ),
     "text": (["text.csv", "--target", "t"], "column 'a' must hold numbers; it has text in row 2"),
-    "small": (["small.csv", "--target", "t"], "4 rows (3 of class '0', 1 of '1') are too few"),
+    "small": (
+        ["small.csv", "--target", "t"],
+        "4 rows (1 of class '1', 3 of class '0') are too few",
+    ),
+    "unknown data": (
+        ["--data", "mnist"],
+        "unknown data 'mnist'; expected one of breast-cancer, digits, or a file: lowland compare",
+    ),
+    "two sources": (["good.csv", "--target", "t", "--data", "digits"], "'good.csv': give one"),
+    "target of digits": (["--data", "digits", "--target", "t"], "--target needs a CSV file"),
     "method": (
         ["--methods", "hsr,sam"],
         "unknown method 'sam'; expected some of baseline, hsr, hessian-trace, flatness-aware",
@@ -130,7 +182,13 @@ BAD_INPUTS = {
     "weight below": (["--weight", "hsr=-1"], "a number of at least 0; got '-1'"),
     "weight without": (["--weight", "hsr"], "a number of at least 0; got ''"),
     "weight twice": (["--weight", "hsr=1", "--weight", "hsr=2"], "'hsr' already has a weight"),
-    "hidden": (["--hidden", "0"], "--hidden must be at least 1; got 0"),
+    **{
+        f"hidden {text!r}": (
+            ["--hidden", text],
+            f"the units of each hidden layer, from 1, as 32 or 32,16; got {text!r}",
+        )
+        for text in ("0", "", "many", "32,", "4.5", "32,0", "-3", "32;16")
+    },
     "seeds": (["--seeds", "1"], "--seeds must be between 2 and 10000; got 1"),
     "many seeds": (
         ["--seeds", "1000000000"],
@@ -139,6 +197,10 @@ BAD_INPUTS = {
     "too wide": (
         ["--hidden", "1000000"],
         "30 features and 1000000 hidden units make 32000001 parameters; exact eigenvalues are",
+    ),
+    "too deep": (
+        ["--data", "digits", "--hidden", "64,64,64"],
+        "64 features and 64 + 64 + 64 hidden units make 13130 parameters; exact eigenvalues are",
     ),
     "first seed": (["--first-seed", "-1"], "--first-seed must be between 0 and 2^32; got -1"),
     "steps": (["--steps", "0"], "--steps must be at least 1; got 0"),
@@ -150,6 +212,7 @@ BAD_INPUTS = {
     "unknown option": (["--sedes", "3"], "No such option: --sedes"),
     "option without value": (["--target"], "Option '--target' requires an argument; see lowland"),
     "two files": (["a.csv", "b.csv"], "unexpected extra argument"),
+    "out nowhere": (["--out", ""], "--out must name a folder of its own; got '.'"),
     "out is a file": (["--out", "good.csv"], "cannot write to the folder 'good.csv': '"),
     "out below a file": (["--out", "good.csv/x"], "is not a folder; name another one"),
 }
@@ -183,6 +246,7 @@ def test_divergence_ends_in_one_line(table, tmp_path):
 def test_extreme_settings_still_give_a_report(table, tmp_path, rate):
     result = run(table, *SMALL, "--learning-rate", rate, "--out", tmp_path)
     assert result.exit_code == 0, result.output
+    assert "Warning: 3 of 3 networks by Baseline" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == OUTPUTS
 
 
@@ -225,6 +289,9 @@ def test_help_and_version():
     assert result.exit_code == 0
     for option in ("--target", "--methods", "--hidden", "--seeds", "--steps", "--weight", "--out"):
         assert option in result.stdout
+    told = " ".join(result.stdout.replace("│", " ").split())
+    for words in ("digits", "(hsr=0.3, hessian-trace=0.03, flatness-aware=300", "(4; digits: "):
+        assert words in told
     result = runner.invoke(app, ["--version"])
     assert result.stdout == f"lowland {version('lowland')}\n"
     assert runner.invoke(app, ["comprae"]).exit_code == 2

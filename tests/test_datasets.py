@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowland.datasets import DataError, breast_cancer, read_csv, stratified_splits
+from lowland.datasets import DataError, breast_cancer, digits, read_csv, stratified_splits
 
 
 def write(tmp_path, text, name="table.csv"):
@@ -17,6 +17,17 @@ def test_breast_cancer_is_the_table_of_569_patients():
     assert dataset.classes == ("malignant", "benign")
     assert int(dataset.y.sum()) == 357  # benign
     assert dataset.features[0] == "mean radius"
+    assert dataset.counts == [212, 357]
+
+
+def test_digits_are_the_images_of_ten_classes():
+    dataset = digits()
+    assert dataset.x.shape == (1797, 64)
+    assert (dataset.x.min(), dataset.x.max()) == (0, 16)
+    assert dataset.classes == tuple("0123456789")
+    assert dataset.features[9] == "pixel_1_1"
+    assert dataset.y.dtype == torch.int64
+    assert dataset.counts == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +49,32 @@ def test_a_target_of_any_type_becomes_zero_and_one(tmp_path, cells, classes, y):
     assert dataset.name == "table"
 
 
+@pytest.mark.parametrize(
+    ("cells", "classes", "y"),
+    [
+        (["c", "a", "b", "a"], ("a", "b", "c"), [2, 0, 1, 0]),
+        (["10", "2", "3.0", "3"], ("2", "3.0", "10"), [2, 0, 1, 1]),
+        (["1", "x", "10", "2"], ("1", "10", "2", "x"), [0, 3, 1, 2]),
+    ],
+)
+def test_a_target_of_many_classes_is_numbered_in_their_order(tmp_path, cells, classes, y):
+    rows = "\n".join(f"{i},{cell}" for i, cell in enumerate(cells))
+    dataset = read_csv(write(tmp_path, f"a,t\n{rows}\n"), "t")
+    assert dataset.classes == classes
+    assert dataset.y.tolist() == y
+    assert dataset.y.dtype == torch.int64
+    assert sum(dataset.counts) == len(cells)
+
+
+def test_true_and_false_in_a_feature_are_one_and_zero(tmp_path):
+    text = "a,b,t\nTrue,FALSE,x\n false,true,y\n"
+    assert read_csv(write(tmp_path, text), "t").x.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_columns_may_be_counted(tmp_path):
+    assert read_csv(write(tmp_path, "0,1,2\n5.5,1,x\n3,4,y\n"), "2").features == ("0", "1")
+
+
 def test_a_table_is_read_whatever_its_spaces_quotes_and_line_ends(tmp_path):
     text = '\ufeff a ,"b, c",t\r\n 1 , 2.5e3,x\r\n\r\n"3",4, y \r\n'
     dataset = read_csv(write(tmp_path, text), "t")
@@ -57,18 +94,18 @@ BAD_TABLES = {
     "semicolons": ("a;t\n1;x\n2;y\n", "'a;t'; columns must be separated by commas"),
     "target alone": ("t\nx\ny\n", "has no column beside the target 't'"),
     "duplicate names": ("a,a,t\n1,2,x\n3,4,y\n", "several columns named 'a'; give each its own"),
+    "no header": ("17.5,20,M\n1,2,B\n", "first line .* must name the columns, .* number '17.5'"),
+    "negative": ("3,-4,M\n1,2,B\n", "holds the number '-4'; add a header line"),
+    "whole numbers": ("3,4,M\n1,2,B\n", "'3', '4', 'M'; if that is data, add a header line"),
+    "equal numbers": ("0,0,M\n1,2,B\n", "several columns named '0'; .* add a header line if"),
     "nameless column": (",a,t\n0,1,x\n1,2,y\n", "column 1 of .* has no name in the header"),
-    "one class": ("a,t\n1,x\n2,x\n", "'t' must have two classes; it has 1: 'x'"),
-    "three classes": ("a,t\n1,x\n2,y\n3,z\n", "it has 3: 'x', 'y', 'z'"),
-    "many classes": (
-        "a,t\n" + "".join(f"{i},c{i:02}\n" for i in range(12)),
-        "it has 12: .*'c07' and 4 more",
-    ),
+    "one class": ("a,t\n1,x\n2,x\n", "'t' must have two classes or more; it has one: 'x'"),
     "missing target": ("a,t\n1,x\n2,\n3,y\n", "column 't' is empty or NaN in row 2;"),
     "NaN": ("a,t\n1,x\nNaN,x\n3,y\nnan,y\n,y\n?,y\n", "NaN in rows 2, 4, 5 and 1 more; impute"),
     "short row": ("a,b,t\n1,x\n2,3,y\n", "column 't' is empty or NaN in row 1"),
     "text": ("a,t\n1,x\nred,y\n", "'a' must hold numbers; it has text in row 2, such as 'red'"),
-    "booleans": ("a,t\nTrue,x\nFalse,y\n", "text in rows 1, 2, such as 'True'; encode"),
+    "half booleans": ("a,t\nTrue,x\n1,y\nFalse,y\n", "text in rows 1, 3, such as 'True'; encode"),
+    "one boolean": ("a,t\nTrue,x\ntrue,y\n", r"'a' is constant \(True\)"),
     "infinite": ("a,t\n1,x\n-inf,y\n", "must hold finite numbers; it is infinite in row 2"),
     "overflow": ("a,t\n1,x\n1e999,y\n", "infinite in row 2"),
     "constant": ("a,b,t\n1,7,x\n2,7.0,y\n", r"'b' is constant \(7\), .*; drop it"),
@@ -138,9 +175,48 @@ def test_a_seeds_split_does_not_depend_on_the_others():
 def test_too_few_samples_of_a_class_are_refused(tmp_path, counts, test_size):
     rows = [f"{i},{'y' if i < counts[0] else 'z'}" for i in range(sum(counts))]
     dataset = read_csv(write(tmp_path, "a,t\n" + "\n".join(rows)), "t")
-    message = rf"{sum(counts)} rows \({counts[0]} of class 'y', {counts[1]} of 'z'\) are too few"
+    message = rf"{sum(counts)} rows \({counts[0]} of class 'y', {counts[1]} of class 'z'\) are too"
     with pytest.raises(DataError, match=message):
         stratified_splits(dataset, range(20), test_size=test_size)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "message"),
+    [
+        (
+            (30, 30, 1),
+            r"61 rows \(1 of class 'c2', 30 of class 'c0', 30 of class 'c1'\) are",
+        ),
+        ((1,) * 12, r"12 rows \(1 of class 'c0', .* and 4 more\) are .* on every class"),
+    ],
+)
+def test_every_class_must_be_trained_and_tested_on(tmp_path, repeats, message):
+    labels = [label for label, count in enumerate(repeats) for _ in range(count)]
+    rows = [f"{i},c{label}" for i, label in enumerate(labels)]
+    dataset = read_csv(write(tmp_path, "a,t\n" + "\n".join(rows)), "t")
+    with pytest.raises(DataError, match=message):
+        stratified_splits(dataset, range(20), test_size=0.25)
+
+
+def test_features_of_one_unit_are_scaled_together():
+    dataset = digits()
+    splits = stratified_splits(dataset, range(2), test_size=0.25)
+    assert splits.x_train.shape == (2, 1347, 64)
+    torch.testing.assert_close(
+        splits.x_train.mean(1), torch.zeros(2, 64).double(), atol=1e-12, rtol=0
+    )
+    torch.testing.assert_close(splits.x_train.square().mean((1, 2)), torch.ones(2).double())
+    spread = splits.x_train.std(1)
+    # A pixel's spread beside the others' is the same as in the data.
+    torch.testing.assert_close(
+        spread / spread.amax(1, keepdim=True),
+        (dataset.x.std(0) / dataset.x.std(0).max()).expand(2, 64),
+        atol=0.05,
+        rtol=0,
+    )
+    for part in (splits.y_train, splits.y_test):
+        counts = torch.stack([row.bincount() for row in part]).double()
+        assert (counts / counts.sum(1, keepdim=True) - 0.1).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("odd", ["1", "1e300"])

@@ -9,7 +9,8 @@ from pagecheck import Page
 
 from lowland import pages, report
 from lowland.datasets import Dataset
-from lowland.experiments.compare import MEASURES, Cell, Comparison, Measure, Settings, summarize
+from lowland.experiments.compare import MEASURES, Cell, Comparison, Measure, summarize
+from lowland.experiments.settings import Settings
 from lowland.training import BASELINE, METHODS
 
 AMOUNT = Measure("a", "A", "a", "an amount")
@@ -18,7 +19,9 @@ SVG = dict.fromkeys(("curves", "spectrum", "bound"), b"<svg/>")
 ALL = tuple(METHODS.values())
 
 
-def comparison_of(factors, *, methods=ALL, name="Data", converged=False):
+def comparison_of(
+    factors, *, methods=ALL, name="Data", converged=False, failed=None, classes=("no", "yes"), **own
+):
     """A comparison in which measures are those of the baseline times these factors, or so."""
     random = np.random.default_rng(0)
     rows = []
@@ -30,11 +33,14 @@ def comparison_of(factors, *, methods=ALL, name="Data", converged=False):
                 * (0.9 + 0.01 * seed + 0.002 * random.random())
                 for m in MEASURES
             }
-            rows.append({"method": method.name, "seed": seed} | values | {"converged": converged})
+            learned = seed >= (failed or {}).get(method.name, 0)
+            state = {"converged": converged, "learned": learned}
+            rows.append({"method": method.name, "seed": seed} | values | state)
     networks = pd.DataFrame(rows)
     x = torch.zeros(4, 2).double()
-    dataset = Dataset(name, x, torch.tensor([0.0, 1, 1, 1]).double(), ("u", "v"), ("no", "yes"))
-    settings = Settings(methods=methods, seeds=10)
+    y = torch.tensor([0, 1, len(classes) - 1, len(classes) - 1])
+    dataset = Dataset(name, x, y, ("u", "v"), classes)
+    settings = Settings(methods=methods, seeds=10, **own)
     return Comparison(
         dataset,
         settings,
@@ -113,6 +119,30 @@ def test_findings_say_what_got_better_and_what_got_worse():
 def test_the_baseline_alone_is_compared_with_nothing():
     said = report.findings(comparison_of({}, methods=(BASELINE,)))
     assert said == ["Only the baseline was trained, so there is nothing to compare it with."]
+
+
+def test_findings_warn_where_training_failed():
+    said = report.findings(comparison_of({}, failed={"baseline": 1, "hsr": 10}))
+    assert said[0].startswith(
+        "Warning: 1 of 10 networks by Baseline and 10 of 10 networks by HSR learned nothing: "
+    )
+    assert len(said) == 5
+    alone = report.findings(comparison_of({}, methods=(BASELINE,), failed={"baseline": 2}))
+    assert alone[0].startswith("Warning: 2 of 10 networks by Baseline learned nothing: ")
+    assert len(alone) == 2
+
+
+def test_the_page_describes_layers_and_classes():
+    classes = ("low", "mid", "high")
+    _, parsed = page_of(comparison_of({}, classes=classes, hidden=(32, 16)))
+    text = " ".join(parsed.text.split())
+    assert "2 inputs, 32 + 16 hidden units (sigmoid), 3 logits: 17 parameters." in text
+    assert "classes low (1), mid (1) and high (2)." in text
+    assert "descent on cross-entropy" in text
+    _, parsed = page_of(comparison_of({}))
+    text = " ".join(parsed.text.split())
+    assert "4 hidden units (sigmoid), one logit:" in text
+    assert "descent on binary cross-entropy" in text
 
 
 def test_the_table_has_every_measure_and_only_telling_p_values():

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import oracle
+import plain
 import pytest
 import torch
 from torch import nn
@@ -19,71 +20,68 @@ PENALTIES = {  # the library's modules, differentiated by autograd of the whole 
 
 @pytest.fixture
 def problem(generator):
-    start = initial_weights(range(3), inputs=2, hidden=3)
+    start = initial_weights(range(3), (2, 3, 1))
     x = torch.randn(3, 20, 2, generator=generator, dtype=torch.float64)
     noise = torch.randn(3, 20, generator=generator, dtype=torch.float64)
     y = (x[:, :, 0] + 0.5 * noise > 0).double()
     return start, x, y
 
 
-def run(methods, problem, **settings):
+def run(methods, problem, *, loss="bce", **settings):
     start, x, y = problem
-    return train(methods, start, x, y, schedule=Schedule(**settings), activation="tanh")
+    schedule = Schedule(**settings)
+    return train(methods, start, x, y, schedule=schedule, activation="tanh", loss=loss)
 
 
-def module_of(problem, index):
-    """A network of the ensemble in plain PyTorch."""
-    first, second = (part[index] for part in problem[0])
-    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
-    with torch.no_grad():
-        for layer, part in ((model[0], first), (model[2], second)):
-            layer.bias.copy_(part[0])
-            layer.weight.copy_(part[1:].T)
-    return model
-
-
-def weights_of(model):
-    return tuple(
-        torch.cat([layer.bias[None], layer.weight.T]).detach() for layer in (model[0], model[2])
-    )
-
-
-def plain_loop(method, problem, index, *, steps, learning_rate, active_steps):
+def plain_loop(method, problem, index, *, loss, steps, learning_rate, active_steps):
     """One network, one step at a time, in plain PyTorch."""
-    x, y = problem[1][index], problem[2][index]
-    model = module_of(problem, index)
-    criterion = nn.BCEWithLogitsLoss()
+    weights, x, y = problem[0], problem[1][index], problem[2][index]
+    model = plain.module(weights, index)
+    criterion = nn.CrossEntropyLoss() if loss == "ce" else nn.BCEWithLogitsLoss()
+    y = y if loss == "ce" else y[:, None]
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     for step in range(steps):
         optimizer.zero_grad()
-        loss = criterion(model(x).squeeze(1), y)
+        value = criterion(model(x), y)
         if method.penalty_gradient is not None and step < active_steps:
             penalty = PENALTIES[method.name](criterion, method.weight, method="dense")
-            loss = loss + penalty(model, x, y[:, None])
-        loss.backward()
+            value = value + penalty(model, x, y)
+        value.backward()
         optimizer.step()
-    return weights_of(model)
+    return plain.weights_of(model)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_training_is_a_plain_loop_over_networks(problem, name):
+@pytest.mark.parametrize(
+    ("sizes", "loss"),
+    [
+        ((2, 3, 1), "bce"),
+        ((2, 3, 2, 1), "bce"),
+        ((2, 3, 3), "ce"),
+        ((2, 3, 2, 2, 3), "ce"),
+        ((2, 3), "ce"),
+    ],
+)
+def test_training_is_a_plain_loop_over_networks(name, sizes, loss):
     weight = {"baseline": 0.0, "hsr": 0.2, "hessian-trace": 0.1, "flatness-aware": 5.0}[name]
     method = replace(METHODS[name], weight=weight)
-    (result,) = run([method], problem, steps=9, learning_rate=0.5, active=0.5)
+    problem = plain.problem(sizes, loss)
+    settings = {"loss": loss, "steps": 9, "learning_rate": 0.5}
+    (result,) = run([method], problem, active=0.5, **settings)
     for i in range(3):
-        expected = plain_loop(
-            method, problem, i, steps=9, learning_rate=0.5, active_steps=5
-        )  # half of 9, rounded up
-        for part, plain in zip(result.weights, expected, strict=True):
-            torch.testing.assert_close(part[i], plain, rtol=1e-8, atol=1e-10)
+        expected = plain_loop(method, problem, i, active_steps=5, **settings)  # 9 / 2, rounded up
+        for part, single in zip(result.weights, expected, strict=True):
+            torch.testing.assert_close(part[i], single, rtol=1e-8, atol=1e-10)
 
 
-def test_adaptive_sam_is_the_optimizer_step_by_step(problem):
+@pytest.mark.parametrize("sizes", [(2, 3, 1), (2, 3, 2, 1)])
+def test_adaptive_sam_is_the_optimizer_step_by_step(sizes):
     method = Method("a-sam", "A-SAM", "L", radius=0.2)
-    (plain,) = run([METHODS["baseline"]], problem, steps=6)
+    problem = plain.problem(sizes, "bce")
+    (baseline,) = run([METHODS["baseline"]], problem, steps=6)
     criterion = nn.BCEWithLogitsLoss()
     for i in range(3):
-        model = module_of(problem, i)
+        model = plain.module(problem[0], i)
         sam = lowland.SAM(model.parameters(), torch.optim.SGD, 0.2, adaptive=True, lr=0.7)
         sgd = torch.optim.SGD(model.parameters(), lr=0.7)
         x, y = problem[1][i], problem[2][i]
@@ -99,9 +97,9 @@ def test_adaptive_sam_is_the_optimizer_step_by_step(problem):
             active = min(steps, 3) / steps
             (result,) = run([method], problem, steps=steps, learning_rate=0.7, active=active)
             (sam if steps <= 3 else sgd).step(closure)
-            for part, expected in zip(result.weights, weights_of(model), strict=True):
+            for part, expected in zip(result.weights, plain.weights_of(model), strict=True):
                 torch.testing.assert_close(part[i], expected, rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(result.weights[0], plain.weights[0], rtol=1e-3)
+    assert not torch.allclose(result.weights[0], baseline.weights[0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("method", [*METHODS.values(), Method("a-sam", "", "", radius=0.1)])
@@ -153,9 +151,9 @@ def test_all_curves_are_right_at_a_checkpoint(problem, tolerance):
 
 def test_a_penalty_changes_the_path_only_while_it_acts(problem):
     none, some = (run([METHODS["hsr"]], problem, steps=6, active=a)[0] for a in (0.0, 0.5))
-    (plain,) = run([METHODS["baseline"]], problem, steps=6)
-    assert torch.equal(none.weights[0], plain.weights[0])
-    assert not torch.equal(some.weights[0], plain.weights[0])
+    (never,) = run([METHODS["baseline"]], problem, steps=6)
+    assert torch.equal(none.weights[0], never.weights[0])
+    assert not torch.equal(some.weights[0], never.weights[0])
 
 
 def test_a_network_does_not_depend_on_its_ensemble(problem):
@@ -169,6 +167,7 @@ def test_a_network_does_not_depend_on_its_ensemble(problem):
             y[1:2],
             schedule=Schedule(steps=12),
             activation="tanh",
+            loss="bce",
         )[0]
         for part, single in zip(whole.weights, alone.weights, strict=True):
             torch.testing.assert_close(part[1:2], single, rtol=1e-9, atol=1e-12)
@@ -250,6 +249,7 @@ def test_steps_are_reported_as_they_are_done(problem):
         y,
         schedule=Schedule(steps=4),
         activation="tanh",
+        loss="bce",
         on_step=seen.append,
     )
     assert seen == [1, 2, 3, 4]

@@ -1,24 +1,27 @@
-"""Two-class tables: the one that scikit-learn carries, your own, and their splits."""
+"""Labelled tables: two that scikit-learn carries, your own, and their splits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from numpy.typing import NDArray
-from sklearn.datasets import load_breast_cancer
+from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from lowland.errors import UserError
 
+_BOOLEANS = {"false": 0.0, "true": 1.0}  # in any case
 _MISSING = ("", "na", "n/a", "nan", "null", "none", "?")  # as people write it, in any case
 
 
@@ -28,21 +31,31 @@ class DataError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples of two classes.
+    """Samples of two classes or more.
 
     Attributes:
         name: For titles.
         x: Features in their own units, float64.
-        y: 0 or 1, float64.
+        y: Labels: the place of each sample's class in ``classes``; of two classes in float64, of
+            more in int64.
         features: One name per column of ``x``.
-        classes: The names of class 0 and class 1.
+        classes: The names of the classes, at least two.
+        one_unit: Whether all features are in one unit, as pixels are, so that the spread of each
+            means something beside that of the others.
     """
 
     name: str
     x: Float[Tensor, "samples features"]
-    y: Float[Tensor, " samples"]
+    y: Num[Tensor, " samples"]
     features: tuple[str, ...]
-    classes: tuple[str, str]
+    classes: tuple[str, ...]
+    one_unit: bool = False
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each class."""
+        found: list[int] = torch.bincount(self.y.long(), minlength=len(self.classes)).tolist()
+        return found
 
 
 @dataclass(frozen=True)
@@ -50,16 +63,17 @@ class Splits:
     """A stack of splits of one data set, each standardized by its own training part.
 
     Attributes:
-        x_train: Features in standard deviations from the training part's mean.
-        y_train: 0 or 1.
+        x_train: Features in standard deviations from the training part's mean: each in its own, or
+            those of one unit in that of all of them together.
+        y_train: Labels, as in the data set.
         x_test: Features on the same scale as ``x_train``.
-        y_test: 0 or 1.
+        y_test: Labels.
     """
 
     x_train: Float[Tensor, "splits train features"]
-    y_train: Float[Tensor, "splits train"]
+    y_train: Num[Tensor, "splits train"]
     x_test: Float[Tensor, "splits test features"]
-    y_test: Float[Tensor, "splits test"]
+    y_test: Num[Tensor, "splits test"]
 
 
 def breast_cancer() -> Dataset:
@@ -80,13 +94,35 @@ def breast_cancer() -> Dataset:
     )
 
 
+def digits() -> Dataset:
+    """Optical Recognition of Handwritten Digits: 1,797 images of 8 x 8 pixels, ten classes.
+
+    References:
+        E. Alpaydin and C. Kaynak, UCI Machine Learning Repository (1998); the test part, carried by
+        scikit-learn.
+    """
+    bunch = load_digits()
+    return Dataset(
+        "Handwritten digits",
+        torch.from_numpy(np.ascontiguousarray(bunch.data)),
+        torch.from_numpy(bunch.target.astype(np.int64)),
+        tuple(map(str, bunch.feature_names)),
+        tuple(map(str, bunch.target_names)),
+        one_unit=True,
+    )
+
+
+CARRIED: dict[str, Callable[[], Dataset]] = {"breast-cancer": breast_cancer, "digits": digits}
+"""What needs no file, by its name on the command line."""
+
+
 def read_csv(path: Path, target: str) -> Dataset:
-    """Read a comma-separated table with a header line, numeric features and two classes.
+    """Read a comma-separated table with a header line, numeric features and a few classes.
 
     Args:
-        path: The file, in UTF-8.
-        target: The name of the column to predict: text, numbers or booleans of two values. The
-            class that sorts first becomes 0.
+        path: The file, in UTF-8. True and false in a feature are read as 1 and 0.
+        target: The name of the column to predict: text, numbers or booleans of at least two values.
+            Classes are numbered in their order; the one that sorts first becomes 0.
 
     Raises:
         DataError: If the file cannot be read as such a table. Rows are counted from 1, without the
@@ -97,6 +133,8 @@ def read_csv(path: Path, target: str) -> Dataset:
         hint = ""
         if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
             hint = "; columns must be separated by commas"
+        elif any(name.isdecimal() for name in table.columns):
+            hint = "; if that is data, add a header line"
         raise DataError(
             f"no column {target!r} in {str(path)!r}; its columns are {_list(table.columns)}{hint}"
         )
@@ -143,10 +181,17 @@ def _read_table(path: Path) -> pd.DataFrame:
             f"column {header.index('') + 1} of {str(path)!r} has no name in the header; name it, "
             "or drop it if it only counts rows"
         )
+    number = next(filter(_looks_like_data, header), None)
+    if number is not None:
+        raise DataError(
+            f"the first line of {str(path)!r} must name the columns, but holds the number "
+            f"{number!r}; add a header line, or give that column another name"
+        )
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(
-            f"{str(path)!r} has several columns named {_list(twice)}; give each its own name"
+            f"{str(path)!r} has several columns named {_list(twice)}; give each its own name, or "
+            "add a header line if there is none"
         )
     if len(cells) == 1:
         raise DataError(f"{str(path)!r} has a header line but no rows")
@@ -154,11 +199,23 @@ def _read_table(path: Path) -> pd.DataFrame:
     return rows
 
 
+def _looks_like_data(name: str) -> bool:
+    """Whether it is a number such as no column is named; whole ones may count the columns."""
+    try:
+        return math.isfinite(float(name)) and not name.isdecimal()
+    except ValueError:
+        return False
+
+
 def _list(names: Iterable[str]) -> str:
     """The first names, quoted."""
-    names = list(names)
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(map(repr, names[:8])) + more
+    return _some([repr(name) for name in names])
+
+
+def _some(items: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(items) - 8} more" if len(items) > 8 else ""
+    return ", ".join(items[:8]) + more
 
 
 def _rows(bad: NDArray[np.bool_]) -> str:
@@ -177,25 +234,27 @@ def _refuse_missing(column: pd.Series[str]) -> None:
         )
 
 
-def _encode(labels: pd.Series[str]) -> tuple[NDArray[np.float64], tuple[str, str]]:
-    """Labels as 0 and 1, and the names of the two classes."""
+def _encode(labels: pd.Series[str]) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """Labels as numbers from 0, and the names of the classes."""
     _refuse_missing(labels)
     numbers = pd.to_numeric(labels, errors="coerce")
     # As numbers 1 and 1.0 are one class, and 2 sorts before 10.
     codes, found = pd.factorize(labels if numbers.isna().any() else numbers, sort=True)
-    if len(found) != 2:
+    if len(found) < 2:
         raise DataError(
-            f"the target {labels.name!r} must have two classes; it has {len(found)}: "
+            f"the target {labels.name!r} must have two classes or more; it has one: "
             f"{_list(map(str, found))}"
         )
-    first, second = (str(labels[codes == code].iloc[0]) for code in (0, 1))
-    return codes.astype(np.float64), (first, second)
+    _, first = np.unique(codes, return_index=True)
+    return codes.astype(np.float64 if len(found) == 2 else np.int64), tuple(labels.iloc[first])
 
 
 def _numbers(column: pd.Series[str]) -> NDArray[np.float64]:
     """A feature as float64."""
     _refuse_missing(column)
-    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    booleans = column.str.lower().map(_BOOLEANS)
+    numbers = pd.to_numeric(column, errors="coerce") if booleans.isna().any() else booleans
+    values = np.asarray(numbers, dtype=np.float64)
     text = np.isnan(values)
     if text.any():
         raise DataError(
@@ -220,7 +279,9 @@ def stratified_splits(dataset: Dataset, seeds: range, *, test_size: float) -> Sp
     """One random split per seed, classes in equal proportion on both sides.
 
     A seed's split depends on nothing but the data and that seed. Features are standardized with
-    the mean and standard deviation of the training part alone, so that the test part stays unseen.
+    the mean and standard deviation of the training part alone, so that the test part stays unseen;
+    features of one unit share the standard deviation, or a pixel that is dark in all images but one
+    would outshine the others in that one.
 
     Args:
         dataset: The data.
@@ -235,23 +296,29 @@ def stratified_splits(dataset: Dataset, seeds: range, *, test_size: float) -> Sp
     return Splits(*(torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True)))
 
 
-def _split(dataset: Dataset, seed: int, test_size: float) -> tuple[NDArray[np.float64], ...]:
+def _split(dataset: Dataset, seed: int, test_size: float) -> tuple[NDArray[Any], ...]:
     """``(x_train, y_train, x_test, y_test)``."""
     x, y = dataset.x.numpy(), dataset.y.numpy()
     try:
         x_train, x_test, y_train, y_test = train_test_split(
             x, y, test_size=test_size, stratify=y, random_state=seed
         )
-        possible = y_train.min() < y_train.max() and y_test.min() < y_test.max()
+        possible = all(len(np.unique(part)) == len(dataset.classes) for part in (y_train, y_test))
     except ValueError:  # as scikit-learn puts it, the user cannot know what to do
         possible = False
     if not possible:
-        counts = [int((y == label).sum()) for label in (0, 1)]
+        counts = [
+            f"{count} of class {name!r}"
+            for count, name in sorted(zip(dataset.counts, dataset.classes, strict=True))
+        ]
         raise DataError(
-            f"{len(y)} rows ({counts[0]} of class {dataset.classes[0]!r}, {counts[1]} of "
-            f"{dataset.classes[1]!r}) are too few to train and test on both classes with a "
+            f"{len(y)} rows ({_some(counts)}) are too few to train and test on every class with a "
             f"fraction of {test_size:g} for testing; add rows or change the fraction"
         )
+    if dataset.one_unit:
+        center = x_train.mean(0)
+        scale = np.sqrt(np.square(x_train - center).mean())
+        return (x_train - center) / scale, y_train, (x_test - center) / scale, y_test
     with np.errstate(over="ignore", invalid="ignore"):
         scaler = StandardScaler().fit(x_train)
         x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)

@@ -1,27 +1,30 @@
-"""Ensembles of three-layer networks as plain tensors: how they start, and what they compute."""
+"""Ensembles of fully connected networks as plain tensors: how they start, and what they compute."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from lowland.activations import get_activation
 from lowland.losses import get_loss
 
-Weights = tuple[Float[Tensor, "networks inputs1 hidden"], Float[Tensor, "networks hidden1 1"]]
-SomeWeights = tuple[Float[Tensor, "some inputs1 hidden"], Float[Tensor, "some hidden1 1"]]
+# One tensor a layer, of inputs + 1 rows and as many columns as outputs, biases in row 0; one
+# activation after each but the last.
+Weights = tuple[Float[Tensor, "networks _ _"], ...]
+SomeWeights = tuple[Float[Tensor, "some _ _"], ...]
 # A leading dimension of 1 is shared by all networks.
 Inputs = Float[Tensor, "#networks samples inputs"]
-Targets = Float[Tensor, "#networks samples"]
-Samples = Float[Tensor, "networks samples"]
+# One number or label a sample, or one number an output.
+Targets = Num[Tensor, "#networks samples *outputs"]
 PerNetwork = Float[Tensor, " networks"]
 
 
-def initial_weights(seeds: range, *, inputs: int, hidden: int) -> Weights:
+def initial_weights(seeds: range, sizes: Sequence[int]) -> Weights:
     """Starting points, one per seed, distributed as those of :class:`torch.nn.Linear`.
 
     Each seed has a random generator of its own, so a network starts at the same point whatever
@@ -29,12 +32,11 @@ def initial_weights(seeds: range, *, inputs: int, hidden: int) -> Weights:
 
     Args:
         seeds: One seed per network.
-        inputs: Number of features.
-        hidden: Number of hidden units.
+        sizes: Units of each layer, from the inputs to the outputs.
 
     Returns:
-        ``(W, v)`` in float64, of shapes ``(networks, inputs + 1, hidden)`` and
-        ``(networks, hidden + 1, 1)``, biases in row 0.
+        One tensor in float64 for each two neighbours in ``sizes``, of shape
+        ``(networks, inputs + 1, outputs)``, biases in row 0.
     """
 
     def layer(generator: torch.Generator, rows: int, columns: int) -> Tensor:
@@ -42,29 +44,53 @@ def initial_weights(seeds: range, *, inputs: int, hidden: int) -> Weights:
         return (2 * unit - 1) / math.sqrt(rows)
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return (
-        torch.stack([layer(generator, inputs, hidden) for generator in generators]),
-        torch.stack([layer(generator, hidden, 1) for generator in generators]),
+    return tuple(
+        torch.stack([layer(generator, rows, columns) for generator in generators])
+        for rows, columns in pairwise(sizes)
     )
 
 
-def logits(weights: Weights, x: Inputs, activation: str) -> Samples:
-    """The logit ``s`` of each sample."""
-    first, second = weights
-    x = x.expand(len(first), -1, -1)
-    hidden = get_activation(activation)(torch.baddbmm(first[:, :1], x, first[:, 1:]))[0]
-    return torch.baddbmm(second[:, :1], hidden, second[:, 1:]).squeeze(2)
+def parameter_count(sizes: Sequence[int]) -> int:
+    """``P``, the number of weights and biases of a network with layers of these sizes."""
+    return sum((rows + 1) * columns for rows, columns in pairwise(sizes))
+
+
+def logits(
+    weights: Weights, x: Inputs, activation: str
+) -> Float[Tensor, "networks samples outputs"]:
+    """What each network computes for each sample, ``(networks, samples, outputs)``."""
+    *hidden, last = weights
+    values = x.expand(len(last), -1, -1)
+    for layer in hidden:
+        values = get_activation(activation)(_affine(layer, values))[0]
+    return _affine(last, values)
+
+
+def _affine(layer: Tensor, values: Tensor) -> Tensor:
+    return torch.baddbmm(layer[:, :1], values, layer[:, 1:])
 
 
 def mean_loss(weights: Weights, x: Inputs, y: Targets, *, activation: str, loss: str) -> PerNetwork:
-    """The loss ``L`` of each network, a mean over its samples."""
+    """The loss ``L`` of each network, a mean as PyTorch takes it.
+
+    Args:
+        weights: The networks.
+        x: ``(networks, samples, inputs)``.
+        y: ``(networks, samples)``: labels of classes, or targets of a single logit; or one target a
+            logit, ``(networks, samples, outputs)``.
+        activation: Of the hidden layers.
+        loss: ``"bce"``, ``"ce"`` or ``"mse"``.
+    """
     s = logits(weights, x, activation)
-    return get_loss(loss).value(s, y.expand_as(s)).mean(1)
+    if y.ndim == 2 and s.shape[2] == 1:
+        s = s.squeeze(2)
+    y = y.expand(len(s), *y.shape[1:])
+    return get_loss(loss).value(s, y).flatten(1).mean(1)
 
 
 def select(weights: Weights, networks: Tensor | slice) -> SomeWeights:
     """The weights of some of the networks."""
-    return weights[0][networks], weights[1][networks]
+    return tuple(layer[networks] for layer in weights)
 
 
 def pick(data: Tensor, networks: Tensor | slice) -> Tensor:
@@ -83,5 +109,5 @@ def one_by_one(
     """
     for index in range(len(weights[0])):
         one = slice(index, index + 1)
-        first, second = select(weights, one)
-        yield (first.clone(), second.clone()), pick(x, one).clone(), pick(y, one).clone()
+        own = tuple(layer.clone() for layer in select(weights, one))
+        yield own, pick(x, one).clone(), pick(y, one).clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lowland.experiments.compare import MEASURES, Cell, Comparison, Measure
+from lowland.experiments.compare import MEASURES, Cell, Comparison, Measure, layer_sizes
 from lowland.pages import data_uri, p_value, render
 from lowland.significance import SIGNIFICANCE
 from lowland.training import METHODS, Method
@@ -45,8 +45,11 @@ def findings(comparison: Comparison) -> list[str]:
     """What the tests say about each method, in words, and what that adds up to."""
     compared = comparison.settings.methods[1:]
     if not compared:
-        return ["Only the baseline was trained, so there is nothing to compare it with."]
-    sentences = [_finding(comparison, method) for method in compared]
+        return [
+            *_warning(comparison),
+            "Only the baseline was trained, so there is nothing to compare it with.",
+        ]
+    sentences = [*_warning(comparison), *(_finding(comparison, method) for method in compared)]
     better = any(_direction(comparison, method, "accuracy") > 0 for method in compared)
     flatter = any(_direction(comparison, method, "lambda_max") < 0 for method in compared)
     if not better and flatter:
@@ -59,6 +62,25 @@ def findings(comparison: Comparison) -> list[str]:
             "On this data, with these settings, no method improved test accuracy measurably."
         )
     return sentences
+
+
+def _warning(comparison: Comparison) -> list[str]:
+    """A sentence where training failed, or none."""
+    networks = comparison.networks
+    failed = networks.loc[~networks["learned"], "method"].value_counts()
+    told = [
+        f"{failed[method.name]} of {comparison.settings.seeds} networks by {method.title}"
+        for method in comparison.settings.methods
+        if method.name in failed
+    ]
+    if not told:
+        return []
+    sentence = (
+        f"Warning: {_join(told, ' and ')} learned nothing: the training loss did not fall, or not "
+        "below what the shares of the classes alone make it. Flatness says nothing there; try "
+        "another learning rate, more steps or smaller weights of the penalties."
+    )
+    return [sentence]
 
 
 def _direction(comparison: Comparison, method: Method, measure: str) -> int:
@@ -134,7 +156,16 @@ def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: s
         dataset=comparison.dataset,
         settings=comparison.settings,
         schedule=comparison.settings.schedule,
-        counts=[int((comparison.dataset.y == label).sum()) for label in (0, 1)],
+        classes=_join(
+            [
+                f"{name} ({count})"
+                for name, count in zip(
+                    comparison.dataset.classes, comparison.dataset.counts, strict=True
+                )
+            ],
+            " and ",
+        ),
+        logits=layer_sizes(comparison.dataset, comparison.settings)[-1],
         measures=MEASURES,
         rows=table(comparison),
         findings=findings(comparison),

@@ -26,12 +26,11 @@ def extreme_eigenvalues(
     """The smallest and the largest eigenvalue of each network's Hessian of the mean loss.
 
     Args:
-        weights: ``(W, v)`` of shapes ``(networks, inputs + 1, hidden)`` and
-            ``(networks, hidden + 1, 1)``, biases in row 0.
+        weights: One tensor a layer, ``(networks, inputs + 1, outputs)``, biases in row 0.
         x: ``(networks, samples, inputs)``.
-        y: ``(networks, samples)``.
+        y: ``(networks, samples)``, or ``(networks, samples, outputs)`` for one target an output.
         activation: A name that :func:`lowland.exact.moments` knows.
-        loss: ``"bce"`` or ``"mse"``.
+        loss: ``"bce"``, ``"ce"`` or ``"mse"``.
 
     Returns:
         ``(smallest, largest)``, each of shape ``(networks,)``.
@@ -42,8 +41,7 @@ def extreme_eigenvalues(
         restarted Lanczos converges both ends to a relative 1e-9 of the spectrum's largest
         magnitude.
     """
-    _, rows, hidden = weights[0].shape
-    dim = rows * hidden + hidden + 1
+    dim = sum(layer[0].numel() for layer in weights)
     parts = []
     for part, own_x, own_y in one_by_one(weights, x, y):
         if dim <= DENSE_LIMIT:
@@ -63,7 +61,7 @@ def _lanczos(
     """Both ends of one network's spectrum, from Hessian-vector products alone."""
     from scipy.sparse.linalg import LinearOperator, eigsh  # noqa: PLC0415 - slow, rarely needed
 
-    leaves = (weights[0].detach().requires_grad_(), weights[1].detach().requires_grad_())
+    leaves = tuple(layer.detach().requires_grad_() for layer in weights)
     value = mean_loss(leaves, x, y, activation=activation, loss=loss).sum()
     gradient = torch.cat([part.flatten() for part in grad(value, leaves, create_graph=True)])
     dim = len(gradient)

@@ -26,7 +26,6 @@ from lowland.networks import (
 )
 from lowland.spectrum import extreme_eigenvalues
 
-LOSS = "bce"
 CURVES = ("loss", "lambda_max", "lambda_min", "upper_bound", "lower_bound")
 
 PenaltyGradient = Callable[[Setup], Weights]
@@ -132,7 +131,7 @@ class Trained:
 
     Attributes:
         method: What they were trained by.
-        weights: The final ``(W, v)``.
+        weights: Where they ended.
         steps: Steps each network took.
         converged: Whether each stopped by its gradient, rather than by the number of steps.
         seconds: Time in this method's own gradients, for all its networks together.
@@ -169,18 +168,20 @@ def train(
     *,
     schedule: Schedule,
     activation: str,
+    loss: str,
     on_step: Callable[[int], None] | None = None,
 ) -> list[Trained]:
     """Train one ensemble per method from common starting points, all in one loop over steps.
 
     Args:
         methods: What to compare.
-        start: ``(W, v)`` at which network ``i`` of every method starts.
+        start: Weights at which network ``i`` of every method starts.
         x: ``(networks, samples, inputs)``; network ``i`` of every method sees the same samples.
             A leading dimension of 1 is shared by all networks.
-        y: ``(networks, samples)``, 0 or 1; the same.
+        y: ``(networks, samples)``, labels from 0; the same.
         schedule: How long and how fast.
-        activation: Of the hidden layer.
+        activation: Of the hidden layers.
+        loss: ``"bce"`` for networks of one logit and two classes, ``"ce"`` for one logit a class.
         on_step: Called with the number of steps done, after each of them.
 
     Returns:
@@ -190,7 +191,8 @@ def train(
         DivergenceError: If a weight is no longer finite.
     """
     groups = [
-        _Group(method, start, x, y, schedule=schedule, activation=activation) for method in methods
+        _Group(method, start, x, y, schedule=schedule, activation=activation, loss=loss)
+        for method in methods
     ]
     checkpoints = set(schedule.checkpoint_steps)
     for step in range(schedule.steps):
@@ -218,10 +220,12 @@ class _Group:
         *,
         schedule: Schedule,
         activation: str,
+        loss: str,
     ) -> None:
-        self.method, self.schedule, self.activation = method, schedule, activation
+        self.method, self.schedule = method, schedule
+        self.activation, self.loss = activation, loss
         self.x, self.y = x, y
-        self.weights = (start[0].clone(), start[1].clone())
+        self.weights = tuple(layer.clone() for layer in start)
         self.running = torch.arange(len(start[0]), device=x.device)
         self.moving = self.running  # those that were not at rest at the last checkpoint
         self.setup = self._set_up(self.weights)
@@ -257,12 +261,12 @@ class _Group:
     def _set_up(self, weights: Weights) -> Setup:
         """What computes with the networks that are running."""
         data = pick(self.x, self.running), pick(self.y, self.running)
-        return prepare(weights, *data, self.activation, LOSS, "mean")
+        return prepare(weights, *data, self.activation, self.loss, "mean")
 
     def _moving_gradient(self) -> tuple[Weights, Weights]:
         """Weights and the loss's gradient of networks that go on; those that converged leave."""
         weights = select(self.weights, self.running)
-        gradient = self.setup.at(weights).loss_gradient()
+        gradient: Weights = self.setup.at(weights).loss_gradient()
         norm = torch.cat([part.flatten(1) for part in gradient], 1).norm(dim=1)
         if self.threshold is None:
             self.threshold = self.schedule.tolerance * norm
@@ -282,7 +286,7 @@ class _Group:
         values: dict[str, PerNetwork] = {}
         if len(moved):
             weights, data = select(self.weights, moved), (pick(self.x, moved), pick(self.y, moved))
-            values = _measure(weights, *data, self.activation)
+            values = _measure(weights, *data, activation=self.activation, loss=self.loss)
         for name in CURVES:
             curve = self.curves.setdefault(name, [])
             latest = curve[-1].clone() if curve else self.x.new_zeros(len(self.steps))
@@ -304,17 +308,19 @@ class _Group:
         )
 
 
-def _measure(weights: Weights, x: Inputs, y: Targets, activation: str) -> dict[str, PerNetwork]:
+def _measure(
+    weights: Weights, x: Inputs, y: Targets, *, activation: str, loss: str
+) -> dict[str, PerNetwork]:
     """One value of each of ``CURVES`` per network."""
-    smallest, largest = extreme_eigenvalues(weights, x, y, activation=activation, loss=LOSS)
-    moments = exact.moments(weights, x, y, activation=activation, loss=LOSS)
-    loss = torch.cat(
+    smallest, largest = extreme_eigenvalues(weights, x, y, activation=activation, loss=loss)
+    moments = exact.moments(weights, x, y, activation=activation, loss=loss)
+    value = torch.cat(
         [
-            mean_loss(part, *data, activation=activation, loss=LOSS)
+            mean_loss(part, *data, activation=activation, loss=loss)
             for part, *data in one_by_one(weights, x, y)
         ]
     )
-    return dict(zip(CURVES, (loss, largest, smallest, moments.upper, moments.lower), strict=True))
+    return dict(zip(CURVES, (value, largest, smallest, moments.upper, moments.lower), strict=True))
 
 
 def perturbed(weights: Weights, gradient: Weights, radius: float, eta: float = 0.01) -> Weights:
@@ -328,8 +334,7 @@ def perturbed(weights: Weights, gradient: Weights, radius: float, eta: float = 0
         [(size * slope).flatten(1) for size, slope in zip(sizes, gradient, strict=True)], 1
     )
     norm = scaled.norm(dim=1)[:, None, None].clamp(min=torch.finfo(scaled.dtype).tiny)
-    first, second = (
+    return tuple(
         part + radius * size.square() * slope / norm
         for part, size, slope in zip(weights, sizes, gradient, strict=True)
     )
-    return first, second

@@ -1,8 +1,10 @@
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import plain
 import pytest
 import torch
 from scipy import stats
@@ -11,25 +13,36 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from lowland.datasets import Dataset, stratified_splits
 from lowland.experiments.compare import (
     MEASURES,
-    Settings,
     compare,
+    constant_loss,
     holm,
+    labels,
     paired_test,
     summarize,
 )
+from lowland.experiments.settings import DEFAULTS, Settings
+from lowland.networks import initial_weights
 from lowland.training import BASELINE, METHODS, Schedule
 
 
-def small_dataset():
+def small_dataset(classes=2):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(60, 3, generator=generator, dtype=torch.float64)
-    y = (x[:, 0] + torch.randn(60, generator=generator) > 0).double()
-    return Dataset("small", x, y, ("a", "b", "c"), ("no", "yes"))
+    if classes == 2:
+        y = (x[:, 0] + torch.randn(60, generator=generator) > 0).double()
+        return Dataset("small", x, y, ("a", "b", "c"), ("no", "yes"))
+    y = (x + torch.randn(60, 3, generator=generator)).argmax(1)
+    return Dataset("small", x, y, ("a", "b", "c"), ("low", "middle", "high"))
 
 
-@pytest.fixture(scope="module")
-def comparison():
-    return compare(small_dataset(), Settings(hidden=2, seeds=4, schedule=Schedule(steps=20)))
+SETTINGS = Settings(hidden=(2,), seeds=4, schedule=Schedule(steps=20))
+KINDS = [(2, (2,)), (3, (2,)), (2, (3, 2)), (3, (3, 2, 2))]  # classes, hidden
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
+def comparison(request):
+    classes, hidden = request.param
+    return compare(small_dataset(classes), replace(SETTINGS, hidden=hidden))
 
 
 def test_the_baseline_is_always_there_and_first():
@@ -47,27 +60,71 @@ def test_every_network_has_a_row_with_all_measures(comparison):
     assert (table["upper_bound"] >= table["lambda_max"]).all()
     assert (table["lower_bound"] <= table["lambda_min"]).all()
     assert (table["lambda_min"] <= table["trace"] / comparison.parameters).all()
-    assert comparison.parameters == 2 * 4 + 3
+    outputs = 1 if len(comparison.dataset.classes) == 2 else 3
+    inner = comparison.settings.hidden
+    expected = sum((i + 1) * o for i, o in zip((3, *inner), (*inner, outputs), strict=True))
+    assert comparison.parameters == expected
 
 
-def test_test_scores_are_those_of_scikit_learn():
+def test_a_start_is_the_same_to_the_last_bit_from_version_to_version():
+    first, second = initial_weights(range(7, 8), (3, 2, 1))
+    generator = torch.Generator().manual_seed(7)
+    inner = (2 * torch.rand(4, 2, generator=generator, dtype=torch.float64) - 1) / 3**0.5
+    outer = (2 * torch.rand(3, 1, generator=generator, dtype=torch.float64) - 1) / 2**0.5
+    assert torch.equal(first[0], inner)
+    assert torch.equal(second[0], outer)
+
+
+@pytest.mark.parametrize(("classes", "hidden"), KINDS)
+def test_test_scores_are_those_of_scikit_learn(classes, hidden):
     """The baseline without a step is its start, whose predictions anyone can compute."""
-    dataset = small_dataset()
-    settings = Settings(methods=(), hidden=2, seeds=3, schedule=Schedule(steps=1))
-    settings = replace(settings, schedule=replace(settings.schedule, learning_rate=1e-300))
+    dataset = small_dataset(classes)
+    schedule = Schedule(steps=1, learning_rate=1e-300)
+    settings = Settings(methods=(), hidden=hidden, seeds=3, schedule=schedule)
     table = compare(dataset, settings).networks
     splits = stratified_splits(dataset, range(3), test_size=0.25)
+    start = initial_weights(range(3), (3, *hidden, 1 if classes == 2 else classes))
     for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        first = (2 * torch.rand(4, 2, generator=generator, dtype=torch.float64) - 1) / 3**0.5
-        second = (2 * torch.rand(3, 1, generator=generator, dtype=torch.float64) - 1) / 2**0.5
-        hidden = torch.sigmoid(first[0] + splits.x_test[seed] @ first[1:])
-        share = torch.sigmoid(second[0] + hidden @ second[1:]).squeeze(1).numpy()
+        with torch.no_grad():
+            output = plain.module(start, seed, torch.nn.Sigmoid)(splits.x_test[seed])
+        if classes == 2:
+            share = torch.sigmoid(output).squeeze(1).numpy()
+            predicted = share > 0.5
+        else:
+            share = torch.softmax(output, 1).numpy()
+            predicted = share.argmax(1)
         true = splits.y_test[seed].numpy()
         row = table[table["seed"] == seed].iloc[0]
-        assert row["accuracy"] == accuracy_score(true, share > 0.5)
-        assert row["macro_f1"] == f1_score(true, share > 0.5, average="macro")
+        assert row["accuracy"] == accuracy_score(true, predicted)
+        assert row["macro_f1"] == f1_score(true, predicted, average="macro")
         assert row["log_loss"] == pytest.approx(log_loss(true, share), rel=1e-12)
+
+
+def test_the_likeliest_class_is_the_label():
+    one = torch.tensor([[[-0.5], [0.5], [0.0]]])
+    assert labels(one).tolist() == [[0, 1, 0]]
+    three = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 2.0, -1.0]]])
+    assert labels(three).tolist() == [[1, 0]]
+
+
+def test_a_constant_loses_the_entropy_of_the_labels():
+    y = torch.tensor([[0.0, 1, 1, 1], [0, 0, 0, 0]])
+    expected = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
+    torch.testing.assert_close(constant_loss(y), torch.tensor([expected, 0.0]).double())
+    torch.testing.assert_close(
+        constant_loss(torch.tensor([[0, 1, 2, 2]])), torch.tensor([1.5 * math.log(2)]).double()
+    )
+
+
+@pytest.mark.parametrize(("classes", "hidden"), KINDS)
+@pytest.mark.parametrize(("rate", "learned"), [(1e-9, False), (2.0, True), (1e7, False)])
+def test_networks_that_learned_nothing_are_told_apart(classes, hidden, rate, learned):
+    schedule = Schedule(steps=300, learning_rate=rate, checkpoints=2)
+    settings = Settings(methods=(), hidden=hidden, seeds=3, schedule=schedule, activation="tanh")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = compare(small_dataset(classes), settings).networks
+    assert (table["learned"] == learned).all()
 
 
 def test_history_starts_at_one_point_and_ends_at_the_table(comparison):
@@ -164,6 +221,13 @@ def test_the_corrected_t_test_is_that_of_nadeau_and_bengio():
 def test_the_test_knows_equal_and_constant_differences():
     assert paired_test(np.zeros(5), 0.3) == 1.0
     assert paired_test(np.ones(5), 0.3) == 0.0
+
+
+def test_defaults_can_be_run():
+    assert DEFAULTS["breast-cancer"] == Settings()
+    for settings in DEFAULTS.values():
+        assert settings.methods[0] == BASELINE
+        assert [method.name for method in settings.methods] == list(METHODS)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -45,6 +46,16 @@ def require(met: bool, option: str, expected: str, got: float) -> None:  # noqa:
     """
     if not met:
         raise UserError(f"{option} must be {expected}; got {got}")
+
+
+def check_own_folder(out: Path) -> None:
+    """Refuse the folder where the user happens to stand, which an empty name means too.
+
+    Raises:
+        UserError: If ``out`` is nothing but dots.
+    """
+    if not str(out).strip("."):
+        raise UserError(f"--out must name a folder of its own; got {str(out)!r}")
 
 
 @contextmanager

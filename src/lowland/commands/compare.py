@@ -17,64 +17,116 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lowland.activations import ACTIVATIONS
-from lowland.commands.common import one_line_errors, require
+from lowland.commands.common import check_own_folder, one_line_errors, require
 from lowland.errors import UserError
+from lowland.experiments.settings import DEFAULT_DATA, DEFAULTS, Settings
 from lowland.output import check_writable, publish
 from lowland.training import METHODS, Method, Schedule
 
 if TYPE_CHECKING:
-    from lowland.datasets import Dataset
-    from lowland.experiments.compare import Comparison, Settings
+    from lowland.experiments.compare import Comparison
 
 _PENALTY_COST = 2  # of a step with penalties beyond one without; only the time left depends on it
 
 
+def _widths(hidden: Sequence[int]) -> str:
+    """Hidden layers as on the command line."""
+    return ",".join(map(str, hidden))
+
+
+def _weights(settings: Settings) -> str:
+    """The penalties' weights, for the help."""
+    penalties = [method for method in settings.methods if method.penalty_gradient is not None]
+    return ", ".join(f"{method.name}={method.weight:g}" for method in penalties)
+
+
+def _defaults(show: Callable[[Settings], object]) -> str:
+    """What the help says about a default that depends on the data."""
+    first, *others = DEFAULTS
+    values = {name: str(show(DEFAULTS[name])) for name in DEFAULTS}
+    own = [f"{name}: {values[name]}" for name in others if values[name] != values[first]]
+    return "; ".join([values[first], *own])
+
+
 def compare(  # noqa: PLR0917 - typer fills in every one by name
-    data: Annotated[
+    table: Annotated[
         Path | None,
         typer.Argument(
             metavar="DATA.CSV",
-            help="A CSV file with a header line and numeric features; "
-            "Breast Cancer Wisconsin if left out.",
+            help="A CSV file with a header line and numeric features; true and false count as "
+            "1 and 0.",
         ),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="What to predict in the CSV file: two classes."),
+        typer.Option(metavar="COLUMN", help="What to predict in the CSV file: a few classes."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Without a CSV file: {', '.join(DEFAULTS)} (ten classes; two to three minutes).",
+            show_default=DEFAULT_DATA,
+        ),
     ] = None,
     methods: Annotated[
         str,
         typer.Option(metavar="A,B", help="Which to compare; the baseline is always among them."),
     ] = ",".join(METHODS),
-    hidden: Annotated[int, typer.Option(metavar="N", help="Hidden units.")] = 4,
+    hidden: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,M",
+            help="Units of each hidden layer, as 32 or 32,16.",
+            show_default=_defaults(lambda settings: _widths(settings.hidden)),
+        ),
+    ] = None,
     activation: Annotated[
         str,
-        typer.Option(metavar="NAME", help=f"Of the hidden layer: {', '.join(ACTIVATIONS)}."),
+        typer.Option(metavar="NAME", help=f"Of the hidden layers: {', '.join(ACTIVATIONS)}."),
     ] = "sigmoid",
     seeds: Annotated[
-        int,
-        typer.Option(metavar="N", help="Networks per method, each with its own split and start."),
-    ] = 30,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Networks per method, each with its own split and start.",
+            show_default=_defaults(lambda settings: settings.seeds),
+        ),
+    ] = None,
     first_seed: Annotated[
         int, typer.Option(metavar="N", help="The first of these consecutive seeds.")
     ] = 0,
     steps: Annotated[
-        int, typer.Option(metavar="N", help="Most steps of training.")
-    ] = Schedule.steps,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Most steps of training.",
+            show_default=_defaults(lambda settings: settings.schedule.steps),
+        ),
+    ] = None,
     learning_rate: Annotated[
-        float, typer.Option(metavar="RATE", help="Of the loss and the penalty alike.")
-    ] = Schedule.learning_rate,
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="Of the loss and the penalty alike.",
+            show_default=_defaults(lambda settings: settings.schedule.learning_rate),
+        ),
+    ] = None,
     active: Annotated[
         float,
         typer.Option(metavar="SHARE", help="Of the steps, in which penalties act: the first ones."),
     ] = Schedule.active,
     weight: Annotated[
         list[str] | None,
-        typer.Option(metavar="METHOD=VALUE", help="Weight of a penalty; may be repeated."),
+        typer.Option(
+            metavar="METHOD=VALUE",
+            help="Weight of a penalty; may be repeated.",
+            show_default=_defaults(_weights),
+        ),
     ] = None,
     test_size: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the samples, to test on.")
-    ] = 0.25,
+    ] = Settings.test_size,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for the page, tables and figures.")
     ] = Path("lowland-results/compare"),
@@ -84,55 +136,77 @@ def compare(  # noqa: PLR0917 - typer fills in every one by name
     Writes a page (index.html), tables (CSV) and figures (PNG, SVG).
     """
     with one_line_errors("nothing was written"):
-        chosen = _parse_methods(methods, weight or [])
-        if activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise UserError(f"unknown activation {activation!r}; expected one of {known}")
-        require(hidden >= 1, "--hidden", "at least 1", hidden)
-        # One network has no standard error; more than this fill the memory.
-        require(2 <= seeds <= 10_000, "--seeds", "between 2 and 10000", seeds)
-        require(0 <= first_seed < 2**32 - seeds, "--first-seed", "between 0 and 2^32", first_seed)
-        require(steps >= 1, "--steps", "at least 1", steps)
-        require(0 < learning_rate < math.inf, "--learning-rate", "positive", learning_rate)
-        require(0 <= active <= 1, "--active", "between 0 and 1", active)
-        require(0 < test_size < 1, "--test-size", "between 0 and 1", test_size)
-        if data is None and target is not None:
+        if data is not None and data not in DEFAULTS:
+            raise UserError(
+                f"unknown data {data!r}; expected one of {', '.join(DEFAULTS)}, or a file: "
+                "lowland compare DATA.CSV --target COLUMN"
+            )
+        if table is None and target is not None:
             raise UserError("--target needs a CSV file: lowland compare DATA.CSV --target COLUMN")
-        if data is not None and target is None:
-            raise UserError(f"which column of {str(data)!r} to predict? add --target COLUMN")
+        if table is not None and data is not None:
+            raise UserError(f"--data {data} and {str(table)!r}: give one")
+        if table is not None and target is None:
+            raise UserError(f"which column of {str(table)!r} to predict? add --target COLUMN")
+        default = DEFAULTS[data or DEFAULT_DATA]
+        settings = Settings(
+            _parse_methods(methods, weight or [], default),
+            default.hidden if hidden is None else _parse_widths(hidden),
+            activation,
+            default.seeds if seeds is None else seeds,
+            first_seed,
+            test_size,
+            replace(
+                default.schedule,
+                steps=default.schedule.steps if steps is None else steps,
+                learning_rate=(
+                    default.schedule.learning_rate if learning_rate is None else learning_rate
+                ),
+                active=active,
+            ),
+        )
+        _check(settings)
+        check_own_folder(out)
         check_writable(out)
 
         # Imported late: neither --help nor a mistyped option should wait for scikit-learn.
+        from lowland.datasets import CARRIED, read_csv  # noqa: PLC0415
         from lowland.experiments import compare as experiment  # noqa: PLC0415
 
-        dataset = _load(data, target)
-        settings = experiment.Settings(
-            chosen,
-            hidden,
-            activation,
-            seeds,
-            first_seed,
-            test_size,
-            Schedule(steps=steps, learning_rate=learning_rate, active=active),
-        )
+        if table is not None and target is not None:
+            source = [str(table), "--target", target]
+            dataset = read_csv(table, target)
+        else:
+            source = ["--data", data or DEFAULT_DATA]
+            dataset = CARRIED[data or DEFAULT_DATA]()
         with _progress(settings) as on_step:
             comparison = experiment.compare(dataset, settings, on_step=on_step)
-        publish(_files(comparison, spell_out(settings, data, target, out)), out)
+        publish(_files(comparison, spell_out(settings, source, out)), out)
     with one_line_errors(f"the results are in {out}"):
         _show(comparison)
         typer.echo(f"The page with all of it: {out / 'index.html'}")
 
 
-def _parse_methods(names: str, weights: Sequence[str]) -> tuple[Method, ...]:
+def _parse_widths(text: str) -> tuple[int, ...]:
+    """The units of each hidden layer."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) >= 1 for word in words):
+        raise UserError(
+            f"--hidden must be the units of each hidden layer, from 1, as 32 or 32,16; got {text!r}"
+        )
+    return tuple(map(int, words))
+
+
+def _parse_methods(names: str, weights: Sequence[str], default: Settings) -> tuple[Method, ...]:
     """The methods named, with the weights given."""
-    known = ", ".join(METHODS)
+    offered = {method.name: method for method in default.methods}
+    known = ", ".join(offered)
     chosen: dict[str, Method] = {}
     for name in map(str.strip, names.split(",")):
-        if name not in METHODS:
+        if name not in offered:
             raise UserError(f"unknown method {name!r}; expected some of {known}")
         if name in chosen:
             raise UserError(f"method {name!r} is named twice in --methods; name it once")
-        chosen[name] = METHODS[name]
+        chosen[name] = offered[name]
     weighted = set()
     for entry in weights:
         name, _, value = entry.partition("=")
@@ -157,12 +231,24 @@ def _parse_methods(names: str, weights: Sequence[str]) -> tuple[Method, ...]:
     return tuple(chosen.values())
 
 
-def _load(data: Path | None, target: str | None) -> Dataset:
-    from lowland.datasets import breast_cancer, read_csv  # noqa: PLC0415 - as in compare
+def _check(settings: Settings) -> None:
+    """Refuse what cannot be run.
 
-    if data is None or target is None:
-        return breast_cancer()
-    return read_csv(data, target)
+    Raises:
+        UserError: With the option and what it takes.
+    """
+    if settings.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UserError(f"unknown activation {settings.activation!r}; expected one of {known}")
+    seeds, first, schedule = settings.seeds, settings.first_seed, settings.schedule
+    # One network has no standard error; more than this fill the memory.
+    require(2 <= seeds <= 10_000, "--seeds", "between 2 and 10000", seeds)
+    require(0 <= first < 2**32 - seeds, "--first-seed", "between 0 and 2^32", first)
+    require(schedule.steps >= 1, "--steps", "at least 1", schedule.steps)
+    rate = schedule.learning_rate
+    require(0 < rate < math.inf, "--learning-rate", "positive", rate)
+    require(0 <= schedule.active <= 1, "--active", "between 0 and 1", schedule.active)
+    require(0 < settings.test_size < 1, "--test-size", "between 0 and 1", settings.test_size)
 
 
 @contextmanager
@@ -187,14 +273,12 @@ def _progress(settings: Settings) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=min(done, heavy) * _PENALTY_COST + done)
 
 
-def spell_out(settings: Settings, data: Path | None, target: str | None, out: Path) -> str:
+def spell_out(settings: Settings, source: Sequence[str], out: Path) -> str:
     """The command that repeats a comparison, every setting written down."""
     schedule = settings.schedule
-    words = ["lowland", "compare"]
-    if data is not None and target is not None:
-        words += [str(data), "--target", target]
+    words = ["lowland", "compare", *source]
     words += ["--methods", ",".join(method.name for method in settings.methods)]
-    words += ["--hidden", str(settings.hidden), "--activation", settings.activation]
+    words += ["--hidden", _widths(settings.hidden), "--activation", settings.activation]
     words += ["--seeds", str(settings.seeds), "--first-seed", str(settings.first_seed)]
     words += ["--steps", str(schedule.steps), "--learning-rate", f"{schedule.learning_rate!r}"]
     words += ["--active", f"{schedule.active!r}", "--test-size", f"{settings.test_size!r}"]

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lowland.commands.common import one_line_errors, require, stage_progress
+from lowland.commands.common import check_own_folder, one_line_errors, require, stage_progress
 from lowland.errors import UserError
 from lowland.experiments.reproduction import Claim
 from lowland.output import check_writable, publish
@@ -66,11 +66,10 @@ def hsr(
 
     Stopped at any point, the same command goes on from there; once finished, it draws again.
     """
-    folder = out or Path("lowland-results") / f"hsr-{Path(preset).stem}"
+    folder = Path("lowland-results") / f"hsr-{Path(preset).stem}" if out is None else out
     kept = f"what was finished is in {folder}, and the same command goes on from there"
     with one_line_errors(kept):
-        if out is not None and not str(out).strip("."):
-            raise UserError(f"--out must name a folder of its own; got {str(out)!r}")
+        check_own_folder(folder)
         if jobs is not None:
             require(jobs >= 1, "--jobs", "at least 1", jobs)
             if scheduler is not None:

@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor
 
 from lowland import exact
 from lowland.datasets import Dataset, Splits, stratified_splits
 from lowland.errors import UserError
-from lowland.networks import initial_weights, logits, mean_loss
+from lowland.experiments.settings import Settings
+from lowland.networks import (
+    PerNetwork,
+    Targets,
+    initial_weights,
+    logits,
+    mean_loss,
+    parameter_count,
+)
 from lowland.significance import holm
 from lowland.spectrum import extreme_eigenvalues
 from lowland.threads import threads
-from lowland.training import BASELINE, LOSS, METHODS, Method, Schedule, Trained, train
+from lowland.training import BASELINE, Trained, train
 
 _WORTH_THREADS = 4_000_000  # values in all training parts; below, one step is too short to share
 
 MOST_PARAMETERS = 10_000
 """Of a network: beyond, its eigenvalues take minutes at every checkpoint."""
+
+LEARNED = 0.99
+"""A network has learned something if its training loss came below this share of what it was, and
+of what it would be without a look at the features."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ MEASURES = (
         "macro_f1",
         "Test macro-F1",
         "test macro-F1",
-        "mean over both classes of the F1 score",
+        "mean over the classes of the F1 score",
         scale=100,
         unit=" %",
     ),
@@ -104,33 +118,6 @@ MEASURES = (
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that decides a comparison's numbers, beside the data.
-
-    Attributes:
-        methods: What to compare; the baseline is always there, and first.
-        hidden: Hidden units.
-        activation: Of the hidden layer.
-        seeds: Networks per method, each with a split and a starting point of its own.
-        first_seed: The first of that many consecutive seeds.
-        test_size: Fraction of the samples to test on.
-        schedule: How long and how fast to train.
-    """
-
-    methods: tuple[Method, ...] = tuple(METHODS.values())
-    hidden: int = 4
-    activation: str = "sigmoid"
-    seeds: int = 30
-    first_seed: int = 0
-    test_size: float = 0.25
-    schedule: Schedule = field(default_factory=Schedule)
-
-    def __post_init__(self) -> None:
-        others = tuple(method for method in self.methods if method != BASELINE)
-        object.__setattr__(self, "methods", (BASELINE, *others))
-
-
-@dataclass(frozen=True)
 class Cell:
     """One method's value of one measure.
 
@@ -155,7 +142,8 @@ class Comparison:
     Attributes:
         dataset: The data.
         settings: What was run.
-        networks: One row per trained network: method, seed, each measure, steps, converged.
+        networks: One row per trained network: method, seed, each measure, steps, converged, and
+            learned: whether its training loss fell, and below that of the classes' shares alone.
         history: One row per network and checkpoint: method, seed, step, loss, lambda_max.
         summary: One row per method and measure, with the columns of :class:`Cell`.
         seconds: Per method, time in its own gradients for all its networks together.
@@ -204,17 +192,24 @@ def compare(
         DataError: If the data cannot be split.
         DivergenceError: If training leaves the finite numbers.
     """
-    parameters = (len(dataset.features) + 2) * settings.hidden + 1
+    parameters = parameter_count(layer_sizes(dataset, settings))
     if parameters > MOST_PARAMETERS:
+        units = " + ".join(map(str, settings.hidden))
         raise UserError(
-            f"{len(dataset.features)} features and {settings.hidden} hidden units make "
-            f"{parameters} parameters; exact eigenvalues are computed for at most "
-            f"{MOST_PARAMETERS}, so use fewer hidden units or features"
+            f"{len(dataset.features)} features and {units} hidden units make {parameters} "
+            f"parameters; exact eigenvalues are computed for at most {MOST_PARAMETERS}, so use "
+            "fewer hidden units or features"
         )
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
     splits = stratified_splits(dataset, seeds, test_size=settings.test_size)
     with threads(1 if splits.x_train.numel() < _WORTH_THREADS else torch.get_num_threads()):
         return _compare(dataset, settings, splits, seeds, on_step)
+
+
+def layer_sizes(dataset: Dataset, settings: Settings) -> tuple[int, ...]:
+    """Units of each layer. Two classes share one logit, more have one each."""
+    classes = len(dataset.classes)
+    return (len(dataset.features), *settings.hidden, 1 if classes == 2 else classes)
 
 
 def _compare(
@@ -224,19 +219,20 @@ def _compare(
     seeds: range,
     on_step: Callable[[int], None] | None,
 ) -> Comparison:
-    start = initial_weights(seeds, inputs=len(dataset.features), hidden=settings.hidden)
+    sizes = layer_sizes(dataset, settings)
+    start = initial_weights(seeds, sizes)
+    model = {"activation": settings.activation, "loss": "bce" if sizes[-1] == 1 else "ce"}
     trained = train(
         settings.methods,
         start,
         splits.x_train,
         splits.y_train,
         schedule=settings.schedule,
-        activation=settings.activation,
         on_step=on_step,
+        **model,
     )
     networks = pd.concat(
-        [_measure(result, splits, seeds, settings.activation) for result in trained],
-        ignore_index=True,
+        [_measure(result, splits, seeds, **model) for result in trained], ignore_index=True
     )
     history = pd.concat([_curves(result, seeds) for result in trained], ignore_index=True)
     return Comparison(
@@ -246,20 +242,21 @@ def _compare(
         history,
         summarize(networks, test_fraction=splits.y_test.shape[1] / splits.y_train.shape[1]),
         {result.method.name: result.seconds for result in trained},
-        start[0][0].numel() + start[1][0].numel(),
+        parameter_count(sizes),
     )
 
 
-def _measure(trained: Trained, splits: Splits, seeds: range, activation: str) -> pd.DataFrame:
+def _measure(
+    trained: Trained, splits: Splits, seeds: range, *, activation: str, loss: str
+) -> pd.DataFrame:
     """One row per network."""
-    x, y = splits.x_train, splits.y_train
-    smallest, largest = extreme_eigenvalues(trained.weights, x, y, activation=activation, loss=LOSS)
-    moments = exact.moments(trained.weights, x, y, activation=activation, loss=LOSS)
-    predicted = logits(trained.weights, splits.x_test, activation) > 0
-    pairs = list(zip(splits.y_test.numpy(), predicted.numpy(), strict=True))
-    log_loss = mean_loss(
-        trained.weights, splits.x_test, splits.y_test, activation=activation, loss=LOSS
-    )
+    weights, x, y = trained.weights, splits.x_train, splits.y_train
+    smallest, largest = extreme_eigenvalues(weights, x, y, activation=activation, loss=loss)
+    moments = exact.moments(weights, x, y, activation=activation, loss=loss)
+    predicted = labels(logits(weights, splits.x_test, activation))
+    pairs = list(zip(splits.y_test.long().numpy(), predicted.numpy(), strict=True))
+    trivial = torch.minimum(trained.loss[0], constant_loss(y))
+    log_loss = mean_loss(weights, splits.x_test, splits.y_test, activation=activation, loss=loss)
     return pd.DataFrame(
         {
             "method": trained.method.name,
@@ -275,8 +272,24 @@ def _measure(trained: Trained, splits: Splits, seeds: range, activation: str) ->
             "trace": moments.trace.numpy(),
             "steps": trained.steps.numpy(),
             "converged": trained.converged.numpy(),
+            "learned": (trained.loss[-1] < LEARNED * trivial).numpy(),
         }
     )
+
+
+def labels(
+    logits: Float[Tensor, "networks samples outputs"],
+) -> Int[Tensor, "networks samples"]:
+    """The class that each network gives each sample: the likeliest one."""
+    return logits.argmax(2) if logits.shape[2] > 1 else (logits.squeeze(2) > 0).long()
+
+
+def constant_loss(y: Targets) -> PerNetwork:
+    """The smallest cross-entropy without a look at the features: the entropy of the labels."""
+    classes = int(y.max()) + 1
+    counts = torch.stack([row.bincount(minlength=classes) for row in y.long()]).double()
+    entropy: PerNetwork = torch.special.entr(counts / y.shape[1]).sum(1)
+    return entropy
 
 
 def _curves(trained: Trained, seeds: range) -> pd.DataFrame:

@@ -31,7 +31,7 @@ def chances(
 ) -> Float[Tensor, "networks points points"]:
     """The probability of class 1 over the plane: first along ``x_1``, then along ``x_2``."""
     grid = torch.cartesian_prod(axis, axis)[None]
-    chance = torch.sigmoid(logits(unflatten(preset, parameters), grid, ACTIVATION))
+    chance = torch.sigmoid(logits(unflatten(preset, parameters), grid, ACTIVATION).squeeze(2))
     whole: Tensor = chance.unflatten(1, (len(axis), -1))
     return whole
 

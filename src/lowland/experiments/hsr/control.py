@@ -11,11 +11,11 @@ from lowland import exact
 from lowland.experiments.hsr.performance import macro_f1
 from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.problem import flatten, samples, start
-from lowland.experiments.hsr.search import ACTIVATION
+from lowland.experiments.hsr.search import ACTIVATION, LOSS
 from lowland.jobs import Tensors
 from lowland.networks import one_by_one
 from lowland.threads import threads
-from lowland.training import LOSS, train
+from lowland.training import train
 
 
 def control(preset: Preset, method: str, seeds: list[int]) -> Tensors:
@@ -29,6 +29,7 @@ def control(preset: Preset, method: str, seeds: list[int]) -> Tensors:
             y,
             schedule=preset.schedule,
             activation=ACTIVATION,
+            loss=LOSS,
         )
         values, vectors = [], []
         for weights, *data in one_by_one(trained.weights, x, y):

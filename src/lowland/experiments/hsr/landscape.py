@@ -10,9 +10,8 @@ from torch import Tensor
 
 from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.problem import samples, unflatten
-from lowland.experiments.hsr.search import ACTIVATION
+from lowland.experiments.hsr.search import ACTIVATION, LOSS
 from lowland.networks import mean_loss
-from lowland.training import LOSS
 
 REACH = 1.0
 """How far the loss is followed along an eigenvector, which has length 1."""

@@ -15,7 +15,7 @@ def macro_f1(preset: Preset, weights: Weights) -> PerNetwork:
     """The mean over both classes of the F1 score on the test samples, one value a network."""
     x, y = samples(preset, preset.test_size, test=True)
     scores = [
-        f1_score(y[0] > 0, logits(network, x, ACTIVATION)[0] > 0, average="macro")
+        f1_score(y[0] > 0, logits(network, x, ACTIVATION)[0, :, 0] > 0, average="macro")
         for network, _, _ in one_by_one(weights, x, y)
     ]
     return torch.tensor(scores, dtype=torch.float64)

@@ -18,6 +18,7 @@ from lowland.threads import threads
 from lowland.training import BASELINE, Schedule, train
 
 ACTIVATION = "sigmoid"
+LOSS = "bce"
 
 
 def search(preset: Preset, first: int, stop: int) -> Tensors:
@@ -27,7 +28,13 @@ def search(preset: Preset, first: int, stop: int) -> Tensors:
     schedule = Schedule(preset.steps, preset.learning_rate, 0.0, preset.tolerance, checkpoints=2)
     with threads(1):  # so that no number depends on the machine's cores
         (trained,) = train(
-            [BASELINE], start(preset, seeds), x, y, schedule=schedule, activation=ACTIVATION
+            [BASELINE],
+            start(preset, seeds),
+            x,
+            y,
+            schedule=schedule,
+            activation=ACTIVATION,
+            loss=LOSS,
         )
     return {
         "seed": torch.tensor(seeds),

@@ -17,7 +17,7 @@ from scipy import stats
 from lowland.experiments.hsr.performance import macro_f1
 from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.problem import samples, start
-from lowland.experiments.hsr.search import ACTIVATION, sharpest
+from lowland.experiments.hsr.search import ACTIVATION, LOSS, sharpest
 from lowland.jobs import Tensors
 from lowland.networks import select
 from lowland.threads import threads
@@ -44,7 +44,13 @@ def sweep(preset: Preset, train_size: int, hidden: int, datasets: int) -> Tensor
     schedule = replace(preset.schedule, checkpoints=2)
     with threads(1):
         (found,) = train(
-            [BASELINE], begin, x[owner], y[owner], schedule=schedule, activation=ACTIVATION
+            [BASELINE],
+            begin,
+            x[owner],
+            y[owner],
+            schedule=schedule,
+            activation=ACTIVATION,
+            loss=LOSS,
         )
         bound = found.curves["upper_bound"][-1]
         again = torch.cat(
@@ -72,6 +78,7 @@ def sweep(preset: Preset, train_size: int, hidden: int, datasets: int) -> Tensor
                 y[owner[again]],
                 schedule=schedule,
                 activation=ACTIVATION,
+                loss=LOSS,
             )
             result[f"f1_{name}"] = macro_f1(cell, trained.weights)
             result[f"lambda_max_{name}"] = trained.lambda_max[-1]

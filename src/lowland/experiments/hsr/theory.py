@@ -18,12 +18,11 @@ from torch import Tensor
 from lowland import exact
 from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.problem import samples, start, unflatten
-from lowland.experiments.hsr.search import ACTIVATION
+from lowland.experiments.hsr.search import ACTIVATION, LOSS
 from lowland.jobs import Tensors
 from lowland.losses import get_loss
 from lowland.networks import Inputs, Targets, Weights, logits
 from lowland.threads import threads
-from lowland.training import LOSS
 
 Moment = Literal["trace", "trace_sq"]
 
@@ -148,7 +147,7 @@ def fit(preset: Preset, parameters: Float[Tensor, "networks parameters"]) -> Ten
     with threads(1):
         shares = exact.sample_contributions(weights, x, y, activation=ACTIVATION, loss=LOSS)
         residual, _, _ = get_loss(LOSS).derivatives(
-            logits(weights, x, ACTIVATION), y.expand(len(parameters), -1)
+            logits(weights, x, ACTIVATION).squeeze(2), y.expand(len(parameters), -1)
         )
     squares = [share.square().sum((-2, -1)) for share in shares]
     return {"residual": residual.abs(), "norm": (squares[0] + squares[1]).sqrt()}

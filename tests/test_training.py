@@ -173,6 +173,34 @@ def test_a_network_does_not_depend_on_its_ensemble(problem):
             torch.testing.assert_close(part[1:2], single, rtol=1e-9, atol=1e-12)
 
 
+def test_methods_side_by_side_come_out_as_one_by_one():
+    start, x, y = plain.problem((3, 4, 3), "ce")
+    model = {"schedule": Schedule(steps=12), "activation": "tanh", "loss": "ce"}
+    alone, together = (
+        train(list(METHODS.values()), start, x, y, workers=workers, **model) for workers in (1, 3)
+    )
+    for one, other in zip(alone, together, strict=True):
+        assert one.method == other.method
+        assert all(torch.equal(a, b) for a, b in zip(one.weights, other.weights, strict=True))
+        assert all(torch.equal(one.curves[name], other.curves[name]) for name in CURVES)
+
+
+def test_divergence_side_by_side_is_named_all_the_same(problem):
+    start, x, y = problem
+    method = replace(METHODS["hsr"], weight=1e308)
+    with pytest.raises(DivergenceError, match=r"HSR diverged at step 1; use a smaller learning"):
+        train(
+            [METHODS["baseline"], method],
+            start,
+            x,
+            y,
+            schedule=Schedule(steps=5, learning_rate=1e6),
+            activation="tanh",
+            loss="bce",
+            workers=2,
+        )
+
+
 def test_the_start_is_left_as_it_was(problem):
     before = [part.clone() for part in problem[0]]
     run(list(METHODS.values()), problem, steps=2)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -169,6 +171,7 @@ def train(
     schedule: Schedule,
     activation: str,
     loss: str,
+    workers: int = 1,
     on_step: Callable[[int], None] | None = None,
 ) -> list[Trained]:
     """Train one ensemble per method from common starting points, all in one loop over steps.
@@ -182,6 +185,8 @@ def train(
         schedule: How long and how fast.
         activation: Of the hidden layers.
         loss: ``"bce"`` for networks of one logit and two classes, ``"ce"`` for one logit a class.
+        workers: Methods that take a step at the same time, each in a thread of its own. No number
+            depends on it, but where a step takes less than milliseconds it only loses time.
         on_step: Called with the number of steps done, after each of them.
 
     Returns:
@@ -194,17 +199,13 @@ def train(
         _Group(method, start, x, y, schedule=schedule, activation=activation, loss=loss)
         for method in methods
     ]
-    checkpoints = set(schedule.checkpoint_steps)
-    for step in range(schedule.steps):
-        for group in groups:
-            if step in checkpoints:
-                group.measure()
-            if len(group.running):
-                group.step(step)
-        if on_step is not None:
-            on_step(step + 1)
-    for group in groups:
-        group.measure()
+    with ThreadPoolExecutor(workers) as pool:
+        every = pool.map if workers > 1 else map
+        for step in range(schedule.steps):
+            list(every(_Group.advance, groups, repeat(step)))
+            if on_step is not None:
+                on_step(step + 1)
+        list(every(_Group.measure, groups))
     return [group.result() for group in groups]
 
 
@@ -223,6 +224,7 @@ class _Group:
         loss: str,
     ) -> None:
         self.method, self.schedule = method, schedule
+        self.checkpoints = frozenset(schedule.checkpoint_steps)
         self.activation, self.loss = activation, loss
         self.x, self.y = x, y
         self.weights = tuple(layer.clone() for layer in start)
@@ -233,6 +235,13 @@ class _Group:
         self.steps = torch.zeros_like(self.running)
         self.seconds = 0.0
         self.curves: dict[str, list[PerNetwork]] = {}
+
+    def advance(self, step: int) -> None:
+        """Measure where it is time to, and take one step."""
+        if step in self.checkpoints:
+            self.measure()
+        if len(self.running):
+            self.step(step)
 
     def step(self, step: int) -> None:
         """One step of every network that has not converged."""

@@ -28,11 +28,10 @@ from lowland.networks import (
     parameter_count,
 )
 from lowland.significance import holm
-from lowland.spectrum import extreme_eigenvalues
 from lowland.threads import threads
 from lowland.training import BASELINE, Trained, train
 
-_WORTH_THREADS = 4_000_000  # values in all training parts; below, one step is too short to share
+_WORTH_THREADS = 8_000_000  # training samples times parameters; below, a step is too short to share
 
 MOST_PARAMETERS = 10_000
 """Of a network: beyond, its eigenvalues take minutes at every checkpoint."""
@@ -202,8 +201,13 @@ def compare(
         )
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
     splits = stratified_splits(dataset, seeds, test_size=settings.test_size)
-    with threads(1 if splits.x_train.numel() < _WORTH_THREADS else torch.get_num_threads()):
-        return _compare(dataset, settings, splits, seeds, on_step)
+    cores = torch.get_num_threads()
+    if splits.y_train.numel() * parameters < _WORTH_THREADS:
+        cores = 1
+    # Methods side by side come first: the threads of one operation wait for each other.
+    workers = min(cores, len(settings.methods))
+    with threads(cores // workers):
+        return _compare(dataset, settings, splits, seeds, workers=workers, on_step=on_step)
 
 
 def layer_sizes(dataset: Dataset, settings: Settings) -> tuple[int, ...]:
@@ -217,6 +221,8 @@ def _compare(
     settings: Settings,
     splits: Splits,
     seeds: range,
+    *,
+    workers: int,
     on_step: Callable[[int], None] | None,
 ) -> Comparison:
     sizes = layer_sizes(dataset, settings)
@@ -228,6 +234,7 @@ def _compare(
         splits.x_train,
         splits.y_train,
         schedule=settings.schedule,
+        workers=workers,
         on_step=on_step,
         **model,
     )
@@ -251,7 +258,6 @@ def _measure(
 ) -> pd.DataFrame:
     """One row per network."""
     weights, x, y = trained.weights, splits.x_train, splits.y_train
-    smallest, largest = extreme_eigenvalues(weights, x, y, activation=activation, loss=loss)
     moments = exact.moments(weights, x, y, activation=activation, loss=loss)
     predicted = labels(logits(weights, splits.x_test, activation))
     pairs = list(zip(splits.y_test.long().numpy(), predicted.numpy(), strict=True))
@@ -265,8 +271,8 @@ def _measure(
             "macro_f1": [f1_score(true, label, average="macro") for true, label in pairs],
             "log_loss": log_loss.numpy(),
             "train_loss": trained.loss[-1].numpy(),
-            "lambda_max": largest.numpy(),
-            "lambda_min": smallest.numpy(),
+            "lambda_max": trained.lambda_max[-1].numpy(),
+            "lambda_min": trained.curves["lambda_min"][-1].numpy(),
             "upper_bound": moments.upper.numpy(),
             "lower_bound": moments.lower.numpy(),
             "trace": moments.trace.numpy(),

@@ -13,7 +13,7 @@ from lowland.exact.modules import (
     module_moments,
     module_trace,
 )
-from lowland.moments import HessianMoments
+from lowland.moments import HessianMoments, check_number
 
 Method = Literal["auto", "exact", "dense"]
 
@@ -22,20 +22,33 @@ DENSE_LIMIT = 2048
 
 
 def hessian_moments(
-    model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, method: Method = "auto"
+    model: nn.Module,
+    criterion: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    method: Method = "auto",
+    *,
+    unbiased: bool = False,
+    moments: Literal[2, 4] = 2,
 ) -> HessianMoments:
     """``Tr H`` and ``Tr H^2`` of ``criterion(model(x), y)`` in the trainable parameters.
 
     Args:
-        model: For ``"exact"`` an ``nn.Sequential`` of Linear, activation, ``Linear(hidden, 1)``.
-            For ``"dense"`` any module.
-        criterion: For ``"exact"`` ``nn.BCEWithLogitsLoss`` or ``nn.MSELoss`` with the reduction
-            ``"mean"`` or ``"sum"``. For ``"dense"`` anything that returns a scalar.
+        model: For ``"exact"`` an ``nn.Sequential`` of Linear layers and element-wise activations,
+            with or without ``Flatten`` in front. For ``"dense"`` any module.
+        criterion: For ``"exact"`` ``nn.BCEWithLogitsLoss``, ``nn.CrossEntropyLoss``,
+            ``nn.MSELoss``, or one of your own (:func:`lowland.exact.register_criterion`), with the
+            reduction ``"mean"`` or ``"sum"``. For ``"dense"`` anything that returns a scalar.
         x: Inputs, ``(samples, inputs)`` for ``"exact"``.
-        y: Targets, ``(samples,)`` or ``(samples, 1)`` for ``"exact"``.
+        y: Targets as the criterion takes them; for one output also ``(samples,)``.
         method: ``"exact"`` is the closed form, ``"dense"`` brute force by automatic
             differentiation, ``"auto"`` the closed form where it covers the model and else brute
             force, up to a few thousand parameters.
+        unbiased: Take the samples for a batch of a larger data set, whose ``Tr H^2`` is to be
+            estimated: a batch's own is too large on average, since it holds each sample's pair with
+            itself. For ``"exact"`` alone.
+        moments: 4 for ``Tr H^3`` and ``Tr H^4`` as well, see
+            :meth:`~lowland.HessianMoments.bracket`.
 
     Returns:
         Scalar moments, differentiable in the model's parameters. Frozen parameters
@@ -48,15 +61,21 @@ def hessian_moments(
     Example:
         >>> import torch, lowland
         >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-        >>> x, y = torch.randn(50, 3), torch.ones(50)
-        >>> moments = lowland.hessian_moments(model, nn.BCEWithLogitsLoss(), x, y)
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> x, y = torch.randn(50, 3), torch.ones(50, dtype=torch.long)
+        >>> moments = lowland.hessian_moments(model, nn.CrossEntropyLoss(), x, y)
         >>> moments.dim, bool(moments.lower <= moments.upper)
-        (21, True)
+        (26, True)
     """
+    check_number(moments)
     if _resolve(model, criterion, method) == "exact":
-        return module_moments(model, criterion, x, y)
-    return dense_moments(model, criterion, x, y)
+        return module_moments(model, criterion, x, y, unbiased=unbiased, moments=moments)
+    if unbiased:
+        raise UnsupportedModelError(
+            "unbiased=True needs the closed form, which sees the samples one by one; brute force "
+            "sees their mean alone"
+        )
+    return dense_moments(model, criterion, x, y, moments=moments)
 
 
 def hessian_trace(

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from lowland.engines import Method, hessian_moments, hessian_trace
+from lowland.moments import HessianMoments
 
 
 class CurvaturePenalty(nn.Module, ABC):
@@ -21,18 +22,29 @@ class CurvaturePenalty(nn.Module, ABC):
         criterion: The loss whose curvature is penalized.
         weight: Factor of the penalty, at least zero.
         method: The engine, see :func:`lowland.hessian_moments`.
+        unbiased: For training by mini-batches: penalize an unbiased estimate of the data set's
+            ``Tr H^2`` rather than the batch's own, see :func:`lowland.hessian_moments`. Needs the
+            closed form.
 
     Raises:
         ValueError: If the weight is negative or not finite.
     """
 
-    def __init__(self, criterion: nn.Module, weight: float, *, method: Method = "auto") -> None:
+    def __init__(
+        self,
+        criterion: nn.Module,
+        weight: float,
+        *,
+        method: Method = "auto",
+        unbiased: bool = False,
+    ) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be a finite number of at least 0; got {weight}")
         self.criterion = criterion
         self.weight = weight
         self.method: Method = method
+        self.unbiased = unbiased
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The penalty, a scalar tensor with a graph to the model's trainable parameters."""
@@ -42,9 +54,14 @@ class CurvaturePenalty(nn.Module, ABC):
     def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The quantity that is penalized, before its weight."""
 
+    def moments(self, model: nn.Module, x: Tensor, y: Tensor) -> HessianMoments:
+        """What most penalties are functions of."""
+        return hessian_moments(model, self.criterion, x, y, self.method, unbiased=self.unbiased)
+
     def extra_repr(self) -> str:
         """The settings, for ``print(penalty)``."""
-        return f"weight={self.weight}, method={self.method!r}"
+        unbiased = ", unbiased=True" if self.unbiased else ""
+        return f"weight={self.weight}, method={self.method!r}{unbiased}"
 
 
 class HSR(CurvaturePenalty):
@@ -58,6 +75,7 @@ class HSR(CurvaturePenalty):
         criterion: The loss whose curvature is penalized.
         weight: Factor of the penalty, at least zero.
         method: The engine, see :func:`lowland.hessian_moments`.
+        unbiased: For training by mini-batches, see :class:`CurvaturePenalty`.
 
     References:
         arXiv:2606.28662, theorem 1.
@@ -65,7 +83,7 @@ class HSR(CurvaturePenalty):
 
     def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """``U``."""
-        return hessian_moments(model, self.criterion, x, y, self.method).upper
+        return self.moments(model, x, y).upper
 
 
 class HessianTrace(CurvaturePenalty):
@@ -92,8 +110,9 @@ class FlatnessAware(CurvaturePenalty):
         criterion: The loss whose curvature is penalized.
         weight: Factor of the penalty, at least zero.
         method: The engine, see :func:`lowland.hessian_moments`.
+        unbiased: For training by mini-batches, see :class:`CurvaturePenalty`.
     """
 
     def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """``Tr H^2 / B``."""
-        return hessian_moments(model, self.criterion, x, y, self.method).trace_sq / len(x)
+        return self.moments(model, x, y).trace_sq / len(x)

@@ -7,6 +7,7 @@ from lowland.exact.attribution import (
     pair_contributions,
     sample_contributions,
 )
+from lowland.exact.modules import register_criterion
 
 __all__ = [
     "Direction",
@@ -16,6 +17,7 @@ __all__ = [
     "loss_gradient",
     "moments",
     "pair_contributions",
+    "register_criterion",
     "sample_contributions",
     "trace",
 ]

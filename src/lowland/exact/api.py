@@ -19,7 +19,7 @@ from lowland.exact.reference import Reference
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
 from lowland.losses import Loss, get_loss
-from lowland.moments import HessianMoments
+from lowland.moments import HessianMoments, check_number
 from lowland.validation import as_outputs, check_features, check_weights
 
 Reduction = Literal["mean", "sum"]
@@ -87,8 +87,7 @@ def moments(
     References:
         arXiv:2606.28662, theorems 1 to 5; the order ``"parameters"`` is not in the paper.
     """
-    if moments not in (2, 4):
-        raise ValueError(f"moments must be 2 or 4; got {moments!r}")
+    check_number(moments)
     setup = prepare(weights, x, y, activation, loss, reduction)
     return setup.moments(order, memory_budget, unbiased=unbiased, moments=moments)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lowland.activations import ACTIVATIONS, Activation, compose, leaky_relu
-from lowland.exact.api import OrderChoice, Setup, prepare
+from lowland.exact.api import OrderChoice, Reduction, Setup, prepare
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.losses import LOSSES, Loss
 from lowland.moments import HessianMoments
@@ -94,7 +95,7 @@ def _read(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Setup
     if network.before is not None:
         x = network.before(x)[0]
     y = _read_targets(y, len(x), outputs, loss)
-    reduction = "sum" if criterion.reduction == "sum" else "mean"
+    reduction: Reduction = "sum" if criterion.reduction == "sum" else "mean"
     scale: float | Tensor | None = None
     if isinstance(criterion, nn.CrossEntropyLoss):
         y, scale = _weigh_classes(criterion, y, outputs, like=x)
@@ -162,15 +163,9 @@ def _read_layers(model: nn.Module) -> _Network:
             layers.append(layer)
             activations.append(None)
         elif type(layer) is nn.Flatten:
-            if layers or (layer.start_dim, layer.end_dim) != (1, -1):
-                raise UnsupportedModelError(
-                    f"{name}, is covered before the first Linear, with its default dimensions; "
-                    f"{_ELSEWHERE}"
-                )
+            _require_plain_flatten(layer, name, first=not layers)
             flat = True
-        elif type(layer) is nn.Identity or (isinstance(layer, nn.Dropout) and not layer.training):
-            pass
-        else:
+        elif not _does_nothing(layer):
             activation = _read_activation(layer)
             if activation is None:
                 raise UnsupportedModelError(_not_covered(name, layer))
@@ -178,6 +173,25 @@ def _read_layers(model: nn.Module) -> _Network:
                 activations[-1] = compose(activation, activations[-1])
             else:
                 before = compose(activation, before)
+    _require_layers(model, layers, activations)
+    hidden = [ACTIVATIONS["identity"] if each is None else each for each in activations[:-1]]
+    return _Network(flat, before, layers, hidden)
+
+
+def _does_nothing(layer: nn.Module) -> bool:
+    return type(layer) is nn.Identity or (isinstance(layer, nn.Dropout) and not layer.training)
+
+
+def _require_plain_flatten(layer: nn.Flatten, name: str, *, first: bool) -> None:
+    if not first or (layer.start_dim, layer.end_dim) != (1, -1):
+        raise UnsupportedModelError(
+            f"{name}, is covered before the first Linear, with its default dimensions; {_ELSEWHERE}"
+        )
+
+
+def _require_layers(
+    model: nn.Sequential, layers: list[nn.Linear], activations: list[Activation | None]
+) -> None:
     if not layers:
         raise UnsupportedModelError(
             f"the closed form needs at least one Linear layer; got none; {_ELSEWHERE}"
@@ -193,8 +207,6 @@ def _read_layers(model: nn.Module) -> _Network:
             "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "
             "those whose curvature you want"
         )
-    hidden = [ACTIVATIONS["identity"] if each is None else each for each in activations[:-1]]
-    return _Network(flat, before, layers, hidden)
 
 
 def _not_covered(name: str, layer: nn.Module) -> str:
@@ -215,7 +227,7 @@ def _require_fit(layers: list[nn.Linear]) -> None:
                     f"the linear layers {layers[seen[id(parameter)]]} and {layer} share a "
                     f"parameter; {_ELSEWHERE}"
                 )
-    for first, second in zip(layers[:-1], layers[1:], strict=True):
+    for first, second in pairwise(layers):
         if second.in_features != first.out_features:
             raise ValueError(
                 f"the layers do not fit: {first} gives {first.out_features} values and {second} "

@@ -151,7 +151,7 @@ def _unpacked(rows: Rows, width: int) -> Matrices:
     first, second = pairs_of(width, rows.device)
     result = rows.new_zeros(rows.shape[0], width * width, rows.shape[2])
     result[:, first * width + second] = rows
-    return result.unflatten(1, (width, width))
+    return result.view(-1, width, width, rows.shape[2])
 
 
 def _samples_first(rows: Rows) -> Tensor:

@@ -51,7 +51,7 @@ CACHE_BYTES = 4 * MEBIBYTE
 SHORTEST_RUN = 32
 
 # Beyond this products gain nothing, and the processor's cache is left behind.
-LONGEST_RUN = 256
+LONGEST_RUN = 512
 
 Path = Literal["samples", "parameters", "compiled"]
 
@@ -216,7 +216,7 @@ def _factor_rows(size: Size) -> int:
 
 def _rows(size: Size) -> int:
     """Rows of temporaries per sample and network in the order "parameters"."""
-    return 2 * _term_rows(size) + 2 * _factor_rows(size)
+    return _term_rows(size) + 3 * _factor_rows(size) // 2
 
 
 def _row_bytes(size: Size) -> int:
@@ -253,7 +253,7 @@ def _smallest_piece(size: Size) -> int:
 
 def _matrix_bytes(size: Size, entries: int) -> int:
     """Pieces of ``H``, what is added to them, and some copies of the weights."""
-    return (2 * entries + 6 * _weights(size)) * size.itemsize
+    return (3 * entries + 6 * _weights(size)) * size.itemsize
 
 
 def _weights(size: Size) -> int:
@@ -274,7 +274,7 @@ def _plan_parameters(size: Size, budget: int, *, on_cpu: bool) -> Plan:
     if smallest > budget:
         raise _too_small(budget, smallest, "parameters")
     matrices = budget // 2
-    limit = (matrices // size.itemsize - 6 * _weights(size)) // 2
+    limit = (matrices // size.itemsize - 6 * _weights(size)) // 3
     entries = min(blocks.entries(size), limit)
     pieces = blocks.cut(size, limit)
     if pieces is None:
@@ -306,7 +306,7 @@ def _kernels(size: Size) -> int:
 
 def _pair_rows(size: Size) -> int:
     """Rows of one sample's terms and of their products in a pair of runs."""
-    return 4 * _term_rows(size) + 8 * _inner(size)
+    return 4 * _term_rows(size) // 3 + 4 * _inner(size)
 
 
 def _kernel_run(size: Size, limit: float) -> int:

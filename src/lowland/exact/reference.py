@@ -172,20 +172,14 @@ class Reference:
 
         for index, parts in self._derivatives(trace_weight, square_weight, kept):
             slopes = _add_up(parts(self.terms(index)))
-            names = list(slopes)
-            chain(
-                self.runs[index],
-                lambda leaves, data, names=names: [
-                    compute_terms(self.arch, leaves, data).named[name] for name in names
-                ],
-                [
-                    slope.expand(self.networks, *slope.shape[1:])
-                    .movedim(-1, 1)
-                    .flatten(0, 1)
-                    .unsqueeze(-1)
-                    for slope in slopes.values()
-                ],
-            )
+            apart = [
+                slope.expand(self.networks, *slope.shape[1:])
+                .movedim(-1, 1)
+                .flatten(0, 1)
+                .unsqueeze(-1)
+                for slope in slopes.values()
+            ]
+            chain(self.runs[index], partial(self._named_terms, list(slopes)), apart)
         for run, slope in self._linear_part(trace_weight):
             chain(
                 run,
@@ -193,6 +187,12 @@ class Reference:
                 [slope.repeat_interleave(run.stop - run.start)],
             )
         return result
+
+    def _named_terms(
+        self, names: Sequence[Name], weights: Sequence[Tensor], data: Data
+    ) -> list[Tensor]:
+        named = compute_terms(self.arch, weights, data).named
+        return [named[name] for name in names]
 
     def _data(self, index: int) -> Data:
         return self.data.of_samples(self.runs[index])
@@ -216,7 +216,7 @@ class Reference:
         runs = range(len(self.runs))
         if self.plan.order == "samples":
             for index in runs:
-                yield index, partial(self._of_pairs, square_weight)
+                yield index, partial(self._of_pairs, square_weight, index)
         else:
             whole = [list(zip(self.plan.pieces[0], kept, strict=True))] if kept else self.groups()
             for found in whole:
@@ -233,10 +233,11 @@ class Reference:
         for piece, part in matrix:
             yield parameters.derivatives(self.arch, terms, piece, part)
 
-    def _of_pairs(self, weight: PerNetwork, terms: Terms) -> Iterator[Slopes]:
+    def _of_pairs(self, weight: PerNetwork, index: int, terms: Terms) -> Iterator[Slopes]:
         for other in range(len(self.runs)):
             # Twice: the other sample's share of a pair is the same, when it is its turn.
-            kernel = partial(samples.pairs, self.arch, right=self.terms(other))
+            right = terms if other == index else self.terms(other)
+            kernel = partial(samples.pairs, self.arch, right=right)
             yield _slopes(terms, kernel, 2 * weight[:, None, None])
 
     def _of_own(self, weight: PerNetwork, terms: Terms) -> Iterator[Slopes]:
@@ -248,7 +249,7 @@ class Reference:
         for run in self.runs:
             parts = loss_gradient(self.arch, self.weights, self.data.of_samples(run))
             for whole, part in zip(total, parts, strict=True):
-                whole += part
+                whole.add_(part)
         return total
 
 
@@ -290,4 +291,4 @@ def _chain(
     )
     for whole, part in zip(total, parts, strict=True):
         if part is not None:
-            whole += part
+            whole.add_(part)

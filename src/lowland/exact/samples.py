@@ -2,8 +2,8 @@ r"""The order of summation over pairs of samples: ``Tr H^2`` as a double sum of 
 
 With the factors of :mod:`lowland.exact.terms`, the inner product of two samples' Hessians is
 
-    sum_l (z_l . z_l)^2 (B_ll . B_ll)
-    + 2 sum_l<m (z_l . z_l) [ (z_m . z_m) (B_lm . B_lm) + 2 (D z_m) . (B g_m) + (D . D) (g_m . g_m) ]
+    sum_l (z_l . z_l)^2 (B_ll . B_ll) + 2 sum_l<m (z_l . z_l) R_lm,
+    R_lm = (z_m . z_m) (B_lm . B_lm) + 2 (D z_m) . (B g_m) + (D . D) (g_m . g_m),  D = D_l,m-1
 
 where the left factor of each product is of one sample and the right one of the other, and the
 mixed term stands for both ways to choose. Nothing of size ``P^2`` is ever formed.
@@ -70,7 +70,7 @@ def _sum(
     inputs = {layer: product(left.z[layer], right.z[layer]) for layer in layers}
     total: Tensor | None = None
     for layer in layers:
-        # Products of whole symmetric matrices: half of one's entries, weighed by what they stand for.
+        # Of symmetric matrices half the entries are enough, weighed by what they stand for.
         half = packed(left.B[layer, layer]) * multiplicity(
             left.B[layer, layer].shape[1], inputs[layer]
         ).unsqueeze(1)

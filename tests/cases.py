@@ -1,16 +1,44 @@
-"""Problems that hypothesis draws: shapes from 1, every activation, loss, reduction and type."""
+"""Problems that hypothesis draws: any depth, widths from 1, every activation, loss and type."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import oracle
 import torch
 from hypothesis import strategies as st
 
+from lowland.losses import Coupled, Loss, Separable
+
 ORDERS = ("samples", "parameters")
 TOLERANCES = {  # of moments, of gradients
     torch.float64: (1e-10, 1e-9),
     torch.float32: (1e-4, 1e-4),
+}
+
+
+def _poisson(s, y):
+    rate = s.exp()
+    return Separable(rate - y, rate, rate)
+
+
+def _distance(s, y):
+    apart = s - y
+    h = (1 + apart.square().sum(-1, keepdim=True)).sqrt()
+    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    outer = apart.unsqueeze(-1) * apart.unsqueeze(-2)
+
+    def third(A):
+        along = (A @ apart.unsqueeze(-1)).squeeze(-1)
+        both = (along * apart).sum(-1, keepdim=True)
+        trace = A.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        return (3 * both / h**2 * apart - trace * apart - 2 * along) / h**3
+
+    return Coupled(apart / h, (eye - outer / h.unsqueeze(-1) ** 2) / h.unsqueeze(-1), third)
+
+
+OF_ONES_OWN = {
+    "poisson": Loss("poisson", oracle.OF_ONES_OWN["poisson"], _poisson),
+    "distance": Loss("distance", oracle.OF_ONES_OWN["distance"], _distance),
 }
 
 
@@ -33,7 +61,7 @@ class Case:
         network = self.network
         return {
             "activation": network.activation,
-            "loss": network.loss,
+            "loss": OF_ONES_OWN.get(network.loss, network.loss),
             "reduction": network.reduction,
         }
 
@@ -41,19 +69,47 @@ class Case:
     def tolerances(self):
         return TOLERANCES[self.x.dtype]
 
+    @property
+    def samples(self):
+        return self.x.shape[-2]
+
+    def with_gradients(self):
+        """The same with weights that ask for them."""
+        return replace(
+            self, weights=[part.detach().clone().requires_grad_() for part in self.weights]
+        )
+
+    def in_double(self):
+        return replace(self, weights=[part.double() for part in self.weights], x=self.x.double())
+
     def singles(self):
         """``(index, flat, x, y)`` of each network, in float64 from the very same values."""
-        weight, output = (part.detach().double() for part in self.weights)
-        weight = weight.expand(*self.ensemble, *weight.shape[-2:])
-        output = output.expand(*self.ensemble, *output.shape[-2:])
+        weights = [part.detach().double() for part in self.weights]
+        weights = [part.expand(*self.ensemble, *part.shape[-2:]) for part in weights]
         x = self.x.double().expand(*self.ensemble, *self.x.shape[-2:])
-        y = self.y.double().expand(*self.ensemble, self.y.shape[-1])
+        y = self.y if self.y.dtype == torch.int64 else self.y.double()
+        own = 2 if self.network.takes_columns or self.is_soft else 1
+        y = y.expand(*self.ensemble, *y.shape[-own:])
         for index in itertools.product(*map(range, self.ensemble)):
-            yield index, oracle.flatten([weight[index], output[index]]), x[index], y[index]
+            yield index, oracle.flatten([part[index] for part in weights]), x[index], y[index]
+
+    @property
+    def is_soft(self):
+        """Whether the targets are distributions over classes."""
+        return self.network.loss == "ce" and self.y.is_floating_point()
 
 
 def make(
-    network, samples, *, seed=0, ensemble=(), dtype=torch.float64, gain=1.0, own_data=False, y=None
+    network,
+    samples,
+    *,
+    seed=0,
+    ensemble=(),
+    dtype=torch.float64,
+    gain=1.0,
+    own_data=False,
+    soft=False,
+    y=None,
 ):
     """A random case; ``gain`` multiplies weights of the usual size."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,28 +119,58 @@ def make(
 
     leading = ensemble if own_data else ()
     x = normal(*leading, samples, network.inputs)
-    weight = normal(*ensemble, network.inputs + 1, network.hidden)
-    output = normal(*ensemble, network.hidden + 1, 1)
+    weights = [
+        (gain * normal(*ensemble, rows, columns) / rows**0.5).to(dtype)
+        for rows, columns in network.shapes
+    ]
     if y is None:
-        y = normal(*leading, samples)
+        columns = () if network.outputs == 1 else (network.outputs,)
+        y = normal(*leading, samples, *columns)
         if network.loss == "bce":
             y = (y > 0).double()
-    weights = [
-        (gain * weight / (network.inputs + 1) ** 0.5).to(dtype),
-        (gain * output / (network.hidden + 1) ** 0.5).to(dtype),
-    ]
-    return Case(network, weights, x.to(dtype), y.to(dtype), ensemble)
+        elif network.loss == "poisson":
+            y = (4 * y.abs()).floor()
+        elif network.loss == "ce":
+            y = y.softmax(-1) if soft else y.argmax(-1)
+    return Case(
+        network, weights, x.to(dtype), y if y.dtype == torch.int64 else y.to(dtype), ensemble
+    )
+
+
+def shallow(losses=("bce", "mse"), activations=tuple(oracle.ACTIVATIONS)):
+    """Networks of one hidden layer and one output, which the compiled code covers."""
+    return st.builds(
+        oracle.Network,
+        inputs=st.integers(1, 5),
+        hidden=st.integers(1, 5),
+        activation=st.sampled_from(activations),
+        loss=st.sampled_from(losses),
+        reduction=st.sampled_from(["mean", "sum"]),
+    )
 
 
 @st.composite
-def cases(draw, dtypes=(torch.float64,), *, ensembles=True, activations=tuple(oracle.ACTIVATIONS)):
-    network = oracle.Network(
-        inputs=draw(st.integers(1, 5), label="inputs"),
-        hidden=draw(st.integers(1, 5), label="hidden"),
-        activation=draw(st.sampled_from(activations)),
-        loss=draw(st.sampled_from(sorted(oracle.LOSSES))),
+def general(draw, activations=tuple(oracle.ACTIVATIONS), losses=tuple(oracle.LOSSES)):
+    """Networks of 0 to 4 hidden layers, of any number of outputs."""
+    depth = draw(st.integers(0, 4), label="depth")
+    hidden = tuple(draw(st.integers(1, 4), label="width") for _ in range(depth))
+    loss = draw(st.sampled_from(losses))
+    return oracle.Network(
+        inputs=draw(st.integers(1, 4), label="inputs"),
+        hidden=hidden,
+        activation=tuple(draw(st.sampled_from(activations)) for _ in hidden),
+        loss=loss,
         reduction=draw(st.sampled_from(["mean", "sum"])),
+        outputs=draw(st.integers(2 if loss == "ce" else 1, 4), label="outputs"),
     )
+
+
+@st.composite
+def cases(draw, dtypes=(torch.float64,), *, ensembles=True, networks=None):
+    """Problems; every third or so of a kind that the compiled code covers."""
+    if networks is None:
+        networks = st.one_of(shallow(), general(), general())
+    network = draw(networks)
     ensemble = draw(st.sampled_from([(), (1,), (3,), (2, 2)])) if ensembles else ()
     return make(
         network,
@@ -92,8 +178,9 @@ def cases(draw, dtypes=(torch.float64,), *, ensembles=True, activations=tuple(or
         seed=draw(st.integers(0, 2**31)),
         ensemble=ensemble,
         dtype=draw(st.sampled_from(dtypes)),
-        gain=draw(st.sampled_from([0.3, 1.0, 4.0])),
+        gain=draw(st.sampled_from([0.3, 1.0, 4.0 if len(network.widths) < 4 else 2.0])),
         own_data=draw(st.booleans()),
+        soft=draw(st.booleans()) if network.loss == "ce" else False,
     )
 
 

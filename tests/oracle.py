@@ -1,14 +1,15 @@
-"""Brute force: a three-layer network as a plain function of a flat parameter vector.
+"""Brute force: a multilayer perceptron as a plain function of a flat parameter vector.
 
 Nothing here uses lowland: activations and losses are PyTorch's own, the Hessian is
-``torch.func.hessian``'s, and gradients are autograd's through all of it. Parameters are ordered as
-``W`` row by row, then ``v``, biases first.
+``torch.func.hessian``'s, and gradients are autograd's through all of it. Parameters are ordered
+layer by layer, each row by row, biases first.
 
 Where PyTorch's own derivative is ``p (1 - p)`` with ``p`` close to one, no digits are left; there
 the function is written with the small one of ``p`` and ``1 - p``.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.nn import functional
@@ -40,41 +41,92 @@ ACTIVATIONS = {
 }
 
 
-def _bce(logits, targets, reduction):
-    losses = _softplus((1 - 2 * targets) * logits)
-    return losses.mean() if reduction == "mean" else losses.sum()
+def _bce(logits, targets):
+    return _softplus((1 - 2 * targets) * logits)
 
 
-LOSSES = {
-    "bce": _bce,
-    "mse": functional.mse_loss,
-}
+def _ce(logits, targets):
+    # Everything in differences from the largest logit, whose own is a constant: all other
+    # probabilities are small, and nothing is left of "1 - p" for the largest one.
+    index = logits.argmax(-1, keepdim=True)
+    is_top = torch.arange(logits.shape[-1], device=logits.device) == index
+    below = torch.where(is_top, 0, logits - logits.gather(-1, index))
+    return targets.sum(-1) * torch.logsumexp(below, -1) - (targets * below).sum(-1)
+
+
+def _mse(logits, targets):
+    return (logits - targets).square()
+
+
+def _poisson(logits, targets):
+    return logits.exp() - targets * logits
+
+
+def _distance(logits, targets):
+    return (1 + (logits - targets).square().sum(-1)).sqrt()
+
+
+# By sample and output, or by sample for those that couple the outputs.
+LOSSES = {"bce": _bce, "ce": _ce, "mse": _mse}
+OF_ONES_OWN = {"poisson": _poisson, "distance": _distance}
 SMOOTH = [name for name in ACTIVATIONS if "relu" not in name]
 
 
 @dataclass(frozen=True)
 class Network:
-    """One network without its weights."""
+    """One network without its weights; ``hidden`` and ``activation`` for one layer or for each."""
 
     inputs: int
-    hidden: int
-    activation: str
+    hidden: int | tuple[int, ...]
+    activation: str | tuple[str, ...]
     loss: str
     reduction: str = "mean"
+    outputs: int = 1
+
+    @property
+    def widths(self):
+        hidden = self.hidden if isinstance(self.hidden, tuple) else (self.hidden,)
+        return (self.inputs, *hidden, self.outputs)
+
+    @property
+    def shapes(self):
+        """Of each layer's weights, biases in row 0."""
+        return [(before + 1, after) for before, after in pairwise(self.widths)]
+
+    @property
+    def activations(self):
+        hidden = len(self.widths) - 2
+        return (self.activation,) * hidden if isinstance(self.activation, str) else self.activation
 
     @property
     def dim(self):
-        return (self.inputs + 1) * self.hidden + self.hidden + 1
+        return sum(rows * columns for rows, columns in self.shapes)
+
+    @property
+    def takes_columns(self):
+        """Whether there is a column of targets for each output, rather than one target a sample."""
+        return self.outputs > 1 and self.loss != "ce"
 
     def logits(self, flat, x):
-        split = (self.inputs + 1) * self.hidden
-        weight = flat[:split].view(self.inputs + 1, self.hidden)
-        output = flat[split:]
-        z = ACTIVATIONS[self.activation](weight[0] + x @ weight[1:])
-        return output[0] + z @ output[1:]
+        """``(samples, outputs)``, or ``(samples,)`` for one output."""
+        *hidden, last = unflatten(flat, self)
+        for weight, activation in zip(hidden, self.activations, strict=True):
+            x = ACTIVATIONS[activation](weight[0] + x @ weight[1:])
+        logits = last[0] + x @ last[1:]
+        return logits.squeeze(-1) if self.outputs == 1 else logits
+
+    def losses(self, flat, x, y):
+        """Of each sample, or of each of its outputs."""
+        if self.loss == "ce" and y.ndim < 2:
+            y = functional.one_hot(y.long(), self.outputs)
+        logits, y = self.logits(flat, x), y.to(x.dtype)
+        if self.loss == "distance" and self.outputs == 1:
+            logits, y = logits.unsqueeze(-1), y.unsqueeze(-1)
+        return {**LOSSES, **OF_ONES_OWN}[self.loss](logits, y)
 
     def loss_of(self, flat, x, y):
-        return LOSSES[self.loss](self.logits(flat, x), y.to(x.dtype), reduction=self.reduction)
+        losses = self.losses(flat, x, y)
+        return losses.mean() if self.reduction == "mean" else losses.sum()
 
     def hessian(self, flat, x, y):
         return torch.func.hessian(self.loss_of)(flat, x, y)
@@ -86,17 +138,14 @@ class Network:
 
 
 def flatten(weights):
-    """``[W, v]`` of one network as a flat vector."""
+    """The weights of one network as a flat vector."""
     return torch.cat([part.reshape(-1) for part in weights])
 
 
 def unflatten(flat, network):
     """The inverse of :func:`flatten`."""
-    split = (network.inputs + 1) * network.hidden
-    return (
-        flat[:split].view(network.inputs + 1, network.hidden),
-        flat[split:].view(network.hidden + 1, 1),
-    )
+    parts = flat.split([rows * columns for rows, columns in network.shapes])
+    return [part.view(shape) for part, shape in zip(parts, network.shapes, strict=True)]
 
 
 def moments(matrix):

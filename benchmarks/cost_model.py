@@ -13,26 +13,29 @@ import time
 
 import numpy as np
 import torch
-from exact import Case
+from deep import Case
 from scipy.optimize import nnls
 
 from lowland.exact import engine
-from lowland.exact.api import prepare
+from lowland.exact.api import Setup
+from lowland.exact.modules import read
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, PRICES, Path, cost, work
+from lowland.exact.size import Size
 
-GRID = list(itertools.product((30, 100, 300, 1_000, 3_000), (2, 10, 30, 100), (2, 8, 32)))
+SAMPLES = (30, 100, 300, 1_000, 3_000)
+ONE_HIDDEN = [(inputs, hidden, 1) for inputs in (2, 10, 30, 100) for hidden in (2, 8, 32)]
+DEEPER = [(64, 32, 10), (10, 8, 8, 3), (30, 16, 16, 1), (5, 4, 4, 4, 4, 2), (200, 20, 5), (20, 4)]
 DEAREST = 2.0  # seconds; a size that the present prices expect to take longer is left out
 
 
-def measure(case: Case, path: Path) -> float:
-    setup = prepare(case.weights, case.x, case.y, "sigmoid", "bce", "mean")
+def measure(setup: Setup, path: Path) -> float:
     order = "samples" if path == "samples" else "parameters"
     problem = setup.problem(order, DEFAULT_MEMORY_BUDGET, compiled=path == "compiled")
     times = []
-    for _ in range(6):
+    for _ in range(4):
         start = time.perf_counter()
-        first, second = engine.run_moments(problem, setup.weight, setup.output)
-        torch.autograd.grad((first + second).sum(), [setup.weight, setup.output])
+        first, second = engine.run_moments(problem, setup.weights)
+        torch.autograd.grad((first + second).sum(), setup.weights)
         times.append(time.perf_counter() - start)
     return min(times)  # other work on the machine can only add
 
@@ -40,20 +43,21 @@ def measure(case: Case, path: Path) -> float:
 def main() -> None:
     paths: tuple[Path, ...] = ("samples", "parameters", "compiled")
     times: dict[Path, list[float]] = {path: [] for path in paths}
-    sizes = []
-    for samples, inputs, hidden in GRID:
-        case = Case(samples, inputs, hidden)
-        size = prepare(case.weights, case.x, case.y, "sigmoid", "bce", "mean").size
-        if max(cost(size, path) for path in paths) > DEAREST:
+    sizes: dict[Path, list[Size]] = {path: [] for path in paths}
+    for samples, widths in itertools.product(SAMPLES, ONE_HIDDEN + DEEPER):
+        case = Case(widths, samples)
+        setup = read(case.model, case.criterion, case.x, case.y)
+        own = [path for path in paths if path != "compiled" or widths in ONE_HIDDEN]
+        if max(cost(setup.size, path) for path in own) > DEAREST:
             continue
-        sizes.append(size)
-        for path in paths:
-            times[path].append(measure(case, path))
-    print(f"{len(sizes)} sizes\n")
+        for path in own:
+            sizes[path].append(setup.size)
+            times[path].append(measure(setup, path))
+    print(f"{len(sizes['samples'])} sizes, {len(sizes['compiled'])} of them compiled\n")
     fitted: dict[Path, np.ndarray] = {}
     for path in paths:
         seconds = np.array(times[path])
-        features = np.array([work(size, path) for size in sizes])
+        features = np.array([work(size, path) for size in sizes[path]])
         fitted[path], _ = nnls(features / seconds[:, None], np.ones(len(seconds)))
         off = np.abs(np.log(features @ fitted[path] / seconds))
         print(f'    "{path}": ({", ".join(f"{price:.1e}" for price in fitted[path])}),', end="")
@@ -62,20 +66,21 @@ def main() -> None:
         report_choices(sizes, times, fitted, rival)
 
 
-def report_choices(sizes: list, times: dict, fitted: dict, rival: Path) -> None:
+def report_choices(sizes: dict, times: dict, fitted: dict, rival: Path) -> None:
     regrets = []
-    for index, size in enumerate(sizes):
+    by_samples = dict(zip(sizes["samples"], times["samples"], strict=True))
+    for size, by_rival in zip(sizes[rival], times[rival], strict=True):
         guesses = {
             path: float(np.dot(work(size, path), fitted[path])) for path in ("samples", rival)
         }
-        chosen = min(guesses, key=guesses.__getitem__)
-        regrets.append(times[chosen][index] / min(times["samples"][index], times[rival][index]))
+        taken = {"samples": by_samples[size], rival: by_rival}
+        regrets.append(taken[min(guesses, key=guesses.__getitem__)] / min(taken.values()))
     right = sum(regret == 1 for regret in regrets)
-    worst = sizes[int(np.argmax(regrets))]
+    worst = sizes[rival][int(np.argmax(regrets))]
     print(
         f"\nsamples against {rival}: right in {right} of {len(regrets)}; a choice costs "
         f"{statistics.mean(regrets):.2f} times the best on average, {max(regrets):.2f} at worst\n"
-        f"({worst.samples} samples, {worst.inputs - 1} inputs, {worst.hidden} hidden)"
+        f"({worst.samples} samples, widths {worst.widths})"
     )
 
 

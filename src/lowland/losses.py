@@ -57,8 +57,8 @@ class Loss:
         derivatives: Maps logits and targets, ``(..., samples, K)`` both, to :class:`Separable` or
             :class:`Coupled`.
         targets: ``"binary"`` if they must be 0 or 1, ``"real"`` if any number will do; both have
-            one target per logit. ``"classes"`` for labels from 0 to ``K - 1``, which ``derivatives``
-            gets as a distribution over classes.
+            one target per logit. ``"classes"`` for labels from 0 to ``K - 1``, of which
+            ``derivatives`` gets a distribution over classes.
     """
 
     name: str

@@ -41,7 +41,7 @@ def module_moments(
         UnsupportedModelError: If the closed form does not cover the model or the criterion.
         ValueError: As :func:`lowland.exact.moments`.
     """
-    setup = _read(model, criterion, x, y)
+    setup = read(model, criterion, x, y)
     return setup.moments(order, memory_budget, unbiased=unbiased, moments=moments)
 
 
@@ -54,7 +54,7 @@ def module_trace(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
     """The exact trace alone, in linear time; otherwise as :func:`module_moments`."""
-    return _read(model, criterion, x, y).trace(memory_budget)
+    return read(model, criterion, x, y).trace(memory_budget)
 
 
 def check_supported(model: nn.Module, criterion: nn.Module) -> None:
@@ -80,7 +80,8 @@ class _Network:
     activations: list[Activation]
 
 
-def _read(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Setup:
+def read(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Setup:
+    """What computes with a model, a criterion and data; errors as :func:`module_moments`."""
     network = _read_layers(model)
     loss = _read_criterion(criterion)
     first, outputs = network.layers[0], network.layers[-1].out_features

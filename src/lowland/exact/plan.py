@@ -55,12 +55,12 @@ LONGEST_RUN = 512
 
 Path = Literal["samples", "parameters", "compiled"]
 
-# Seconds for each unit of `work`, as fitted by `python benchmarks/cost_model.py` on two cores in
+# Seconds for each unit of `work`, as fitted by `python benchmarks/cost_model.py` on one core in
 # float64. Only their ratios matter to the choice.
 PRICES: dict[Path, tuple[float, float, float]] = {
-    "samples": (2.5e-11, 4.0e-10, 6.0e-6),
-    "parameters": (2.5e-11, 4.0e-10, 6.0e-6),
-    "compiled": (2.7e-11, 2.1e-8, 2.3e-4),
+    "samples": (1.0e-11, 5.0e-10, 9.7e-7),
+    "parameters": (5.3e-11, 0.0, 6.1e-6),
+    "compiled": (6.3e-11, 5.6e-8, 4.7e-4),
 }
 
 

@@ -1,9 +1,9 @@
 r"""Per-sample terms of a multilayer perceptron: everything that its Hessian is made of.
 
 Layer ``l`` (from 0) maps :math:`\tilde z_l = [1; z_l]` to :math:`a_l = W_l^T \tilde z_l`, and
-:math:`z_{l+1} = \phi_l(a_l)`; the last ``a`` are the logits. With :math:`g_l = \partial\ell/\partial
-a_l`, with :math:`B_{lm}` the second derivative of a sample's loss in shifts of :math:`a_l` and
-:math:`a_m`, and with :math:`D_{lm} = \partial z_{m+1} / \partial a_l`, the Hessian's blocks are
+:math:`z_{l+1} = \phi_l(a_l)`; the last ``a`` are the logits. With a sample's loss :math:`\ell`,
+:math:`g_l = \partial\ell / \partial a_l`, :math:`B_{lm}` its second derivative in shifts of
+:math:`a_l` and :math:`a_m`, and :math:`D_{lm} = \partial z_{m+1} / \partial a_l`, the blocks are
 
     H[W_l (k,j), W_m (k',j')] = z~_lk ( z~_mk' B_lm[j,j'] + [l < m, k' > 0] D_l,m-1[j,k'] g_m[j'] )
 
@@ -120,7 +120,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Terms:
-    r"""The factors of the Hessian's blocks for a run of samples (symbols in the module's docstring).
+    r"""The factors of the Hessian's blocks for a run of samples (symbols as above).
 
     Attributes:
         z: The trained rows of each layer's augmented inputs.

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from lowland import exact
+from lowland.moments import HessianMoments
 
 BOTH_TYPES = (torch.float64, torch.float32)
+
+# Shapes are checked elsewhere; here are many small networks.
+pytestmark = pytest.mark.usefixtures("as_installed")
 
 # Factors of hidden weights, output weights and inputs of the usual size.
 REGIMES = {
@@ -32,12 +36,17 @@ EXTREME_TOLERANCES = {
 }
 
 
-def extreme(regime, activation, loss, dtype, *, samples=8, inputs=3, hidden=4):
+def network(loss, activation="gelu", *, inputs=3, hidden=4):
+    outputs = 3 if loss == "ce" else 1
+    return oracle.Network(inputs, hidden, activation, loss, outputs=outputs)
+
+
+def extreme(regime, network, dtype, *, samples=8):
     of_hidden, of_output, of_inputs = REGIMES[regime]
-    case = cases.make(oracle.Network(inputs, hidden, activation, loss), samples, dtype=dtype)
-    weight, output = case.weights
-    weights = [(of_hidden * weight).requires_grad_(), (of_output * output).requires_grad_()]
-    return replace(case, weights=weights, x=of_inputs * case.x)
+    case = cases.make(network, samples, dtype=dtype)
+    *hidden, output = case.weights
+    weights = [of_hidden * weight for weight in hidden] + [of_output * output]
+    return replace(case, weights=weights, x=of_inputs * case.x).with_gradients()
 
 
 def solve(case, order):
@@ -50,57 +59,63 @@ def assert_finite(moments, grads):
     assert all(bool(value.isfinite().all()) for value in (*values, *grads))
 
 
-def assert_right(case, moments, grads):
+def expected_of(case):
+    """Both traces, the bound, and its gradient, by brute force."""
     ((_, flat, x, y),) = case.singles()
+    flat.requires_grad_()
+    traces = oracle.moments(case.network.hessian(flat, x, y))
+    # Its own formula would divide zero by zero where there is no spread.
+    upper = HessianMoments(case.network.dim, *traces).upper
+    (gradient,) = torch.autograd.grad(upper, flat)
+    return *(part.detach() for part in traces), upper.detach(), gradient
+
+
+def assert_right(case, moments, grads, expected):
+    trace, trace_sq, upper, gradient = expected
     tolerance = EXTREME_TOLERANCES[case.x.dtype]
     # What the type cannot hold is zero.
     underflow = 0 if case.x.dtype == torch.float64 else torch.finfo(torch.float32).tiny ** 0.75
-    trace, trace_sq = oracle.moments(case.network.hessian(flat, x, y))
     scale = (moments.dim * trace_sq).sqrt()
     assert (moments.trace.double() - trace).abs() <= tolerance * scale + underflow
     assert (moments.trace_sq.double() - trace_sq).abs() <= tolerance * trace_sq + underflow
+    # Brute force too is rounded where its terms cancel altogether.
+    noise = 4 * torch.finfo(case.x.dtype).eps * upper.abs()
+    error = (oracle.flatten(grads).double() - gradient).abs().max()
+    assert error <= tolerance * gradient.abs().max() + underflow + noise
 
-    def upper(matrix):
-        if moments.std == 0:  # autograd would divide zero by zero
-            return matrix.trace() / case.network.dim
-        return oracle.upper(*oracle.moments(matrix), case.network.dim)
 
-    expected = oracle.gradient(case.network, flat, x, y, upper)
-    error = (oracle.flatten(grads).double() - expected).abs().max()
-    assert error <= tolerance * expected.abs().max() + underflow
+def assert_all_right(case):
+    expected = expected_of(case)
+    for order in cases.ORDERS:
+        moments, grads = solve(case, order)
+        assert_finite(moments, grads)
+        assert_right(case, moments, grads, expected)
 
 
 @pytest.mark.parametrize("dtype", BOTH_TYPES)
 @pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_extreme_networks(regime, activation, dtype):
-    for loss in oracle.LOSSES:
-        case = extreme(regime, activation, loss, dtype)
-        for order in cases.ORDERS:
-            moments, grads = solve(case, order)
-            assert_finite(moments, grads)
-            assert_right(case, moments, grads)
+    for loss, hidden in (("bce", 4), ("mse", 4), ("ce", (4, 3))):
+        assert_all_right(extreme(regime, network(loss, activation, hidden=hidden), dtype))
 
 
-@pytest.mark.parametrize("order", cases.ORDERS)
 @pytest.mark.parametrize(
-    ("samples", "inputs", "hidden"), [(1, 3, 4), (8, 1, 4), (8, 3, 1), (1, 1, 1)]
+    ("samples", "inputs", "hidden"),
+    [(1, 3, 4), (8, 1, 4), (8, 3, 1), (1, 1, 1), (1, 1, ()), (1, 1, (1, 1, 1, 1)), (8, 1, (1, 4))],
 )
-def test_smallest_networks(samples, inputs, hidden, order):
+def test_smallest_networks(samples, inputs, hidden):
     for activation in oracle.ACTIVATIONS:
         for loss in oracle.LOSSES:
-            case = cases.make(oracle.Network(inputs, hidden, activation, loss), samples)
-            case = replace(case, weights=[part.requires_grad_() for part in case.weights])
-            moments, grads = solve(case, order)
-            assert_finite(moments, grads)
-            assert_right(case, moments, grads)
+            each = network(loss, activation, inputs=inputs, hidden=hidden)
+            assert_all_right(cases.make(each, samples).with_gradients())
 
 
 @pytest.mark.parametrize("order", cases.ORDERS)
 @pytest.mark.parametrize("loss", oracle.LOSSES)
-def test_equal_samples_are_one_sample(loss, order):
-    one = cases.make(oracle.Network(3, 4, "gelu", loss), 1)
-    one = replace(one, weights=[part.requires_grad_() for part in one.weights])
+@pytest.mark.parametrize("hidden", [4, (3, 2, 3)])
+def test_equal_samples_are_one_sample(hidden, loss, order):
+    one = cases.make(network(loss, hidden=hidden), 1).with_gradients()
     many = replace(one, x=one.x.expand(50, -1), y=one.y.expand(50))
     expected, expected_grads = solve(one, order)
     moments, grads = solve(many, order)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("as_installed")
 EVERY_CALL = [
     exact.moments,
     exact.trace,
+    exact.loss_gradient,
     exact.hessian,
     exact.direction,
     exact.sample_contributions,
@@ -56,12 +57,23 @@ SHAPES = {
     "a scalar target": ({"y": zeros(())}, r"y must have shape \(6,\); got \(\)"),
     "layers that do not chain": (
         {"v": zeros(4, 1)},
-        r"has 4 hidden units, so weights\[1\] must end in \(5, 1\), bias in row 0; got \(4, 1\)",
+        r"do not chain: .*\(4, 4\) has 4 outputs, so weights\[1\] must have 5 rows.*\(4, 1\)",
     ),
-    "two outputs": ({"v": zeros(5, 2)}, r"must end in \(5, 1\).*got \(5, 2\)"),
+    "more outputs than targets": (
+        {"v": zeros(5, 2)},
+        r"with 6 samples and 2 outputs y must have shape \(6, 2\) for 'bce'; got \(6,\)",
+    ),
+    "more targets than outputs": (
+        {"v": zeros(5, 2), "y": zeros(6, 3)},
+        r"y must have shape \(6, 2\) for 'bce'; got \(6, 3\)",
+    ),
+    "targets on their side": (
+        {"v": zeros(5, 2), "y": zeros(2, 6)},
+        r"y must have shape \(6, 2\) for 'bce'; got \(2, 6\)",
+    ),
     "a flat output layer": (
         {"v": zeros(5)},
-        r"expected weights of shapes \(\*ensemble, inputs \+ 1, hidden\).*got \(4, 4\) and \(5,\)",
+        r"expected weights\[1\] of shape \(\*ensemble, inputs \+ 1, outputs\), bias.*got \(5,\)",
     ),
     "ensembles that do not broadcast": (
         {"w": zeros(2, 4, 4), "v": zeros(3, 5, 1)},
@@ -160,11 +172,67 @@ def test_labels_of_any_type_are_the_same_labels(dtype):
     assert torch.equal(actual.trace_sq, expected.trace_sq)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_other_numbers_of_layers(count):
+@pytest.mark.parametrize("call", EVERY_CALL)
+def test_weights_that_are_no_sequence_of_tensors(call):
     weights, x, y = good()
-    with pytest.raises(ValueError, match=rf"expected two weight tensors \[W, v\].*got {count}"):
-        exact.moments((weights * 2)[:count], x, y, **SETTINGS)
+    with pytest.raises(ValueError, match=r"sequence of weight tensors, one for each.*got none"):
+        call([], x, y, **SETTINGS)
+    with pytest.raises(ValueError, match=r"sequence of weight tensors, one for each.*got a tensor"):
+        call(weights[0], x, y, **SETTINGS)
+
+
+@pytest.mark.parametrize("call", EVERY_CALL)
+@pytest.mark.parametrize("count", [0, 2, 3])
+def test_other_numbers_of_activations_than_of_hidden_layers(call, count):
+    message = f"expected one activation, or one for each of the 1 hidden layers; got {count}"
+    with pytest.raises(ValueError, match=message):
+        call(*good(), activation=["tanh"] * count, loss="bce")
+
+
+CLASSES = {
+    "labels beyond the last class": (
+        {"y": torch.tensor([0, 1, 2, 3, 0, 1])},
+        "labels from 0 to 2.*got 3",
+    ),
+    "negative labels": ({"y": torch.tensor([0, 1, 2, -1, 0, 1])}, "labels from 0 to 2.*got -1"),
+    "fractions of labels": ({"y": zeros(6) + 0.5}, "labels from 0 to 2.*got 0.5"),
+    "labels that are not finite": ({"y": with_value((6,), math.nan)}, "y has 1 NaN or infinite"),
+    "negative probabilities": (
+        {"y": with_value((6, 3), -0.5)},
+        "y must hold a probability for each class; got -0.5, which is negative",
+    ),
+    "probabilities that are not finite": (
+        {"y": with_value((6, 3), math.inf)},
+        "y has 1 NaN or inf",
+    ),
+    "probabilities for fewer classes": (
+        {"y": zeros(6, 2)},
+        r"y must have shape \(6,\); got \(6, 2\)",
+    ),
+    "labels for fewer samples": (
+        {"y": torch.zeros(5).long()},
+        r"must have shape \(6,\); got \(5,\)",
+    ),
+    "one class": (
+        {"v": zeros(5, 1)},
+        "'ce' takes one logit for each of at least two classes; got one output: use 'bce'",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", EVERY_CALL)
+@pytest.mark.parametrize("what", CLASSES)
+def test_targets_that_are_no_classes(what, call):
+    changes, message = CLASSES[what]
+    problem = good(**{"v": zeros(5, 3), "y": torch.tensor([0, 1, 2, 2, 1, 0]), **changes})
+    with pytest.raises(ValueError, match=message):
+        call(*problem, activation="tanh", loss="ce")
+
+
+def test_numbers_of_moments_that_there_are_not():
+    for count in (0, 1, 3, 5):
+        with pytest.raises(ValueError, match=f"moments must be 2 or 4.*got {count}"):
+            exact.moments(*good(), **SETTINGS, moments=count)
 
 
 @pytest.mark.parametrize("call", EVERY_CALL)
@@ -172,7 +240,8 @@ def test_other_numbers_of_layers(count):
     ("setting", "message"),
     [
         ({"activation": "swish"}, "unknown activation 'swish': expected one of identity, sigmoid"),
-        ({"loss": "hinge"}, "unknown loss 'hinge': expected one of bce, mse"),
+        ({"activation": ["swish"]}, "unknown activation 'swish': expected one of identity"),
+        ({"loss": "hinge"}, "unknown loss 'hinge': expected one of bce, ce, mse"),
         ({"reduction": "none"}, "unknown reduction 'none': expected 'mean' or 'sum'"),
     ],
 )

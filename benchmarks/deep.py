@@ -104,7 +104,8 @@ def costs(rounds: int) -> list[str]:
         brute, factor = brute_force_cost(case, sum(widths[1:]), times)
         network = "→".join(map(str, widths))
         lines.append(
-            f"| {network}, {samples:,} | {case.dim:,} | {ours:.1f} | ≤ {reach:g} | {forward:.1f} | {trace:.1f} | {brute} | {factor} |"
+            f"| {network}, {samples:,} | {case.dim:,} | {ours:.1f} | ≤ {reach:g} | {forward:.1f} | "
+            f"{trace:.1f} | {brute} | {factor} |"
         )
         print(lines[-1], file=sys.stderr)
     return lines

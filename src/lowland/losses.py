@@ -74,7 +74,7 @@ class Loss:
 
 class _SeparableFunction(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, derivatives: Separable) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, _: Tensor, derivatives: Separable) -> tuple[Tensor, Tensor]:
         residual, curvature, third = derivatives
         ctx.save_for_backward(curvature, third)
         return residual, curvature
@@ -88,7 +88,7 @@ class _SeparableFunction(Function):
 class _CoupledFunction(Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, derivatives: Coupled, scale: float | Tensor
+        ctx: Any, _: Tensor, derivatives: Coupled, scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         residual, curvature, ctx.third = derivatives
         ctx.scale = scale

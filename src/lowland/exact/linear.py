@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from lowland.exact.blocks import multiplicity, pairs_of
 from lowland.exact.terms import Architecture, Data, Matrices, Pass, Rows, forward
 from lowland.losses import logit_derivatives
 
@@ -41,7 +42,8 @@ def _inner_traces(
     )
     g, separable = residual.mT, curvature.ndim == residual.ndim
     yield last, (curvature if separable else curvature.diagonal(dim1=-2, dim2=-1)).sum(-1)
-    # By layer above: its pre-activations' derivatives in this layer's.
+    # By layer above: its pre-activations' derivatives in this layer's. Between neighbours they are
+    # worth forming only for layers further below.
     jacobians: dict[int, Matrices] = {}
     bends: dict[int, Rows] = {}
     for layer in range(last - 1, arch.lowest - 1, -1):
@@ -49,17 +51,33 @@ def _inner_traces(
         for m, above in jacobians.items():
             pulled = (gain @ above.flatten(2)).unflatten(2, (above.shape[2], -1))
             jacobians[m] = slope.unsqueeze(2) * pulled
-        norms = {m: jacobian.square().sum(1) for m, jacobian in jacobians.items() if m < last}
-        norms[layer + 1] = gain.square().mT @ slope.square()
-        # Between neighbours it is worth forming only for the logits, and for layers below.
-        if layer + 1 == last or layer > arch.lowest:
-            jacobians[layer + 1] = slope.unsqueeze(2) * gain.unsqueeze(3)
+        inner = (
+            _of_logits(jacobians[last], curvature, separable=separable)
+            if layer + 1 < last
+            else _of_neighbours(slope, gain, curvature, separable=separable)
+        )
         beta = gain @ g
         g, bends[layer] = slope * beta, run.bend[layer] * beta
-        inner = _of_logits(jacobians[last], curvature, separable=separable) + bends[layer].sum(1)
+        inner = inner + bends[layer].sum(1)
         for m in range(layer + 1, last):
-            inner = inner + (bends[m] * norms[m]).sum(1)
+            norms = (
+                gain.square().mT @ slope.square()
+                if m == layer + 1
+                else jacobians[m].square().sum(1)
+            )
+            inner = inner + (bends[m] * norms).sum(1)
         yield layer, inner
+        if layer > arch.lowest:
+            jacobians[layer + 1] = slope.unsqueeze(2) * gain.unsqueeze(3)
+
+
+def _of_neighbours(slope: Rows, gain: Tensor, curvature: Tensor, *, separable: bool) -> PerSample:
+    """The same for the layer below the logits, where ``J = diag(slope) V``: without forming it."""
+    if separable:
+        return ((gain.square().mT @ slope.square()) * curvature.mT).sum(1)
+    first, second = pairs_of(gain.shape[2], gain.device)
+    products = multiplicity(gain.shape[2], gain) * gain[:, :, first] * gain[:, :, second]
+    return ((products.mT @ slope.square()) * curvature[:, :, first, second].mT).sum(1)
 
 
 def _of_logits(jacobian: Matrices, curvature: Tensor, *, separable: bool) -> PerSample:

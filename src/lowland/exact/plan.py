@@ -44,12 +44,6 @@ class Plan:
     block: int = 0
 
 
-# Pieces of about this size stay in the second-level cache between the operations on them.
-CACHE_BYTES = 4 * MEBIBYTE
-
-# Products over fewer samples at a time would spend their time on moving the result.
-SHORTEST_RUN = 32
-
 # Beyond this products gain nothing, and the processor's cache is left behind.
 LONGEST_RUN = 512
 
@@ -82,9 +76,9 @@ def work(size: Size, path: Path) -> tuple[float, float, float]:
             * math.prod(blocks.shape(size, block))
             for block in blocks.blocks(size)
         )
-        runs = max(1.0, n * _row_bytes(size) / CACHE_BYTES)
+        runs = max(1.0, n / LONGEST_RUN)
         return n * products, n * 0.5 * _rows(size), launched * runs
-    runs = max(1.0, n / _kernel_run(size, CACHE_BYTES))
+    runs = max(1.0, n / LONGEST_RUN)
     return (
         2.5 * n * n * _inner(size),
         n * (6.0 * n * len(list(blocks.blocks(size))) + 0.5 * runs * _term_rows(size)),
@@ -163,9 +157,9 @@ def make_linear_plan(size: Size, budget: int, *, on_cpu: bool, compiled: bool) -
         block = choose_block(size, room, linear=True)
         if block:
             return Plan("parameters", size.networks, size.samples, compiled=True, block=block)
-    limit = min(budget, CACHE_BYTES) if on_cpu else budget
-    run = max(1, min(size.samples, max(SHORTEST_RUN, limit // piece), budget // piece))
-    networks = max(1, min(size.networks, limit // (piece * run)))
+    longest = 4 * LONGEST_RUN if on_cpu else size.samples
+    run = _evenly(size.samples, min(longest, budget // piece))
+    networks = max(1, min(size.networks, budget // (piece * run)))
     return Plan("parameters", networks, run)
 
 

@@ -29,6 +29,9 @@ from lowland.exact.terms import Architecture, Matrices, Name, Rows, Terms
 
 Found = list[tuple[Piece, Tensor]]
 
+CACHE_BYTES = 4 << 20
+SHORTEST_RUN = 16
+
 
 def accumulate_pieces(
     arch: Architecture, size: Size, runs: Iterable[Terms], pieces: Sequence[Piece]
@@ -80,12 +83,26 @@ def derivatives(
     r"""The derivatives of :math:`\langle C, H\rangle` in a run's terms, for a piece of ``C``."""
     if piece.left == piece.right:
         return _on_diagonal_block(terms, piece, matrix)
+    # What is contracted in a few samples at a time stays in the processor's cache.
+    few = terms.samples
+    if matrix.device.type == "cpu":
+        each = matrix.numel() // (piece.stop - piece.start) * matrix.element_size()
+        few = max(SHORTEST_RUN, CACHE_BYTES // each)
+    parts = [
+        _across_layers(arch, terms.of_samples(slice(start, start + few)), piece, matrix)
+        for start in range(0, terms.samples, few)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+
+
+def _across_layers(
+    arch: Architecture, terms: Terms, piece: Piece, matrix: Tensor
+) -> dict[Name, Tensor]:
     left, right = piece.left, piece.right
-    z, other, second = (
-        terms.z[left][:, piece.start : piece.stop],
-        terms.z[right],
-        terms.B[left, right],
-    )
+    z, other = terms.z[left][:, piece.start : piece.stop], terms.z[right]
+    second = terms.B[left, right]
     networks, width, above, count = second.shape
     # C contracted with this layer's inputs, sample by sample.
     rows = matrix.view(networks, piece.stop - piece.start, -1)

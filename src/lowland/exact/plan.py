@@ -52,9 +52,9 @@ Path = Literal["samples", "parameters", "compiled"]
 # Seconds for each unit of `work`, as fitted by `python benchmarks/cost_model.py` on one core in
 # float64. Only their ratios matter to the choice.
 PRICES: dict[Path, tuple[float, float, float]] = {
-    "samples": (1.0e-11, 5.0e-10, 9.7e-7),
-    "parameters": (5.3e-11, 0.0, 6.1e-6),
-    "compiled": (6.3e-11, 5.6e-8, 4.7e-4),
+    "samples": (6.7e-11, 1.2e-9, 5.3e-6),
+    "parameters": (6.5e-11, 3.3e-9, 7.0e-6),
+    "compiled": (5.9e-11, 5.6e-8, 4.7e-4),
 }
 
 

@@ -147,6 +147,21 @@ class Terms:
             **{("D", pair): matrices for pair, matrices in self.D.items()},
         }
 
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return self.z[0].shape[-1]
+
+    def of_samples(self, samples: slice) -> Terms:
+        """Those of some samples."""
+        return Terms(
+            [z[..., samples] for z in self.z],
+            [slope[..., samples] for slope in self.slope],
+            {layer: g[..., samples] for layer, g in self.g.items()},
+            {pair: matrices[..., samples] for pair, matrices in self.B.items()},
+            {pair: matrices[..., samples] for pair, matrices in self.D.items()},
+        )
+
     def like(self, named: Mapping[Name, Tensor]) -> Terms:
         """Other tensors in the places of :attr:`named`."""
         return Terms(

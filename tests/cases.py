@@ -7,6 +7,7 @@ import oracle
 import torch
 from hypothesis import strategies as st
 
+from lowland.exact import api
 from lowland.losses import Coupled, Loss, Separable
 
 ORDERS = ("samples", "parameters")
@@ -166,7 +167,7 @@ def general(draw, activations=tuple(oracle.ACTIVATIONS), losses=tuple(oracle.LOS
 
 
 @st.composite
-def cases(draw, dtypes=(torch.float64,), *, ensembles=True, networks=None):
+def cases(draw, dtypes=(torch.float64,), *, ensembles=True, networks=None, most_samples=12):
     """Problems; every third or so of a kind that the compiled code covers."""
     if networks is None:
         networks = st.one_of(shallow(), general(), general())
@@ -174,7 +175,7 @@ def cases(draw, dtypes=(torch.float64,), *, ensembles=True, networks=None):
     ensemble = draw(st.sampled_from([(), (1,), (3,), (2, 2)])) if ensembles else ()
     return make(
         network,
-        samples=draw(st.integers(1, 12), label="samples"),
+        samples=draw(st.integers(1, most_samples), label="samples"),
         seed=draw(st.integers(0, 2**31)),
         ensemble=ensemble,
         dtype=draw(st.sampled_from(dtypes)),
@@ -184,17 +185,26 @@ def cases(draw, dtypes=(torch.float64,), *, ensembles=True, networks=None):
     )
 
 
-def smallest_budget(call):
-    """The smallest power of two of bytes that ``call(memory_budget=...)`` accepts: many pieces."""
-    for exponent in range(4, 40):
+def prepare(case, *, activation=None, **options):
+    """The library's own preparation of a case; ``activation`` takes the place of the case's."""
+    names = case.settings
+    activation = activation or names["activation"]
+    return api.prepare(*case.arguments, activation, names["loss"], names["reduction"], **options)
+
+
+def smallest_budget(case, order, **options):
+    """The smallest budget in bytes that PyTorch's path accepts: many pieces."""
+    setup = prepare(case, **options)
+    low, high = 1, 1 << 32
+    while low < high:
+        middle = (low + high) // 2
         try:
-            call(memory_budget=2**exponent)
-        except ValueError as error:
-            if "memory budget" not in str(error):
-                raise
+            setup.problem(order, middle, compiled=False)
+        except ValueError:
+            low = middle + 1
         else:
-            return 2**exponent
-    raise AssertionError("no budget was accepted")
+            high = middle
+    return low
 
 
 def relative_error(actual, expected):

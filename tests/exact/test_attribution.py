@@ -87,12 +87,9 @@ def test_mean_part_and_spread_part_are_the_whole_direction(case, order):
 
 @pytest.mark.parametrize("order", cases.ORDERS)
 def test_pieces_leave_no_seam(order):
-    case = cases.make(oracle.Network(3, 4, "gelu", "bce"), 12, ensemble=(2,), own_data=True)
-    budget = cases.smallest_budget(
-        lambda memory_budget: exact.sample_contributions(
-            *case.arguments, **case.settings, order=order, memory_budget=memory_budget
-        )
-    )
+    network = oracle.Network(3, (4, 2), "gelu", "ce", outputs=3)
+    case = cases.make(network, 5, ensemble=(2,), own_data=True)
+    budget = cases.smallest_budget(case, order)
     options = {**case.settings, "memory_budget": budget}
     few = exact.sample_contributions(*case.arguments, **options, order=order)
     assert_same(case, few, exact.sample_contributions(*case.arguments, **case.settings))

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowland import exact
-from lowland.exact.api import prepare
 from lowland.moments import HessianMoments
 
 BOTH_TYPES = (torch.float64, torch.float32)
@@ -67,22 +66,12 @@ def test_gradient_is_that_through_the_brute_force_hessian(case, order, quantity)
     assert_gradients(case, actual, quantity)
 
 
-@settings(max_examples=15)
-@given(cases.cases(dtypes=BOTH_TYPES), st.sampled_from(cases.ORDERS))
+@settings(max_examples=25)
+@given(cases.cases(dtypes=BOTH_TYPES, most_samples=6), st.sampled_from(cases.ORDERS))
 def test_gradient_stays_the_same_when_memory_forces_small_pieces(case, order):
-    def call(memory_budget):
-        return exact.moments(
-            *case.arguments, **case.settings, order=order, memory_budget=memory_budget
-        )
-
-    budget = cases.smallest_budget(call)
+    budget = cases.smallest_budget(case, order)
     actual = gradient(case, "upper", order=order, memory_budget=budget)
     assert_gradients(case, actual, "upper")
-
-
-def setup_of(case):
-    network = case.network
-    return prepare(*case.arguments, network.activation, network.loss, network.reduction)
 
 
 @given(
@@ -91,13 +80,13 @@ def setup_of(case):
     st.sampled_from(sorted(QUANTITIES)),
 )
 def test_gradient_without_a_graph(case, order, quantity):
-    actual = setup_of(case).gradient(QUANTITIES[quantity], order)
+    actual = cases.prepare(case).gradient(QUANTITIES[quantity], order)
     assert_gradients(case, actual, quantity)
 
 
 @given(cases.cases(dtypes=BOTH_TYPES))
 def test_gradient_of_the_trace_without_a_graph(case):
-    assert_gradients(case, setup_of(case).trace_gradient(), "trace")
+    assert_gradients(case, cases.prepare(case).trace_gradient(), "trace")
 
 
 @given(cases.cases(dtypes=BOTH_TYPES))

@@ -214,7 +214,7 @@ def _not_covered(name: str, layer: nn.Module) -> str:
     if isinstance(layer, nn.Dropout):
         return (
             f"{name}, draws a new mask in each call while it is in training mode, so the loss has "
-            f"no one Hessian; call model.eval() first, or {_ELSEWHERE}"
+            "no one Hessian; call model.eval() first"
         )
     return f"{name}, is not covered by the closed form; {_ELSEWHERE}"
 

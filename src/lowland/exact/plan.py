@@ -45,7 +45,7 @@ class Plan:
 
 
 # Beyond this products gain nothing, and the processor's cache is left behind.
-LONGEST_RUN = 512
+LONGEST_RUN = 1024
 
 Path = Literal["samples", "parameters", "compiled"]
 

@@ -88,8 +88,10 @@ def derivatives(
     if matrix.device.type == "cpu":
         each = matrix.numel() // (piece.stop - piece.start) * matrix.element_size()
         few = max(SHORTEST_RUN, CACHE_BYTES // each)
+    few = min(few, terms.samples)
+    room = matrix.new_empty(few * matrix.numel() // (piece.stop - piece.start))
     parts = [
-        _across_layers(arch, terms.of_samples(slice(start, start + few)), piece, matrix)
+        _across_layers(arch, terms.of_samples(slice(start, start + few)), piece, matrix, room)
         for start in range(0, terms.samples, few)
     ]
     if len(parts) == 1:
@@ -98,7 +100,7 @@ def derivatives(
 
 
 def _across_layers(
-    arch: Architecture, terms: Terms, piece: Piece, matrix: Tensor
+    arch: Architecture, terms: Terms, piece: Piece, matrix: Tensor, room: Tensor
 ) -> dict[Name, Tensor]:
     left, right = piece.left, piece.right
     z, other = terms.z[left][:, piece.start : piece.stop], terms.z[right]
@@ -106,7 +108,10 @@ def _across_layers(
     networks, width, above, count = second.shape
     # C contracted with this layer's inputs, sample by sample.
     rows = matrix.view(networks, piece.stop - piece.start, -1)
-    contracted = (z.mT @ rows).view(networks, count, other.shape[1], width * above)
+    inputs = z.mT.expand(networks, -1, -1)
+    contracted = room[: networks * count * rows.shape[2]].view(networks, count, -1)
+    torch.bmm(inputs, rows, out=contracted)
+    contracted = contracted.view(networks, count, other.shape[1], width * above)
     by_sample = second.permute(0, 3, 1, 2).flatten(2)
     result: dict[Name, Tensor] = {
         ("B", (left, right)): _by_rows(

@@ -43,7 +43,7 @@ def test_a_sample_fitted_beyond_the_rounding_of_its_probability_still_counts(dty
     torch.testing.assert_close(third, -expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["bce", "mse"])
 def test_values_and_derivatives_are_pytorchs(name, generator):
     brute = {
         "bce": functional.binary_cross_entropy_with_logits,
@@ -69,10 +69,58 @@ def test_values_and_derivatives_are_pytorchs(name, generator):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
 
 
+@given(st.integers(2, 5), st.sampled_from([0.3, 3.0, 30.0]), st.integers(0, 2**31))
+def test_derivatives_of_several_logits_are_autograds(classes, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = size * torch.randn(4, classes, generator=generator, dtype=torch.float64)
+    target = torch.rand(4, classes, generator=generator, dtype=torch.float64)  # any weights
+    matrix = torch.randn(4, classes, classes, generator=generator, dtype=torch.float64)
+    matrix = matrix + matrix.mT
+    loss = LOSSES["ce"]
+    found = loss.derivatives(logits, target)
+    for index in range(4):
+
+        def value(s, index=index):
+            return -(target[index] * functional.log_softmax(s, -1)).sum()
+
+        def curved(s, value=value, index=index):
+            return (torch.func.hessian(value)(s) * matrix[index]).sum()
+
+        s = logits[index]
+        torch.testing.assert_close(loss.value(logits, target)[index], value(s))
+        close = {"rtol": 1e-9, "atol": 1e-12}
+        torch.testing.assert_close(found.residual[index], torch.func.grad(value)(s), **close)
+        torch.testing.assert_close(found.curvature[index], torch.func.hessian(value)(s), **close)
+        torch.testing.assert_close(found.third(matrix)[index], torch.func.grad(curved)(s), **close)
+
+
+def test_labels_are_one_hot_distributions(generator):
+    logits = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    expected = functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(LOSSES["ce"].value(logits, labels), expected)
+    hot = functional.one_hot(labels, 3).double()
+    torch.testing.assert_close(LOSSES["ce"].value(logits, hot), expected)
+
+
+@pytest.mark.parametrize("dtype", BOTH_TYPES)
+def test_a_fitted_sample_of_several_classes_still_counts(dtype):
+    # p rounds to one; what is left are exp(-40) and exp(-45).
+    logits = torch.tensor([[40.0, 0.0, -5.0]], dtype=dtype)
+    found = LOSSES["ce"].derivatives(logits, torch.tensor([[1.0, 0.0, 0.0]], dtype=dtype))
+    small = torch.exp(torch.tensor([-40.0, -45.0], dtype=dtype))
+    expected = torch.stack([-small.sum(), small[0], small[1]])
+    torch.testing.assert_close(found.residual[0], expected, rtol=1e-5, atol=0)
+    diagonal = torch.stack([small.sum(), small[0], small[1]])
+    torch.testing.assert_close(found.curvature[0].diagonal(), diagonal, rtol=1e-5, atol=0)
+    first = torch.zeros(1, 3, 3, dtype=dtype)
+    first[0, 0, 0] = 1  # the gradient of p (1 - p) at p = 1 is minus that of p
+    slope = torch.stack([-small.sum(), small[0], small[1]])
+    torch.testing.assert_close(found.third(first)[0], slope, rtol=1e-5, atol=0)
+
+
 def test_names_and_losses_are_looked_up():
     assert get_loss("bce") is LOSSES["bce"]
     assert get_loss(LOSSES["mse"]) is LOSSES["mse"]
-    assert LOSSES["bce"].binary
-    assert not LOSSES["mse"].binary
-    with pytest.raises(ValueError, match="unknown loss 'hinge': expected one of bce, mse"):
+    with pytest.raises(ValueError, match="unknown loss 'hinge': expected one of bce, ce, mse"):
         get_loss("hinge")

@@ -119,12 +119,25 @@ def test_hsr_narrows_the_spectrum_from_both_sides(model, data):
 
 def test_models_beyond_the_closed_form_are_penalized_by_brute_force(data):
     torch.manual_seed(0)
-    layers = nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)
+    layers = nn.Linear(3, 3), nn.Tanh(), nn.LayerNorm(3), nn.Linear(3, 1)
     model = nn.Sequential(*layers).double()
     lowland.HSR(BCE, weight=1.0)(model, *data).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    with pytest.raises(lowland.UnsupportedModelError, match="one hidden layer"):
+    with pytest.raises(lowland.UnsupportedModelError, match="layer 2 of the model, LayerNorm"):
         lowland.HSR(BCE, weight=1.0, method="exact")(model, *data)
+
+
+@pytest.mark.parametrize("kind", [lowland.HSR, lowland.FlatnessAware])
+def test_unbiased_penalties_estimate_the_data_set(kind, model, data):
+    biased, unbiased = (kind(BCE, weight=1.0, unbiased=value) for value in (False, True))
+    expected = lowland.hessian_moments(model, BCE, *data, unbiased=True)
+    value = {lowland.HSR: expected.upper, lowland.FlatnessAware: expected.trace_sq / len(data[0])}
+    torch.testing.assert_close(unbiased(model, *data), value[kind])
+    assert unbiased(model, *data) < biased(model, *data)
+    assert "unbiased=True" in repr(unbiased)
+    assert "unbiased" not in repr(biased)
+    with pytest.raises(lowland.UnsupportedModelError, match="unbiased=True needs the closed form"):
+        kind(BCE, weight=1.0, unbiased=True, method="dense")(model, *data)
 
 
 def test_without_gradients_there_is_a_value_and_no_graph(model, data):

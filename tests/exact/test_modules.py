@@ -1,5 +1,7 @@
 """Models and criteria as PyTorch has them: read right, or refused; never silently wrong."""
 
+import itertools
+
 import cases
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import lowland
-from lowland import UnsupportedModelError
+from lowland import UnsupportedModelError, exact
 from lowland.exact import modules
+from lowland.losses import Loss, Separable
 
 ACTIVATIONS = {
     "identity": nn.Identity,
@@ -69,13 +72,13 @@ def gradient(model, criterion, x, y, method):
 
 
 def assert_exact_is_dense(model, criterion, x, y):
-    exact, mine = gradient(model, criterion, x, y, "exact")
+    closed, mine = gradient(model, criterion, x, y, "exact")
     dense, theirs = gradient(model, criterion, x, y, "dense")
-    assert exact.dim == dense.dim == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert exact.trace.shape == exact.trace_sq.shape == ()
+    assert closed.dim == dense.dim == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert closed.trace.shape == closed.trace_sq.shape == ()
     scale = (dense.dim * dense.trace_sq).sqrt()
-    assert (exact.trace - dense.trace).abs() <= 1e-10 * scale
-    assert (exact.trace_sq - dense.trace_sq).abs() <= 1e-10 * dense.trace_sq
+    assert (closed.trace - dense.trace).abs() <= 1e-10 * scale
+    assert (closed.trace_sq - dense.trace_sq).abs() <= 1e-10 * dense.trace_sq
     assert cases.relative_error(mine, theirs) <= 1e-9
 
 
@@ -94,6 +97,109 @@ def test_every_covered_model_agrees_with_brute_force(middle, criterion, frozen, 
     assume(any(p.requires_grad for p in model.parameters()))
     x, y = data()
     assert_exact_is_dense(model, CRITERIA[criterion](), x, y.unsqueeze(1) if column else y)
+
+
+SEVERAL = {  # criteria of three outputs, and the targets that they take
+    "ce": (nn.CrossEntropyLoss, "labels"),
+    "ce, sum": (lambda: nn.CrossEntropyLoss(reduction="sum"), "labels"),
+    "ce, class weights": (
+        lambda: nn.CrossEntropyLoss(torch.tensor([0.5, 2.0, 1.0])),
+        "labels",
+    ),
+    "ce, smoothed": (lambda: nn.CrossEntropyLoss(label_smoothing=0.2), "labels"),
+    "ce, class weights, smoothed, sum": (
+        lambda: nn.CrossEntropyLoss(
+            torch.tensor([0.5, 2.0, 1.0]), reduction="sum", label_smoothing=0.1
+        ),
+        "labels",
+    ),
+    "ce, class weights, smoothed": (
+        lambda: nn.CrossEntropyLoss(torch.tensor([0.5, 2.0, 1.0]), label_smoothing=0.1),
+        "labels",
+    ),
+    "ce, some ignored": (
+        lambda: nn.CrossEntropyLoss(torch.tensor([0.5, 2.0, 1.0]), ignore_index=1),
+        "labels",
+    ),
+    "ce, shares": (lambda: nn.CrossEntropyLoss(label_smoothing=0.1), "shares"),
+    "ce, shares, class weights": (
+        lambda: nn.CrossEntropyLoss(torch.tensor([0.5, 2.0, 1.0])),
+        "shares",
+    ),
+    "multi-label": (nn.BCEWithLogitsLoss, "bits"),
+    "multi-label, rare": (
+        lambda: nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 3.0, 0.5])),
+        "bits",
+    ),
+    "multi-label, weighed": (
+        lambda: nn.BCEWithLogitsLoss(torch.tensor([1.0, 3.0, 0.5]), reduction="sum"),
+        "bits",
+    ),
+    "mse": (nn.MSELoss, "numbers"),
+    "mse, sum": (lambda: nn.MSELoss(reduction="sum"), "numbers"),
+}
+
+
+def targets(kind, samples=12, outputs=3):
+    generator = torch.Generator().manual_seed(2)
+    numbers = torch.randn(samples, outputs, generator=generator, dtype=torch.float64)
+    return {
+        "labels": numbers.argmax(1),
+        "shares": numbers.softmax(1),
+        "bits": (numbers > 0).double(),
+        "numbers": numbers,
+    }[kind]
+
+
+@settings(max_examples=60)
+@given(st.data(), st.sampled_from(sorted(SEVERAL)))
+def test_models_of_any_depth_and_several_outputs_agree_with_brute_force(draw, name):
+    torch.manual_seed(0)
+    widths = [3, *draw.draw(st.lists(st.integers(1, 4), max_size=3), label="widths"), 3]
+    layers = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers.append(nn.Linear(inputs, outputs, bias=draw.draw(st.booleans(), label="bias")))
+        names = st.lists(st.sampled_from(sorted({*ACTIVATIONS} - {"relu in place"})), max_size=2)
+        layers += [ACTIVATIONS[each]() for each in draw.draw(names, label="activations")]
+    while type(layers[-1]) is not nn.Linear:
+        layers.pop()
+    model = nn.Sequential(nn.Flatten(), *layers).double()
+    parameters = list(model.parameters())
+    frozen = draw.draw(st.sets(st.integers(0, len(parameters) - 1)), label="frozen")
+    assume(len(frozen) < len(parameters))
+    for index in frozen:
+        parameters[index].requires_grad_(requires_grad=False)
+    make, kind = SEVERAL[name]
+    assert_exact_is_dense(model, make().double(), data()[0], targets(kind))
+
+
+def test_images_are_flattened():
+    images = data()[0].view(12, 3, 1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    assert_exact_is_dense(model, nn.CrossEntropyLoss(), images, targets("labels"))
+
+
+def test_what_is_done_to_the_inputs_is_no_layer():
+    model = nn.Sequential(nn.Tanh(), nn.Linear(3, 4), nn.Linear(4, 1)).double()
+    assert_exact_is_dense(model, BCE, *data())
+
+
+def test_dropout_in_evaluation_mode_does_nothing():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1)).double()
+    assert_exact_is_dense(model.eval(), BCE, *data())
+
+
+def test_a_loss_of_ones_own(monkeypatch):
+    monkeypatch.setattr(modules, "_CRITERIA", dict(modules._CRITERIA))
+
+    def derivatives(s, y):
+        rate = s.exp()
+        return Separable(rate - y, rate, rate)
+
+    poisson = Loss("poisson", lambda s, y: s.exp() - y * s, derivatives)
+    exact.register_criterion(nn.PoissonNLLLoss, lambda _: poisson)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    assert_exact_is_dense(model, nn.PoissonNLLLoss(), data()[0], targets("bits"))
 
 
 def test_biases_may_be_frozen_or_missing_layer_by_layer():
@@ -143,6 +249,9 @@ def test_order_and_budget_reach_the_closed_form():
         torch.testing.assert_close(moments.trace_sq, expected, rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="memory budget"):
         modules.module_moments(network(), BCE, x, y, memory_budget=16)
+    unbiased = modules.module_moments(network(), BCE, x, y, unbiased=True)
+    assert unbiased.trace_sq < expected
+    assert modules.module_moments(network(), BCE, x, y, moments=4).higher is not None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -252,25 +361,23 @@ NOT_COVERED = {
     "own activation": (lambda: network(_DoubledSlope), "layer 1 of the model, _DoubledSlope"),
     "dropout": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1)),
-        r"layer 2 of the model, Dropout\(p=0.5",
+        r"layer 2 of the model, Dropout\(p=0.5.*call model.eval\(\) first",
     ),
-    "one layer": (lambda: nn.Sequential(nn.Linear(3, 1)), "one hidden layer.*got 1 layers"),
-    "deep": (
-        lambda: nn.Sequential(
-            nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)
-        ),
-        "one hidden layer.*got 5 layers",
+    "no layer": (lambda: nn.Sequential(nn.Tanh()), "at least one Linear layer; got none"),
+    "activation at the end": (
+        lambda: nn.Sequential(nn.Linear(3, 1), nn.Sigmoid()),
+        r"ends in Sigmoid\(\).*takes logits",
     ),
-    "another order": (
-        lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 4), nn.Linear(4, 1)),
-        "Linear, activation, Linear in this order; got Tanh, Linear, Linear",
+    "batch normalization": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
+        r"layer 1 of the model, BatchNorm1d\(4.* is not covered",
     ),
-    "two outputs": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
-        r"covers one output; layer Linear\(in_features=4, out_features=2.* has 2",
+    "late flatten": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(4, 1)),
+        r"layer 1 of the model, Flatten.* before the first Linear",
     ),
-    "tied weight": (_tied_weight, "two linear layers share a parameter"),
-    "tied bias": (_tied_bias, "two linear layers share a parameter"),
+    "tied weight": (_tied_weight, "linear layers .* and .* share a parameter"),
+    "tied bias": (_tied_bias, "linear layers .* and .* share a parameter"),
     "hook": (_hooked, r"layer 1 of the model, Tanh\(\), has forward hooks.*remove them"),
     "hook before": (_hooked_before, "the model has forward hooks"),
     "patched": (_patched, "layer 0 of the model.* has forward hooks"),
@@ -284,7 +391,7 @@ def test_models_that_are_not_covered(what):
     make, message = NOT_COVERED[what]
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         lowland.hessian_moments(make().double(), BCE, *data(), "exact")
-    assert "use method='dense'" in str(caught.value)
+    assert what == "dropout" or "use method='dense'" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -295,12 +402,12 @@ def test_models_that_are_not_covered(what):
         (
             nn.BCEWithLogitsLoss(weight=torch.ones(12)),
             UnsupportedModelError,
-            r"does not cover BCEWithLogitsLoss\(weight=...\); use method='dense'",
+            r"BCEWithLogitsLoss\(weight=...\) must hold one value.*with 1 output got shape \(12,\)",
         ),
         (
             nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)),
             UnsupportedModelError,
-            "must hold one value for a model of one output; got 2",
+            r"pos_weight=...\) must hold one value.*with 1 output got shape \(2,\)",
         ),
         (nn.MSELoss(reduction="none"), ValueError, "must be 'mean' or 'sum'.*got 'none'"),
     ],

@@ -155,25 +155,27 @@ def packed(matrices: Tensor) -> Rows:
     return matrices.flatten(1, 2).index_select(1, first * width + second)
 
 
-def multiplicity(count: int, like: Tensor) -> Tensor:
-    """How many entries of a symmetric matrix each packed one stands for: 1 or 2."""
-    first, second = pairs_of(count, like.device)
-    return torch.where(first == second, 1, 2).to(like.dtype)
+def multiplicity(count: int, like: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """How many entries of a symmetric matrix each packed one stands for: 1 or 2.
+
+    Of all of its rows, or of those from ``start`` to ``stop``.
+    """
+    stop = count if stop is None else stop
+    entries = (stop - start) * count - (start + stop - 1) * (stop - start) // 2
+    diagonal = _diagonal(count, start, stop, like.device)
+    return like.new_full((entries,), 2).index_fill_(0, diagonal, 1)
 
 
 def weights_of(size: Size, piece: Piece, like: Tensor) -> Tensor:
     """How many entries of the Hessian each entry of a piece stands for, ready to multiply it."""
     if piece.left != piece.right:
         return like.new_full((1, 1), 2)
-    rows = size.rows[piece.left]
-    skipped = sum(rows - k for k in range(piece.start))
-    count = shape(size, piece)[0]
-    of_rows = multiplicity(rows, like)[skipped : skipped + count]
+    of_rows = multiplicity(size.rows[piece.left], like, piece.start, piece.stop)
     return of_rows[:, None] * multiplicity(size.widths[piece.left + 1], like)
 
 
 @lru_cache(64)
-def _diagonal_ofpairs_of(count: int, start: int, stop: int, device: torch.device) -> Tensor:
+def _diagonal(count: int, start: int, stop: int, device: torch.device) -> Tensor:
     """Where the pairs (k, k) of some rows are in a packed piece."""
     k = torch.arange(start, stop, device=device)
     before = k * count - k * (k - 1) // 2
@@ -183,8 +185,8 @@ def _diagonal_ofpairs_of(count: int, start: int, stop: int, device: torch.device
 def diagonals(size: Size, piece: Piece, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of ``F`` and of ``G`` whose products are on the Hessian's diagonal."""
     width = size.widths[piece.left + 1]
-    rows = _diagonal_ofpairs_of(size.rows[piece.left], piece.start, piece.stop, device)
-    return rows, _diagonal_ofpairs_of(width, 0, width, device)
+    rows = _diagonal(size.rows[piece.left], piece.start, piece.stop, device)
+    return rows, _diagonal(width, 0, width, device)
 
 
 def accumulate(block: Tensor | None, found: Factors) -> Tensor:

@@ -10,7 +10,7 @@ from pagecheck import Page
 from lowland import pages, report
 from lowland.datasets import Dataset
 from lowland.experiments.compare import MEASURES, Cell, Comparison, Measure, summarize
-from lowland.experiments.settings import Settings
+from lowland.experiments.settings import DEFAULTS, Settings
 from lowland.training import BASELINE, METHODS
 
 AMOUNT = Measure("a", "A", "a", "an amount")
@@ -200,7 +200,9 @@ def test_the_page_has_everything_that_was_said_and_run():
 
 
 def test_the_page_tells_default_weights_from_chosen_ones():
-    assert "chosen by the training loss alone" in page_of(comparison_of({}))[0]
+    assert "chosen by the training loss alone on breast-cancer" in page_of(comparison_of({}))[0]
+    digits = comparison_of({}, methods=DEFAULTS["digits"].methods)
+    assert "chosen by the training loss alone on digits" in page_of(digits)[0]
     chosen = (BASELINE, replace(METHODS["hsr"], weight=2.0))
     page, _ = page_of(comparison_of({}, methods=chosen, converged=True))
     assert "chosen by the training loss alone" not in page

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 from lowland.experiments.compare import MEASURES, Cell, Comparison, Measure, layer_sizes
+from lowland.experiments.settings import DEFAULTS
 from lowland.pages import data_uri, p_value, render
 from lowland.significance import SIGNIFICANCE
-from lowland.training import METHODS, Method
+from lowland.training import Method
 
 NOTEWORTHY = 0.1
 """P-values below this are shown in the table."""
@@ -174,6 +175,13 @@ def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: s
         trained=len(networks),
         significance=SIGNIFICANCE,
         noteworthy=NOTEWORTHY,
-        default_weights=all(method in METHODS.values() for method in comparison.settings.methods),
+        tuned_on=next(
+            (
+                name
+                for name, default in DEFAULTS.items()
+                if set(comparison.settings.methods) <= set(default.methods)
+            ),
+            None,
+        ),
         ratio=float((networks["upper_bound"] / networks["lambda_max"]).median()),
     )

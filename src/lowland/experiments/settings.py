@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lowland.training import BASELINE, METHODS, Method, Schedule
 
@@ -36,8 +36,23 @@ class Settings:
 
 DEFAULT_DATA = "breast-cancer"
 
+# The rules are those that chose the defaults of training.py, on seeds 1000 to 1005: plain descent
+# lowers the loss at every step, to 0.05, and the weights are the largest that keep the rule there.
+# Its ratios were 1.02 and 0.88, 1.03 and 1.01, 1.00 and 0.96; with the next weight 1.81 and 1.15,
+# 1.74 and 1.19, 1.82 and 1.20. A gradient of HSR takes a tenth of a second at 1,210 parameters, so
+# steps, networks and checkpoints are as few as let the run end within three minutes on two cores.
+_DIGITS = {"hsr": 1.0, "hessian-trace": 0.01, "flatness-aware": 1000.0}
+
 DEFAULTS = {
     "breast-cancer": Settings(),
-    "digits": Settings(hidden=(16,), seeds=10),
+    "digits": Settings(
+        methods=tuple(
+            replace(method, weight=_DIGITS.get(name, method.weight))
+            for name, method in METHODS.items()
+        ),
+        hidden=(16,),
+        seeds=8,
+        schedule=Schedule(steps=200, learning_rate=2.0, checkpoints=11),
+    ),
 }
 """By the name of the data on the command line; tables of one's own go by the first."""

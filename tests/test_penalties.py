@@ -140,6 +140,15 @@ def test_unbiased_penalties_estimate_the_data_set(kind, model, data):
         kind(BCE, weight=1.0, unbiased=True, method="dense")(model, *data)
 
 
+def test_wide_layers_take_a_larger_budget():
+    model = nn.Sequential(nn.Linear(3, 700), nn.Tanh(), nn.Linear(700, 2))
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    criterion = nn.CrossEntropyLoss()
+    with pytest.raises(ValueError, match="raise memory_budget"):
+        lowland.HSR(criterion, weight=1.0, memory_budget=1 << 24)(model, x, y)
+    lowland.HSR(criterion, weight=1.0, memory_budget=1 << 30)(model, x, y).backward()
+
+
 def test_without_gradients_there_is_a_value_and_no_graph(model, data):
     with torch.no_grad():
         assert not lowland.HSR(BCE, weight=1.0)(model, *data).requires_grad

@@ -13,6 +13,7 @@ from lowland.exact.modules import (
     module_moments,
     module_trace,
 )
+from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments, check_number
 
 Method = Literal["auto", "exact", "dense"]
@@ -30,6 +31,7 @@ def hessian_moments(
     *,
     unbiased: bool = False,
     moments: Literal[2, 4] = 2,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> HessianMoments:
     """``Tr H`` and ``Tr H^2`` of ``criterion(model(x), y)`` in the trainable parameters.
 
@@ -49,6 +51,8 @@ def hessian_moments(
             itself. For ``"exact"`` alone.
         moments: 4 for ``Tr H^3`` and ``Tr H^4`` as well, see
             :meth:`~lowland.HessianMoments.bracket`.
+        memory_budget: Bytes of temporaries that ``"exact"`` does not exceed. Wide layers need more:
+            a hidden layer of ``M`` units some ``100 M^2`` bytes for a sample.
 
     Returns:
         Scalar moments, differentiable in the model's parameters. Frozen parameters
@@ -69,7 +73,15 @@ def hessian_moments(
     """
     check_number(moments)
     if _resolve(model, criterion, method) == "exact":
-        return module_moments(model, criterion, x, y, unbiased=unbiased, moments=moments)
+        return module_moments(
+            model,
+            criterion,
+            x,
+            y,
+            unbiased=unbiased,
+            moments=moments,
+            memory_budget=memory_budget,
+        )
     if unbiased:
         raise UnsupportedModelError(
             "unbiased=True needs the closed form, which sees the samples one by one; brute force "

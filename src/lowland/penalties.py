@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from lowland.engines import Method, hessian_moments, hessian_trace
+from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments
 
 
@@ -25,6 +26,7 @@ class CurvaturePenalty(nn.Module, ABC):
         unbiased: For training by mini-batches: penalize an unbiased estimate of the data set's
             ``Tr H^2`` rather than the batch's own, see :func:`lowland.hessian_moments`. Needs the
             closed form.
+        memory_budget: Bytes of temporaries, see :func:`lowland.hessian_moments`.
 
     Raises:
         ValueError: If the weight is negative or not finite.
@@ -37,6 +39,7 @@ class CurvaturePenalty(nn.Module, ABC):
         *,
         method: Method = "auto",
         unbiased: bool = False,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
@@ -45,6 +48,7 @@ class CurvaturePenalty(nn.Module, ABC):
         self.weight = weight
         self.method: Method = method
         self.unbiased = unbiased
+        self.memory_budget = memory_budget
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The penalty, a scalar tensor with a graph to the model's trainable parameters."""
@@ -56,7 +60,15 @@ class CurvaturePenalty(nn.Module, ABC):
 
     def moments(self, model: nn.Module, x: Tensor, y: Tensor) -> HessianMoments:
         """What most penalties are functions of."""
-        return hessian_moments(model, self.criterion, x, y, self.method, unbiased=self.unbiased)
+        return hessian_moments(
+            model,
+            self.criterion,
+            x,
+            y,
+            self.method,
+            unbiased=self.unbiased,
+            memory_budget=self.memory_budget,
+        )
 
     def extra_repr(self) -> str:
         """The settings, for ``print(penalty)``."""
@@ -76,6 +88,7 @@ class HSR(CurvaturePenalty):
         weight: Factor of the penalty, at least zero.
         method: The engine, see :func:`lowland.hessian_moments`.
         unbiased: For training by mini-batches, see :class:`CurvaturePenalty`.
+        memory_budget: Bytes of temporaries, see :func:`lowland.hessian_moments`.
 
     References:
         arXiv:2606.28662, theorem 1.
@@ -111,6 +124,7 @@ class FlatnessAware(CurvaturePenalty):
         weight: Factor of the penalty, at least zero.
         method: The engine, see :func:`lowland.hessian_moments`.
         unbiased: For training by mini-batches, see :class:`CurvaturePenalty`.
+        memory_budget: Bytes of temporaries, see :func:`lowland.hessian_moments`.
     """
 
     def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -13,6 +13,19 @@ from lowland.losses import Loss
 _RUN = 1 << 16  # values looked at together, so that a check's own memory stays constant
 
 
+def check_tensor(value: object, name: str) -> None:
+    """Require a tensor.
+
+    Raises:
+        TypeError: If it is something else, such as an array.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor; got {type(value).__module__}.{type(value).__name__}: "
+            "convert it with torch.as_tensor"
+        )
+
+
 def check_features(tensor: Tensor, *, like: Tensor, name: str = "x") -> None:
     """Require a finite tensor of a floating-point type that the closed form supports.
 
@@ -20,6 +33,7 @@ def check_features(tensor: Tensor, *, like: Tensor, name: str = "x") -> None:
         TypeError: If the type or the device is not that of ``like``.
         ValueError: If the tensor is empty or has NaN or infinite values.
     """
+    check_tensor(tensor, name)
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} must be float32 or float64; got {str(tensor.dtype).removeprefix('torch.')}. "
@@ -76,6 +90,7 @@ def check_weights(weights: Sequence[Tensor]) -> None:
         raise ValueError(f"expected a sequence of weight tensors, one for each layer; got {got}")
     for index, weight in enumerate(weights):
         name = f"weights[{index}]"
+        check_tensor(weight, name)
         if weight.ndim < 2:
             raise ValueError(
                 f"expected {name} of shape (*ensemble, inputs + 1, outputs), bias in row 0; got "
@@ -103,6 +118,7 @@ def as_outputs(
         TypeError: If ``y`` is complex or on another device.
         ValueError: If its shape does not match or its values do not suit the loss.
     """
+    check_tensor(y, "y")
     if y.device != like.device or y.is_complex():
         raise TypeError(f"y is {_describe(y)} but the weights are {_describe(like)}")
     count = samples[-1]
@@ -146,7 +162,7 @@ def _check_values(y: Tensor, loss: Loss) -> None:
                 bad = run[(run != 0) & (run != 1)][0].item()
                 raise ValueError(
                     f"y must hold labels 0 or 1 for {loss.name!r}; got {bad}. Encode two classes "
-                    "as 0 and 1"
+                    "as 0 and 1; soft labels are not covered by the closed form"
                 )
 
 

@@ -376,8 +376,8 @@ NOT_COVERED = {
         lambda: nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(4, 1)),
         r"layer 1 of the model, Flatten.* before the first Linear",
     ),
-    "tied weight": (_tied_weight, "linear layers .* and .* share a parameter"),
-    "tied bias": (_tied_bias, "linear layers .* and .* share a parameter"),
+    "tied weight": (_tied_weight, "Linear layers 1 and 2 of the model.* share a parameter"),
+    "tied bias": (_tied_bias, "Linear layers 1 and 2 of the model.* share a parameter"),
     "hook": (_hooked, r"layer 1 of the model, Tanh\(\), has forward hooks.*remove them"),
     "hook before": (_hooked_before, "the model has forward hooks"),
     "patched": (_patched, "layer 0 of the model.* has forward hooks"),
@@ -415,6 +415,25 @@ def test_models_that_are_not_covered(what):
 def test_criteria_that_are_not_covered(criterion, error, message):
     with pytest.raises(error, match=message):
         lowland.hessian_moments(network(), criterion, *data(), "exact")
+
+
+def test_a_batch_without_any_weight():
+    model = nn.Sequential(nn.Linear(3, 3)).double()
+    for criterion in (
+        nn.CrossEntropyLoss(torch.zeros(3).double()),
+        nn.CrossEntropyLoss(ignore_index=1),
+    ):
+        with pytest.raises(ValueError, match="every sample has weight zero"):
+            lowland.hessian_moments(model, criterion, data()[0], torch.ones(12).long(), "exact")
+
+
+@pytest.mark.usefixtures("as_installed")
+def test_arrays_are_no_tensors():
+    x, y = data()
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor; got numpy.ndarray"):
+        lowland.hessian_moments(network(), BCE, x.numpy(), y, "exact")
+    with pytest.raises(TypeError, match=r"y must be a torch.Tensor; got builtins.list"):
+        lowland.hessian_moments(network(), BCE, x, y.tolist(), "exact")
 
 
 def test_layers_that_do_not_fit():

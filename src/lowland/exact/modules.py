@@ -15,7 +15,7 @@ from lowland.exact.api import OrderChoice, Reduction, Setup, prepare
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.losses import LOSSES, Loss
 from lowland.moments import HessianMoments
-from lowland.validation import check_labels
+from lowland.validation import check_labels, check_tensor
 
 _ELSEWHERE = "use method='dense', which differentiates any module (in memory quadratic in P)"
 
@@ -84,6 +84,8 @@ def read(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Setup:
     """What computes with a model, a criterion and data; errors as :func:`module_moments`."""
     network = _read_layers(model)
     loss = _read_criterion(criterion)
+    check_tensor(x, "x")
+    check_tensor(y, "y")
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:
         x = x.flatten(1)
@@ -221,12 +223,13 @@ def _not_covered(name: str, layer: nn.Module) -> str:
 
 def _require_fit(layers: list[nn.Linear]) -> None:
     seen: dict[int, int] = {}
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(layers, start=1):
         for parameter in layer.parameters():
-            if seen.setdefault(id(parameter), index) != index:
+            other = seen.setdefault(id(parameter), index)
+            if other != index:
                 raise UnsupportedModelError(
-                    f"the linear layers {layers[seen[id(parameter)]]} and {layer} share a "
-                    f"parameter; {_ELSEWHERE}"
+                    f"Linear layers {other} and {index} of the model, {layers[other - 1]} and "
+                    f"{layer}, share a parameter; {_ELSEWHERE}"
                 )
     for first, second in pairwise(layers):
         if second.in_features != first.out_features:
@@ -301,7 +304,7 @@ def register_criterion(kind: type[nn.Module], read: Callable[[nn.Module], Loss])
         ...     rate = s.exp()
         ...     return Separable(rate - y, rate, rate)
         >>> poisson = Loss("poisson", lambda s, y: s.exp() - y * s, derivatives)
-        >>> register_criterion(nn.PoissonNLLLoss, lambda criterion: poisson)
+        >>> register_criterion(nn.PoissonNLLLoss, lambda criterion: poisson)  # log_input=True
     """
     _CRITERIA[kind] = read
 
@@ -385,4 +388,10 @@ def _weigh_classes(
     counts = soft or (weights is None and kept is None)
     if criterion.reduction == "sum" or counts:
         return target, None
-    return target, (1 / mass.sum()).expand(len(y))
+    total = mass.sum()
+    if total.device.type == "cpu" and not bool(total > 0):
+        raise ValueError(
+            "every sample has weight zero, by CrossEntropyLoss(weight=...) or ignore_index, so the "
+            "mean loss does not exist; leave such a batch out"
+        )
+    return target, (1 / total).expand(len(y))

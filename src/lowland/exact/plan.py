@@ -237,6 +237,10 @@ def _smallest_parameters(size: Size) -> int:
     return 2 * max(_matrix_bytes(size, _smallest_piece(size)), _row_bytes(size))
 
 
+def _smallest_samples(size: Size) -> int:
+    return 2 * (_pair_rows(size) + _kernels(size) + 6 * _weights(size)) * size.itemsize
+
+
 def _smallest_piece(size: Size) -> int:
     """Entries of the largest row of any block."""
     return max(
@@ -254,25 +258,30 @@ def _weights(size: Size) -> int:
     return sum((a + 1) * b for a, b in pairwise(size.widths))
 
 
-def _too_small(budget: int, needed: int, order: Order) -> ValueError:
-    other = "samples" if order == "parameters" else "parameters"
+def _too_small(size: Size, budget: int, order: Order) -> ValueError:
+    smallest = {"samples": _smallest_samples(size), "parameters": _smallest_parameters(size)}
+    other: Order = "samples" if order == "parameters" else "parameters"
+    needed, instead = (smallest[each] / MEBIBYTE for each in (order, other))
+    advice = (
+        f" or try order={other!r}"
+        if smallest[other] <= budget
+        else f" (for order={other!r} to {instead:.3g} MiB)"
+    )
     return ValueError(
         f"a memory budget of {budget / MEBIBYTE:.3g} MiB is too small for order={order!r}, whose "
-        f"smallest piece here takes {needed / MEBIBYTE:.3g} MiB; raise memory_budget or try "
-        f"order={other!r}"
+        f"smallest piece here takes {needed:.3g} MiB; raise memory_budget{advice}"
     )
 
 
 def _plan_parameters(size: Size, budget: int, *, on_cpu: bool) -> Plan:
-    smallest = _smallest_parameters(size)
-    if smallest > budget:
-        raise _too_small(budget, smallest, "parameters")
+    if _smallest_parameters(size) > budget:
+        raise _too_small(size, budget, "parameters")
     matrices = budget // 2
     limit = (matrices // size.itemsize - 6 * _weights(size)) // 3
     entries = min(blocks.entries(size), limit)
     pieces = blocks.cut(size, limit)
     if pieces is None:
-        raise _too_small(budget, smallest, "parameters")
+        raise _too_small(size, budget, "parameters")
     piece = _row_bytes(size)
     longest = LONGEST_RUN if on_cpu else size.samples
     run = _evenly(size.samples, max(1, min(longest, matrices // piece)))
@@ -310,9 +319,8 @@ def _kernel_run(size: Size, limit: float) -> int:
 
 
 def _plan_samples(size: Size, budget: int, *, on_cpu: bool) -> Plan:
-    smallest = 2 * (_pair_rows(size) + _kernels(size) + 6 * _weights(size)) * size.itemsize
-    if smallest > budget:
-        raise _too_small(budget, smallest, "samples")
+    if _smallest_samples(size) > budget:
+        raise _too_small(size, budget, "samples")
     room = budget // 2 - 6 * _weights(size) * size.itemsize
     longest = LONGEST_RUN if on_cpu else size.samples
     run = _evenly(size.samples, max(1, min(longest, _kernel_run(size, room))))

@@ -54,11 +54,13 @@ def _inner_traces(
         for m, above in jacobians.items():
             pulled = (gain @ above.flatten(2)).unflatten(2, (above.shape[2], -1))
             jacobians[m] = slope.unsqueeze(2) * pulled
-        inner = (
-            _of_logits(jacobians[last], curvature, separable=separable)
-            if layer + 1 < last
-            else _of_neighbours(slope, gain, curvature, separable=separable)
-        )
+        if layer + 1 == last and (separable or gain.shape[2] < slope.shape[2]):
+            inner = _of_neighbours(slope, gain, curvature, separable=separable)
+        else:
+            # Also for more outputs than samples, whose pairs would be larger than the Jacobian.
+            if layer + 1 == last:
+                jacobians[last] = slope.unsqueeze(2) * gain.unsqueeze(3)
+            inner = _of_logits(jacobians[last], curvature, separable=separable)
         beta = gain @ g
         g, bends[layer] = slope * beta, run.bend[layer] * beta
         inner = inner + bends[layer].sum(1)
@@ -70,7 +72,7 @@ def _inner_traces(
             )
             inner = inner + (bends[m] * norms).sum(1)
         yield layer, inner
-        if layer > arch.lowest:
+        if layer > arch.lowest and layer + 1 not in jacobians:
             jacobians[layer + 1] = slope.unsqueeze(2) * gain.unsqueeze(3)
 
 

@@ -146,11 +146,11 @@ def make_linear_plan(size: Size, budget: int, *, on_cpu: bool, compiled: bool) -
     Raises:
         ValueError: If the budget is too small for one sample.
     """
-    piece = _linear_rows(size) * size.itemsize
-    if piece > budget:
+    piece, fixed = _linear_rows(size) * size.itemsize, 6 * _weights(size) * size.itemsize
+    if piece + fixed > budget:
         raise ValueError(
             f"a memory budget of {budget / MEBIBYTE:.3g} MiB is too small: one sample's terms take "
-            f"{piece / MEBIBYTE:.3g} MiB; raise memory_budget"
+            f"{(piece + fixed) / MEBIBYTE:.3g} MiB; raise memory_budget"
         )
     if compiled:
         room = budget // torch.get_num_threads()
@@ -158,8 +158,8 @@ def make_linear_plan(size: Size, budget: int, *, on_cpu: bool, compiled: bool) -
         if block:
             return Plan("parameters", size.networks, size.samples, compiled=True, block=block)
     longest = 4 * LONGEST_RUN if on_cpu else size.samples
-    run = _evenly(size.samples, min(longest, budget // piece))
-    networks = max(1, min(size.networks, budget // (piece * run)))
+    run = _evenly(size.samples, min(longest, (budget - fixed) // piece))
+    networks = max(1, min(size.networks, budget // (piece * run + fixed)))
     return Plan("parameters", networks, run)
 
 

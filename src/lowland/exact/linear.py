@@ -21,9 +21,6 @@ from lowland.losses import logit_derivatives
 
 PerSample = Float[Tensor, "#networks samples"]
 
-# With more, products of pairs of their weights would take more room than the samples' Jacobians.
-MANY_CLASSES = 32
-
 
 def trace(arch: Architecture, weights: Sequence[Tensor], data: Data) -> Float[Tensor, " networks"]:
     """These samples' share of ``Tr H``, by operations that autograd knows."""
@@ -80,8 +77,6 @@ def _of_neighbours(slope: Rows, gain: Tensor, curvature: Tensor, *, separable: b
     """The same for the layer below the logits, where ``J = diag(slope) V``: without forming it."""
     if separable:
         return ((gain.square().mT @ slope.square()) * curvature.mT).sum(1)
-    if gain.shape[2] > MANY_CLASSES:
-        return _of_logits(slope.unsqueeze(2) * gain.unsqueeze(3), curvature, separable=separable)
     first, second = pairs_of(gain.shape[2], gain.device)
     products = multiplicity(gain.shape[2], gain) * gain[:, :, first] * gain[:, :, second]
     return ((products.mT @ slope.square()) * curvature[:, :, first, second].mT).sum(1)

@@ -1,6 +1,7 @@
 """Values and derivatives against arithmetic with sixty digits, far into the saturated range."""
 
 import mpmath
+import oracle
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from mpmath import mp
 from torch.nn import functional
 
-from lowland.activations import ACTIVATIONS, get_activation, leaky_relu
+from lowland.activations import ACTIVATIONS, compose, get_activation, leaky_relu
 
 BOTH_TYPES = (torch.float64, torch.float32)
 
@@ -130,6 +131,35 @@ def test_piecewise_linear_activations_do_not_bend(slope):
     assert not third.any()
     assert activation.negative_slope == slope
     assert activation.name == ("relu" if slope == 0 else "leaky_relu")
+
+
+@given(
+    st.lists(st.sampled_from(sorted(ACTIVATIONS)), min_size=2, max_size=3),
+    st.floats(-4, 4).filter(lambda a: abs(a) > 1e-3),  # off the kinks
+)
+def test_compositions_have_the_derivatives_of_nested_functions(names, value):
+    activation = None
+    for name in names:  # the innermost first
+        activation = compose(ACTIVATIONS[name], activation)
+    *others, last = names
+    assert activation.name.startswith(f"{last}(")
+    assert all(name in activation.name for name in others)
+
+    def nested(a):
+        for name in names:
+            a = oracle.ACTIVATIONS[name](a)
+        return a
+
+    functions = [nested]
+    for _ in range(3):
+        functions.append(torch.func.grad(functions[-1]))
+    a = torch.tensor(value, dtype=torch.float64)
+    for mine, function in zip(activation(a), functions, strict=True):
+        torch.testing.assert_close(mine, function(a), rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_to_compose_with_is_the_activation_itself():
+    assert compose(ACTIVATIONS["gelu"], None) is ACTIVATIONS["gelu"]
 
 
 def test_names_and_activations_are_looked_up():

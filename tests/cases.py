@@ -166,11 +166,23 @@ def general(draw, activations=tuple(oracle.ACTIVATIONS), losses=tuple(oracle.LOS
     )
 
 
+def wide():
+    """Networks whose last hidden layer is so wide that pairs of samples do not form its ``B``."""
+    return st.builds(
+        oracle.Network,
+        inputs=st.integers(1, 2),
+        hidden=st.sampled_from([(17,), (2, 18)]),
+        activation=st.sampled_from(["sigmoid", "gelu"]),
+        loss=st.sampled_from(["ce", "mse"]),
+        outputs=st.just(2),
+    )
+
+
 @st.composite
 def cases(draw, dtypes=(torch.float64,), *, ensembles=True, networks=None, most_samples=12):
-    """Problems; every third or so of a kind that the compiled code covers."""
+    """Problems; every fourth or so of a kind that the compiled code covers."""
     if networks is None:
-        networks = st.one_of(shallow(), general(), general())
+        networks = st.one_of(shallow(), general(), general(), wide())
     network = draw(networks)
     ensemble = draw(st.sampled_from([(), (1,), (3,), (2, 2)])) if ensembles else ()
     return make(

@@ -30,6 +30,8 @@ SIZES = {
     "many inputs, no hidden layer": (oracle.Network(40, (), (), "mse", outputs=2), 6, ()),
     "several outputs": (oracle.Network(5, 6, "gelu", "mse", outputs=3), 6, ()),
     "many classes": (oracle.Network(3, 4, "gelu", "ce", outputs=12), 7, ()),
+    "a wide layer": (oracle.Network(3, 40, "gelu", "ce", outputs=2), 6, ()),
+    "wide layers over a narrow one": (oracle.Network(3, (2, 20), "gelu", "bce"), 6, (2,)),
     "two hidden layers": (oracle.Network(5, (6, 4), "gelu", "ce", outputs=3), 6, ()),
     "many parameters in depth": (oracle.Network(8, (10, 9), "tanh", "bce"), 6, ()),
     "a bottleneck": (oracle.Network(8, (1, 8), "tanh", "mse", outputs=2), 4, (2,)),

@@ -12,6 +12,7 @@ from lowland import exact
 NETWORKS = {
     "logistic regression": oracle.Network(2, (), (), "bce"),
     "one hidden layer": oracle.Network(2, 3, "tanh", "bce"),
+    "a wide layer": oracle.Network(2, 17, "tanh", "mse", outputs=2),
     "three hidden layers": oracle.Network(2, (3, 2, 3), "gelu", "ce", outputs=3),
     "several outputs": oracle.Network(2, (3, 2), "silu", "mse", outputs=2),
 }

@@ -38,6 +38,7 @@ class Problem:
     size: Size
     quantity: Quantity = "moments"
     unbiased: bool = False
+    differentiable: bool = False
 
     def on_references(
         self, weights: Sequence[Tensor], compute: Callable[[Reference], Result]
@@ -63,6 +64,7 @@ class Problem:
             self.size,
             self.quantity,
             self.unbiased,
+            self.differentiable,
         )
 
     def _kernel(self, weights: Sequence[Tensor], chosen: slice) -> Kernel:
@@ -94,8 +96,8 @@ class _Moments(Function):
         first, second, kept = zip(
             *problem.on_passes(weights, lambda _, part: part.moments()), strict=True
         )
-        keep = zip(*kept, strict=True) if problem.plan.keep else ()
-        return _join(first), _join(second), *(_join(parts) for parts in keep)
+        keep = problem.plan.keep or not problem.plan.compiled
+        return _join(first), _join(second), *map(_join, zip(*kept, strict=True) if keep else ())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -170,6 +172,8 @@ def join_layers(parts: Sequence[Sequence[Tensor]], like: Sequence[Tensor]) -> tu
 def run_moments(problem: Problem, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """``Tr H`` and ``Tr H^2`` of each network, with gradients in the weights."""
     data = problem.data
+    wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    problem = replace(problem, differentiable=wanted)
     first, second, *_ = _Moments.apply(  # type: ignore[no-untyped-call]
         problem, data.x, data.y, data.scale, *weights
     )

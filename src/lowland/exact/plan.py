@@ -80,8 +80,9 @@ def work(size: Size, path: Path) -> tuple[float, float, float]:
         return n * products, n * 0.5 * _rows(size), launched * runs
     runs = max(1.0, n / LONGEST_RUN)
     return (
-        2.5 * n * n * _inner(size),
-        n * (6.0 * n * len(list(blocks.blocks(size))) + 0.5 * runs * _term_rows(size)),
+        2.5 * n * n * _inner(size, size.widths[-1]),
+        n * n * (6.0 * len(list(blocks.blocks(size))) + _pairs_of_outputs(size))
+        + n * 0.5 * runs * _rows_of_pairs(size),
         launched * runs * (runs + 1),
     )
 
@@ -183,15 +184,20 @@ def _linear_rows(size: Size) -> int:
     return rows
 
 
-def _term_rows(size: Size) -> int:
+def _term_rows(size: Size, *, in_factors: bool = False) -> int:
     """Rows of one sample's terms, with what autograd keeps of how they came about."""
     last, outputs = size.depth - 1, size.widths[-1]
     rows = 3 * size.widths[0] + 16 + 6 * outputs * outputs
     for layer in range(last):
         width, above = size.widths[layer + 1], size.widths[layer + 2]
         columns = 1 + 2 * sum(size.widths[layer + 2 :])
-        rows += 20 * width + (above + 3 * width) * columns + 6 * width * width + 3 * width * above
+        rows += 20 * width + (above + 3 * width) * columns + 3 * width * above
+        rows += 6 * width * (above if in_factors and layer == last - 1 else width)
     return rows
+
+
+def _rows_of_pairs(size: Size) -> int:
+    return _term_rows(size, in_factors=size.last_in_factors)
 
 
 def _factor_rows(size: Size) -> int:
@@ -217,12 +223,17 @@ def _row_bytes(size: Size) -> int:
     return _rows(size) * size.itemsize
 
 
-def _inner(size: Size) -> int:
-    """Multiply-adds for each pair of samples, once forward."""
+def _inner(size: Size, outputs: int = 1) -> int:
+    """Rows whose products are formed for each pair of samples.
+
+    Times ``outputs`` where each is multiplied by as many: then the multiply-adds, once forward.
+    """
     total = 0
     for block in blocks.blocks(size):
         width, other = size.widths[block.left + 1], size.widths[block.right + 1]
-        if block.left == block.right:
+        if size.last_in_factors and block.left == block.right == size.depth - 2:
+            total += size.rows[block.left] + 2 * width * (size.widths[-1] * outputs + 1)
+        elif block.left == block.right:
             total += size.rows[block.left] + width * (width + 1) // 2
         else:
             beyond = size.widths[block.right]
@@ -299,7 +310,7 @@ def _evenly(samples: int, longest: int) -> int:
 
 def _kernels(size: Size) -> int:
     """Numbers for each pair of samples, in both passes."""
-    total = 6
+    total = 6 + _pairs_of_outputs(size)
     for block in blocks.blocks(size):
         total += 6
         if block.right > block.left + 1:
@@ -307,9 +318,13 @@ def _kernels(size: Size) -> int:
     return total
 
 
+def _pairs_of_outputs(size: Size) -> int:
+    return 5 * size.widths[-1] ** 2 if size.last_in_factors else 0
+
+
 def _pair_rows(size: Size) -> int:
     """Rows of one sample's terms and of their products in a pair of runs."""
-    return 4 * _term_rows(size) // 3 + 4 * _inner(size)
+    return 4 * _rows_of_pairs(size) // 3 + 4 * _inner(size)
 
 
 def _kernel_run(size: Size, limit: float) -> int:
@@ -326,5 +341,5 @@ def _plan_samples(size: Size, budget: int, *, on_cpu: bool) -> Plan:
     run = _evenly(size.samples, max(1, min(longest, _kernel_run(size, room))))
     piece = (_kernels(size) * run + _pair_rows(size)) * run * size.itemsize
     networks = max(1, min(size.networks, room // piece))
-    kept = networks * size.samples * _term_rows(size) * size.itemsize
+    kept = networks * size.samples * _rows_of_pairs(size) * size.itemsize
     return Plan("samples", networks, run, keep=kept <= budget // 4)

@@ -42,6 +42,8 @@ class Reference:
         size: The extent of the problem.
         quantity: What is wanted.
         unbiased: Whether ``Tr H^2`` leaves out each sample's pair with itself.
+        differentiable: Whether the gradient will be asked for. Where that is cheaper
+            :meth:`moments` then finds the gradients of both moments right away.
     """
 
     def __init__(  # noqa: PLR0917 - the parts of a problem, in its order
@@ -53,8 +55,11 @@ class Reference:
         size: Size,
         quantity: Quantity,
         unbiased: bool = False,  # noqa: FBT001, FBT002
+        differentiable: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
         self.arch, self.weights, self.data = arch, list(weights), data
+        self.leaves = [weight.detach().requires_grad_() for weight in weights]
+        self.differentiable = differentiable
         self.plan, self.size, self.quantity, self.unbiased = plan, size, quantity, unbiased
         self.networks = weights[0].shape[0]
         total = data.samples
@@ -64,11 +69,14 @@ class Reference:
 
         # Knows nothing of self: in a cycle the terms would live on until it is collected.
         def terms(index: int) -> Terms:
-            return compute_terms(arch, weights, data.of_samples(self_runs[index]))
+            return compute(weights, data.of_samples(runs[index]))
 
-        self_runs = self.runs
+        runs, by_pairs = self.runs, plan.order == "samples"
+        compute = self.compute_terms = partial(
+            compute_terms, arch, last_in_factors=by_pairs and size.last_in_factors
+        )
         # Pairs of runs need each run many times: keep the terms if memory allows.
-        keep = plan.order == "samples" and plan.keep
+        keep = by_pairs and plan.keep
         self.terms: Callable[[int], Terms] = lru_cache(None if keep else 1)(terms)
 
     def all_terms(self) -> Iterator[Terms]:
@@ -81,12 +89,21 @@ class Reference:
             yield parameters.accumulate_pieces(self.arch, self.size, self.all_terms(), pieces)
 
     def moments(self) -> tuple[PerNetwork, PerNetwork, list[Tensor]]:
-        """``Tr H``, ``Tr H^2``, and the blocks of ``H`` where the plan keeps them."""
+        """``Tr H``, ``Tr H^2``, and what the plan keeps for their gradient.
+
+        In the order "parameters" the blocks of ``H``; else the gradients of both moments, which
+        come with them at less than what it takes to compute the same terms again.
+        """
         first, second = self.weights[0].new_zeros(2, self.networks)
-        if self.quantity == "trace":
-            return self._trace(), second, []
         kept: list[Tensor] = []
+        if self.quantity == "trace":
+            if self.differentiable:
+                kept = self._zeros()
+            return self._trace(kept), second, kept
         if self.plan.order == "samples":
+            if self.differentiable and self.plan.keep:
+                in_first, in_second = self._zeros(), self._zeros()
+                return self._trace(in_first), self._with_gradient(in_second), in_first + in_second
             first, second = self._trace(), self._over_samples()
         else:
             for found in self.groups():
@@ -100,10 +117,18 @@ class Reference:
             second = (second - alone) * self.pairing
         return first, second, kept
 
-    def _trace(self) -> PerNetwork:
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros_like(weight) for weight in self.leaves]
+
+    def _trace(self, gradient: list[Tensor] | None = None) -> PerNetwork:
+        """``Tr H``; its gradient is added to what is given."""
         total = self.weights[0].new_zeros(self.networks)
         for run in self.runs:
-            total += linear.trace(self.arch, self.weights, self.data.of_samples(run))
+            with torch.set_grad_enabled(bool(gradient)):
+                trace = linear.trace(self.arch, self.leaves, self.data.of_samples(run))
+            total += trace.detach()
+            if gradient:
+                _chain(gradient, self.leaves, [trace], [torch.ones_like(total)])
         return total
 
     def _over_samples(self) -> PerNetwork:
@@ -115,6 +140,33 @@ class Reference:
                 kernel = samples.pairs(self.arch, left, self.terms(j))
                 total.add_(kernel.sum((1, 2)), alpha=1 if i == j else 2)
         return total
+
+    def _with_gradient(self, gradient: list[Tensor]) -> PerNetwork:
+        """``Tr H^2`` over pairs of samples; its gradient is added to what is given."""
+        total = self.weights[0].new_zeros(self.networks)
+        count = len(self.runs)
+        with torch.enable_grad():
+            terms = [self.compute_terms(self.leaves, self._data(i)) for i in range(count)]
+        leaves = [_leaves(each) for each in terms]
+        for i, left in enumerate(leaves):
+            for j in range(i, count):
+                # Within a run one factor's share of the slope is half of it, as of two runs.
+                right = leaves[j] if j > i else _detached(left)
+                with torch.enable_grad():
+                    value = samples.pairs(self.arch, left, right).sum((1, 2))
+                total.add_(value.detach(), alpha=1 if i == j else 2)
+                value.backward(value.new_full(value.shape, 2))
+            if self.unbiased:
+                with torch.enable_grad():
+                    alone = samples.own(self.arch, left).sum(1)
+                total -= alone.detach()
+                alone.backward(alone.new_full(alone.shape, -1))
+            slopes = {name: part.grad for name, part in left.named.items() if part.grad is not None}
+            values = [terms[i].named[name] for name in slopes]
+            _chain(gradient, self.leaves, values, list(slopes.values()))
+        for part in gradient:
+            part *= self.pairing
+        return self.pairing * total
 
     def pairs(self) -> Float[Tensor, "networks samples samples"]:
         """The terms of the double sum over samples."""
@@ -134,11 +186,16 @@ class Reference:
         self, trace_weight: PerNetwork, square_weight: PerNetwork, kept: Sequence[Tensor]
     ) -> list[Tensor]:
         """The gradient of ``trace_weight Tr H + square_weight Tr H^2`` in the weights."""
-        leaves = [weight.detach().requires_grad_() for weight in self.weights]
-        total = [torch.zeros_like(weight) for weight in leaves]
+        leaves, total = self.leaves, self._zeros()
+        if kept and (self.plan.order == "samples" or self.quantity == "trace"):
+            count = len(leaves)
+            for parts, weight in ((kept[:count], trace_weight), (kept[count:], square_weight)):
+                for whole, part in zip(total, parts, strict=False):
+                    whole.addcmul_(part, weight[:, None, None])
+            return total
         for index, parts in self._derivatives(trace_weight, square_weight, kept):
             with torch.enable_grad():
-                terms = compute_terms(self.arch, leaves, self._data(index))
+                terms = self.compute_terms(leaves, self._data(index))
             slopes = _add_up(parts(_detached(terms)))
             _chain(total, leaves, [terms.named[name] for name in slopes], list(slopes.values()))
         for run, slope in self._linear_part(trace_weight):
@@ -191,7 +248,7 @@ class Reference:
     def _named_terms(
         self, names: Sequence[Name], weights: Sequence[Tensor], data: Data
     ) -> list[Tensor]:
-        named = compute_terms(self.arch, weights, data).named
+        named = self.compute_terms(weights, data).named
         return [named[name] for name in names]
 
     def _data(self, index: int) -> Data:
@@ -257,11 +314,16 @@ def _detached(terms: Terms) -> Terms:
     return terms.like({name: part.detach() for name, part in terms.named.items()})
 
 
+def _leaves(terms: Terms) -> Terms:
+    return terms.like({name: part.detach().requires_grad_() for name, part in terms.named.items()})
+
+
 def _slopes(terms: Terms, kernel: Callable[[Terms], Tensor], weight: Tensor) -> Slopes:
     """The derivatives of ``sum weight * kernel(terms)`` in the terms."""
-    named = {name: part.detach().requires_grad_() for name, part in terms.named.items()}
+    terms = _leaves(terms)
+    named = terms.named
     with torch.enable_grad():
-        value = kernel(terms.like(named))
+        value = kernel(terms)
     parts = grad(value, list(named.values()), weight.expand_as(value), allow_unused=True)
     return {name: part for name, part in zip(named, parts, strict=True) if part is not None}
 

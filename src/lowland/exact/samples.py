@@ -6,7 +6,10 @@ With the factors of :mod:`lowland.exact.terms`, the inner product of two samples
     R_lm = (z_m . z_m) (B_lm . B_lm) + 2 (D z_m) . (B g_m) + (D . D) (g_m . g_m),  D = D_l,m-1
 
 where the left factor of each product is of one sample and the right one of the other, and the
-mixed term stands for both ways to choose. Nothing of size ``P^2`` is ever formed.
+mixed term stands for both ways to choose. Nothing of size ``P^2`` is ever formed, and below few
+outputs nothing quadratic in the width: with ``B_ll = U Q U^T + diag(c)`` of the last hidden layer,
+
+    <U Q U^T, U' Q' U'^T> = sum_kk' (U^T U')_kk' (Q U^T U' Q')_kk'
 
 Source: arXiv:2606.28662, theorem 1 and section V-B, for three layers and one output.
 """
@@ -20,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowland.exact.blocks import multiplicity, packed
-from lowland.exact.terms import Architecture, Rows, Terms
+from lowland.exact.terms import Architecture, Matrices, Rows, Terms
 
 Kernel = Float[Tensor, "networks samples others"]
 Product = Callable[[Rows, Rows], Tensor]
@@ -40,7 +43,16 @@ def pairs(arch: Architecture, left: Terms, right: Terms) -> Kernel:
     def both(layer: int, above: int) -> Kernel:
         return mixed(left, right, layer, above) + mixed(right, left, layer, above).mT
 
-    return _sum(arch, left, right, lambda a, b: a.mT @ b, both)
+    def gram(a: Matrices, b: Matrices) -> Tensor:
+        """The inner products of all columns, ``(networks, columns, a, columns', b)``."""
+        products = a.flatten(2).mT @ b.flatten(2)
+        return products.unflatten(2, b.shape[2:]).unflatten(1, a.shape[2:])
+
+    def contracted(a: Terms, b: Terms, layer: int) -> Kernel:
+        second = (layer, len(arch.rows) - 1)
+        return (gram(a.gain[layer], b.gain[layer]) * gram(a.B[second], b.B[second])).sum((1, 3))
+
+    return _sum(arch, left, right, lambda a, b: a.mT @ b, both, contracted)
 
 
 def own(arch: Architecture, terms: Terms) -> Float[Tensor, "networks samples"]:
@@ -52,7 +64,15 @@ def own(arch: Architecture, terms: Terms) -> Float[Tensor, "networks samples"]:
         pulled = (terms.B[layer, above] * terms.g[above].unsqueeze(1)).sum(2)
         return 2 * (reached * pulled).sum(1)
 
-    return _sum(arch, terms, terms, lambda a, b: (a * b).sum(1), mixed)
+    def gram(a: Matrices) -> Tensor:
+        by_sample = a.permute(0, 3, 1, 2)
+        return by_sample.mT @ by_sample
+
+    def contracted(a: Terms, _: Terms, layer: int) -> Tensor:
+        second = a.B[layer, len(arch.rows) - 1]
+        return (gram(a.gain[layer]) * gram(second)).sum((2, 3))
+
+    return _sum(arch, terms, terms, lambda a, b: (a * b).sum(1), mixed, contracted)
 
 
 def _beyond_bias(arch: Architecture, terms: Terms, layer: int) -> Rows:
@@ -65,16 +85,17 @@ def _sum(
     right: Terms,
     product: Product,
     mixed: Callable[[int, int], Tensor],
+    contracted: Callable[[Terms, Terms, int], Tensor],
 ) -> Tensor:
     layers = [layer for layer in range(len(arch.rows)) if arch.trains(layer)]
     inputs = {layer: product(left.z[layer], right.z[layer]) for layer in layers}
     total: Tensor | None = None
     for layer in layers:
-        # Of symmetric matrices half the entries are enough, weighed by what they stand for.
-        half = packed(left.B[layer, layer]) * multiplicity(
-            left.B[layer, layer].shape[1], inputs[layer]
-        ).unsqueeze(1)
-        inner = inputs[layer] * product(half, packed(right.B[layer, layer]))
+        if layer in left.gain:
+            inner = contracted(left, right, layer) + _beyond_contracted(left, right, layer, product)
+        else:
+            inner = _of_symmetric(left.B[layer, layer], right.B[layer, layer], product)
+        inner = inputs[layer] * inner
         for above in layers:
             if above <= layer:
                 continue
@@ -94,6 +115,23 @@ def _sum(
     if total is None:
         raise ValueError("expected a trained layer")
     return total
+
+
+def _of_symmetric(left: Matrices, right: Matrices, product: Product) -> Tensor:
+    """The inner products of matrices, of which half the entries are enough."""
+    twice = multiplicity(left.shape[1], left).unsqueeze(1)
+    return product(packed(left) * twice, packed(right))
+
+
+def _beyond_contracted(left: Terms, right: Terms, layer: int, product: Product) -> Tensor:
+    """What ``diag(c)`` adds to the inner products of ``U Q U^T + diag(c)``.
+
+    Of the first part only the diagonal ``b`` meets it.
+    """
+    (b, c), (other_b, other_c) = (
+        ((t.gain[layer] * t.B[layer, layer + 1]).sum(2), t.bend[layer]) for t in (left, right)
+    )
+    return product(b + c, other_c) + product(c, other_b)
 
 
 def _adjacent(

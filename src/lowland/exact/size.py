@@ -34,6 +34,16 @@ class Size:
         return sum(rows * width for rows, width in zip(self.rows, self.widths[1:], strict=True))
 
     @property
+    def last_in_factors(self) -> bool:
+        """Whether pairs of samples take the last hidden layer's ``B`` as ``U Q U^T + diag(c)``.
+
+        Of a wide layer under few outputs the whole matrix is larger than what it is made of. The
+        layers below it need the whole.
+        """
+        width, outputs = self.widths[-2:]
+        return self.depth - 2 in self.trained[:1] and width > 4 * outputs * outputs
+
+    @property
     def trained(self) -> list[int]:
         """Layers of which at least one row is trained."""
         return [layer for layer, rows in enumerate(self.rows) if rows]

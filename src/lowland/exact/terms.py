@@ -20,7 +20,7 @@ Source: arXiv:2606.28662, section IV, for three layers and one output; beyond, o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -128,6 +128,9 @@ class Terms:
         g: By layer; carries the samples' weights, as ``B`` does.
         B: By pair of layers ``l <= m``.
         D: By pair of layers ``l < m``; where ``l = m`` it is the diagonal matrix of slopes.
+        gain: Where ``B_ll`` is not formed, the ``U`` of :math:`B_{ll} = U Q U^T + diag(c)` with
+            the ``Q`` of the logits; ``B`` of this layer and the logits' is :math:`U Q`.
+        bend: There, the ``c``.
     """
 
     z: list[Rows]
@@ -135,6 +138,8 @@ class Terms:
     g: dict[int, Rows]
     B: dict[tuple[int, int], Matrices]
     D: dict[tuple[int, int], Matrices]
+    gain: dict[int, Matrices] = field(default_factory=dict)
+    bend: dict[int, Rows] = field(default_factory=dict)
 
     @property
     def named(self) -> dict[Name, Tensor]:
@@ -145,6 +150,8 @@ class Terms:
             **{("g", layer): g for layer, g in self.g.items()},
             **{("B", pair): matrices for pair, matrices in self.B.items()},
             **{("D", pair): matrices for pair, matrices in self.D.items()},
+            **{("gain", layer): matrices for layer, matrices in self.gain.items()},
+            **{("bend", layer): bend for layer, bend in self.bend.items()},
         }
 
     @property
@@ -160,6 +167,8 @@ class Terms:
             {layer: g[..., samples] for layer, g in self.g.items()},
             {pair: matrices[..., samples] for pair, matrices in self.B.items()},
             {pair: matrices[..., samples] for pair, matrices in self.D.items()},
+            {layer: matrices[..., samples] for layer, matrices in self.gain.items()},
+            {layer: bend[..., samples] for layer, bend in self.bend.items()},
         )
 
     def like(self, named: Mapping[Name, Tensor]) -> Terms:
@@ -170,6 +179,8 @@ class Terms:
             {layer: named["g", layer] for layer in self.g},
             {pair: named["B", pair] for pair in self.B},
             {pair: named["D", pair] for pair in self.D},
+            {layer: named["gain", layer] for layer in self.gain},
+            {layer: named["bend", layer] for layer in self.bend},
         )
 
 
@@ -243,13 +254,28 @@ def top(arch: Architecture, logits: Rows, data: Data) -> tuple[Rows, Matrices]:
     return residual.mT, curvature.permute(0, 2, 3, 1)
 
 
-def compute_terms(arch: Architecture, weights: Sequence[Tensor], data: Data) -> Terms:
-    """Run samples through the networks and collect the factors of their Hessian's blocks."""
+def compute_terms(
+    arch: Architecture,
+    weights: Sequence[Tensor],
+    data: Data,
+    *,
+    last_in_factors: bool = False,
+) -> Terms:
+    """Run samples through the networks and collect the factors of their Hessian's blocks.
+
+    Args:
+        arch: What the networks share.
+        weights: Of each layer, ``(networks, inputs + 1, outputs)``.
+        data: The samples.
+        last_in_factors: Do not form the last hidden layer's ``B``; it must be the lowest trained.
+    """
     last = len(weights) - 1
     run = forward(arch, weights, data)
     g: dict[int, Rows] = {}
     B: dict[tuple[int, int], Matrices] = {}  # noqa: N806 - as in the formulas
     D: dict[tuple[int, int], Matrices] = {}  # noqa: N806
+    gains: dict[int, Matrices] = {}
+    bends: dict[int, Rows] = {}
     g[last], B[last, last] = top(arch, run.logits, data)
     for layer in range(last - 1, arch.lowest - 1, -1):
         above = layer + 1
@@ -271,14 +297,16 @@ def compute_terms(arch: Architecture, weights: Sequence[Tensor], data: Data) -> 
         if above < last and arch.trains_beyond_bias(above + 1):
             between = gain.unsqueeze(3) * run.slope[above].unsqueeze(1)
             D[layer, above] = slope.unsqueeze(2) * between
+        bend = run.bend[layer] * pulled[:, :, 0]
+        if last_in_factors:
+            gains[layer], bends[layer] = slope.unsqueeze(2) * gain.unsqueeze(3), bend
+            break
         # B_l,l+1 V^T, transposed: it is symmetric up to the slopes.
         across = gain @ B[layer, above].transpose(1, 2).flatten(2)
         across = across.unflatten(2, (-1, slope.shape[2])) * slope.unsqueeze(2)
-        B[layer, layer] = _AddDiagonal.apply(  # type: ignore[no-untyped-call]
-            across, run.bend[layer] * pulled[:, :, 0]
-        )
+        B[layer, layer] = _AddDiagonal.apply(across, bend)  # type: ignore[no-untyped-call]
     z = [inputs[:, rows] for inputs, rows in zip(run.inputs, arch.rows, strict=True)]
-    return Terms(z, run.slope, g, B, D)
+    return Terms(z, run.slope, g, B, D, gains, bends)
 
 
 def loss_gradient(arch: Architecture, weights: Sequence[Tensor], data: Data) -> list[Tensor]:

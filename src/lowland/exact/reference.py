@@ -164,8 +164,8 @@ class Reference:
             slopes = {name: part.grad for name, part in left.named.items() if part.grad is not None}
             values = [terms[i].named[name] for name in slopes]
             _chain(gradient, self.leaves, values, list(slopes.values()))
-        for part in gradient:
-            part *= self.pairing
+        for whole in gradient:
+            whole.mul_(self.pairing)
         return self.pairing * total
 
     def pairs(self) -> Float[Tensor, "networks samples samples"]:
@@ -189,8 +189,8 @@ class Reference:
         leaves, total = self.leaves, self._zeros()
         if kept and (self.plan.order == "samples" or self.quantity == "trace"):
             count = len(leaves)
-            for parts, weight in ((kept[:count], trace_weight), (kept[count:], square_weight)):
-                for whole, part in zip(total, parts, strict=False):
+            for group, weight in ((kept[:count], trace_weight), (kept[count:], square_weight)):
+                for whole, part in zip(total, group, strict=False):
                     whole.addcmul_(part, weight[:, None, None])
             return total
         for index, parts in self._derivatives(trace_weight, square_weight, kept):

@@ -17,6 +17,7 @@ Source: arXiv:2606.28662, theorem 1 and section V-B, for three layers and one ou
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -46,13 +47,14 @@ def pairs(arch: Architecture, left: Terms, right: Terms) -> Kernel:
     def gram(a: Matrices, b: Matrices) -> Tensor:
         """The inner products of all columns, ``(networks, columns, a, columns', b)``."""
         products = a.flatten(2).mT @ b.flatten(2)
-        return products.unflatten(2, b.shape[2:]).unflatten(1, a.shape[2:])
+        count, samples, others = a.shape[2], a.shape[3], b.shape[3]
+        return products.view(-1, count, samples, count, others)
 
     def contracted(a: Terms, b: Terms, layer: int) -> Kernel:
         second = (layer, len(arch.rows) - 1)
         return (gram(a.gain[layer], b.gain[layer]) * gram(a.B[second], b.B[second])).sum((1, 3))
 
-    return _sum(arch, left, right, lambda a, b: a.mT @ b, both, contracted)
+    return _sum(arch, left, right, _Ways(lambda a, b: a.mT @ b, both, contracted))
 
 
 def own(arch: Architecture, terms: Terms) -> Float[Tensor, "networks samples"]:
@@ -72,27 +74,38 @@ def own(arch: Architecture, terms: Terms) -> Float[Tensor, "networks samples"]:
         second = a.B[layer, len(arch.rows) - 1]
         return (gram(a.gain[layer]) * gram(second)).sum((2, 3))
 
-    return _sum(arch, terms, terms, lambda a, b: (a * b).sum(1), mixed, contracted)
+    return _sum(arch, terms, terms, _Ways(lambda a, b: (a * b).sum(1), mixed, contracted))
 
 
 def _beyond_bias(arch: Architecture, terms: Terms, layer: int) -> Rows:
     return terms.z[layer][:, 1:] if arch.rows[layer].start == 0 else terms.z[layer]
 
 
-def _sum(
-    arch: Architecture,
-    left: Terms,
-    right: Terms,
-    product: Product,
-    mixed: Callable[[int, int], Tensor],
-    contracted: Callable[[Terms, Terms, int], Tensor],
-) -> Tensor:
+@dataclass(frozen=True)
+class _Ways:
+    """How samples meet: all with all, or each with itself.
+
+    Attributes:
+        product: Inner products of rows.
+        mixed: Both ``(D z_m) . (B g_m)`` of a layer and one above it that is not its neighbour.
+        contracted: Of a layer whose ``B`` is in factors, the inner products of ``U Q U^T``.
+    """
+
+    product: Product
+    mixed: Callable[[int, int], Tensor]
+    contracted: Callable[[Terms, Terms, int], Tensor]
+
+
+def _sum(arch: Architecture, left: Terms, right: Terms, ways: _Ways) -> Tensor:
+    product = ways.product
     layers = [layer for layer in range(len(arch.rows)) if arch.trains(layer)]
     inputs = {layer: product(left.z[layer], right.z[layer]) for layer in layers}
     total: Tensor | None = None
     for layer in layers:
         if layer in left.gain:
-            inner = contracted(left, right, layer) + _beyond_contracted(left, right, layer, product)
+            inner = ways.contracted(left, right, layer) + _beyond_contracted(
+                left, right, layer, product
+            )
         else:
             inner = _of_symmetric(left.B[layer, layer], right.B[layer, layer], product)
         inner = inputs[layer] * inner
@@ -107,7 +120,7 @@ def _sum(
                 else:
                     reached = [t.D[layer, above - 1].flatten(1, 2) for t in (left, right)]
                     first = product(left.g[above], right.g[above])
-                    part = part + torch.addcmul(mixed(layer, above), product(*reached), first)
+                    part = part + torch.addcmul(ways.mixed(layer, above), product(*reached), first)
             inner = torch.add(inner, part, alpha=2)
         total = (
             inputs[layer] * inner if total is None else torch.addcmul(total, inputs[layer], inner)

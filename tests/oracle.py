@@ -42,7 +42,7 @@ ACTIVATIONS = {
 
 
 def _bce(logits, targets):
-    return _softplus((1 - 2 * targets) * logits)
+    return (1 - targets) * _softplus(logits) + targets * _softplus(-logits)
 
 
 def _ce(logits, targets):

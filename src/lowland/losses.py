@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-TargetKind = Literal["binary", "real", "classes"]
+TargetKind = Literal["binary", "probabilities", "real", "classes"]
 
 
 class Separable(NamedTuple):
@@ -56,9 +56,10 @@ class Loss:
             sum over outputs, ``(..., samples)`` where it couples them.
         derivatives: Maps logits and targets, ``(..., samples, K)`` both, to :class:`Separable` or
             :class:`Coupled`.
-        targets: ``"binary"`` if they must be 0 or 1, ``"real"`` if any number will do; both have
-            one target per logit. ``"classes"`` for labels from 0 to ``K - 1``, of which
-            ``derivatives`` gets a distribution over classes.
+        targets: ``"binary"`` if they must be 0 or 1, ``"probabilities"`` if between 0 and 1,
+            ``"real"`` if any number will do; all of these have one target per logit.
+            ``"classes"`` for labels from 0 to ``K - 1``, of which ``derivatives`` gets a
+            distribution over classes.
     """
 
     name: str
@@ -140,13 +141,12 @@ def _bce_value(logit: Tensor, target: Tensor) -> Tensor:
 
 
 def _bce_derivatives(logit: Tensor, target: Tensor) -> Separable:
-    # In terms of the signed logit a fitted sample's residual underflows gracefully, where p - y
-    # would round to zero as soon as p rounds to one.
-    sign = 1 - 2 * target
-    signed = sign * logit
-    wrong, right = torch.sigmoid(signed), torch.sigmoid(-signed)
-    curvature = wrong * right
-    return Separable(sign * wrong, curvature, curvature * torch.tanh(-0.5 * logit))
+    # Of both probabilities a fitted sample's residual underflows gracefully, where p - y would
+    # round to zero as soon as p rounds to one.
+    high, low = torch.sigmoid(logit), torch.sigmoid(-logit)
+    curvature = high * low
+    residual = (1 - target) * high - target * low
+    return Separable(residual, curvature, curvature * torch.tanh(-0.5 * logit))
 
 
 def _mse_value(logit: Tensor, target: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def _ce_derivatives(logits: Tensor, target: Tensor) -> Coupled:
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("bce", _bce_value, _bce_derivatives, "binary"),
+        Loss("bce", _bce_value, _bce_derivatives, "probabilities"),
         Loss("ce", _ce_value, _ce_derivatives, "classes"),
         Loss("mse", _mse_value, _mse_derivatives),
     )

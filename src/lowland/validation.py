@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ def as_outputs(
                 f"x and y do not match: with {count} samples and {outputs} outputs y must have "
                 f"shape ({count}, {outputs}) for {loss.name!r}; got {tuple(y.shape)}"
             )
-        _check_values(y, loss)
+        check_targets(y, loss)
         return y
     if y.ndim < 1 or y.shape[-1] != count:
         raise ValueError(
@@ -145,25 +145,46 @@ def as_outputs(
             f"({count},); got {tuple(y.shape)}"
         )
     if loss.targets != "classes":
-        _check_values(y, loss)
+        check_targets(y, loss)
         return y.unsqueeze(-1)
     check_labels(y, outputs)
     return functional.one_hot(y.long(), outputs).to(like.dtype)
 
 
-def _check_values(y: Tensor, loss: Loss) -> None:
+def check_targets(y: Tensor, loss: Loss) -> None:
+    """Require targets that suit a loss with one of them for each logit.
+
+    Raises:
+        ValueError: If a value is not finite, or not one that the loss takes.
+    """
     if y.device.type != "cpu":
         return
     if y.is_floating_point():
         check_finite(y, "y")
     if loss.targets == "binary":
-        for run in y.detach().reshape(-1).split(_RUN):
-            if not bool(((run == 0) | (run == 1)).all()):
-                bad = run[(run != 0) & (run != 1)][0].item()
-                raise ValueError(
-                    f"y must hold labels 0 or 1 for {loss.name!r}; got {bad}. Encode two classes "
-                    "as 0 and 1; soft labels are not covered by the closed form"
-                )
+        expected, bad = "labels 0 or 1", _first(y, lambda run: (run != 0) & (run != 1))
+    elif loss.targets == "probabilities":
+        expected, bad = "labels between 0 and 1", _first(y, lambda run: (run < 0) | (run > 1))
+    else:
+        return
+    if bad is not None:
+        raise ValueError(
+            f"y must hold {expected} for {loss.name!r}; got {bad:g}. Encode two classes as 0 and 1"
+        )
+
+
+def is_binary(y: Tensor) -> bool:
+    """Whether all targets are 0 or 1; a look at their values."""
+    return _first(y, lambda run: (run != 0) & (run != 1)) is None
+
+
+def _first(y: Tensor, wrong: Callable[[Tensor], Tensor]) -> float | None:
+    """The first value that is wrong, if there is one."""
+    for run in y.detach().reshape(-1).split(_RUN):
+        found = wrong(run)
+        if bool(found.any()):
+            return float(run[found][0])
+    return None
 
 
 def check_labels(y: Tensor, classes: int) -> None:
@@ -176,15 +197,16 @@ def check_labels(y: Tensor, classes: int) -> None:
         return
     if y.is_floating_point():
         check_finite(y, "y")
-    for run in y.detach().reshape(-1).split(_RUN):
-        wrong = (
-            (run < 0) | (run >= classes) | (run != run.floor() if y.is_floating_point() else False)
+
+    def wrong(run: Tensor) -> Tensor:
+        outside = (run < 0) | (run >= classes)
+        return outside | (run != run.floor()) if y.is_floating_point() else outside
+
+    bad = _first(y, wrong)
+    if bad is not None:
+        raise ValueError(
+            f"y must hold labels from 0 to {classes - 1}, one for each output; got {bad:g}"
         )
-        if bool(wrong.any()):
-            raise ValueError(
-                f"y must hold labels from 0 to {classes - 1}, one for each output; got "
-                f"{run[wrong][0].item()}"
-            )
 
 
 def _check_distributions(y: Tensor) -> None:

@@ -173,6 +173,32 @@ def test_models_of_any_depth_and_several_outputs_agree_with_brute_force(draw, na
     assert_exact_is_dense(model, make().double(), data()[0], targets(kind))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [None, 0.0, 0.25, 3.0])
+def test_soft_labels(weight, reduction):
+    y = torch.linspace(0, 1, 12, dtype=torch.float64)
+    positive = None if weight is None else torch.tensor(weight).double()
+    criterion = nn.BCEWithLogitsLoss(pos_weight=positive, reduction=reduction)
+    assert_exact_is_dense(network(), criterion, data()[0], y)
+
+
+def test_soft_labels_of_several_outputs():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    criterion = nn.BCEWithLogitsLoss(
+        torch.tensor([1.0, 3.0, 0.5]), pos_weight=torch.tensor([0.5, 2.0, 0.0])
+    )
+    assert_exact_is_dense(model, criterion.double(), data()[0], targets("bits"))
+    assert_exact_is_dense(model, criterion.double(), data()[0], targets("shares"))
+
+
+@pytest.mark.parametrize("positive", [None, torch.tensor(3.0)])
+def test_labels_beyond_zero_and_one(positive):
+    x, y = data()
+    criterion = nn.BCEWithLogitsLoss(pos_weight=positive)
+    with pytest.raises(ValueError, match=r"labels between 0 and 1 for 'bce'; got 1.5"):
+        lowland.hessian_moments(network(), criterion, x, y + 0.5)
+
+
 def test_images_are_flattened():
     images = data()[0].view(12, 3, 1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()

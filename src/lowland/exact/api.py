@@ -56,7 +56,7 @@ def moments(
             ``"silu"``, ``"relu"``, ``"leaky_relu"``, or an
             :class:`~lowland.activations.Activation`; or a sequence of these, one for each hidden
             layer. For the piecewise linear ones the result is exact almost everywhere.
-        loss: ``"bce"`` (binary cross-entropy on each logit, targets 0 or 1), ``"ce"``
+        loss: ``"bce"`` (binary cross-entropy on each logit, targets from 0 to 1), ``"ce"``
             (cross-entropy, labels from 0 or a distribution for each sample) or ``"mse"`` (squared
             error without a factor one half); a mean over several outputs is one over samples and
             outputs, as in PyTorch. Or a :class:`~lowland.losses.Loss` of your own.
@@ -163,7 +163,8 @@ class Setup:
     weights: tuple[Tensor, ...]
     ensemble: torch.Size
     size: Size
-    is_mean: bool = True
+    is_mean: bool
+    covered: bool  # by the compiled code
 
     def at(self, weights: Sequence[Tensor]) -> Setup:
         """The same at other weights of the same shapes, which are not looked at."""
@@ -287,7 +288,7 @@ class Setup:
             order,
             memory_budget,
             on_cpu=self._device.type == "cpu",
-            compiled=compiled and not unbiased and covers(self.arch, self.size, self._device),
+            compiled=compiled and not unbiased and self.covered,
         )
         return Problem(self.arch, self.data, plan, self.size, unbiased=unbiased)
 
@@ -297,7 +298,7 @@ class Setup:
             self.size,
             memory_budget,
             on_cpu=self._device.type == "cpu",
-            compiled=covers(self.arch, self.size, self._device),
+            compiled=self.covered,
         )
         return Problem(self.arch, self.data, plan, self.size, quantity)
 
@@ -379,22 +380,26 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
     if isinstance(scale, Tensor):
         scale = _flatten(scale if scale.ndim == y.ndim else scale.unsqueeze(-1), ensemble, 2)
     rows = tuple(rows or (slice(0, weight.shape[-2]) for weight in weights))
+    arch = Architecture(activations, loss, rows)
+    data = Data(_flatten(x.detach(), ensemble, 2), _flatten(y.detach(), ensemble, 2), scale)
+    size = Size(
+        networks,
+        samples,
+        (x.shape[-1], *(weight.shape[-1] for weight in weights)),
+        tuple(part.stop - part.start for part in rows),
+        first.element_size(),
+    )
     return Setup(
-        Architecture(activations, loss, rows),
-        Data(_flatten(x.detach(), ensemble, 2), _flatten(y.detach(), ensemble, 2), scale),
+        arch,
+        data,
         tuple(
             weight.expand(*ensemble, *weight.shape[-2:]).reshape(networks, *weight.shape[-2:])
             for weight in weights
         ),
         ensemble,
-        Size(
-            networks,
-            samples,
-            (x.shape[-1], *(weight.shape[-1] for weight in weights)),
-            tuple(part.stop - part.start for part in rows),
-            first.element_size(),
-        ),
+        size,
         is_mean=reduction == "mean",
+        covered=covers(arch, size, data),
     )
 
 

@@ -28,6 +28,7 @@ from lowland.activations import ACTIVATIONS, Activation
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
 from lowland.losses import LOSSES
+from lowland.validation import is_binary
 
 Packed = Float[Tensor, "networks entries"]
 
@@ -103,16 +104,18 @@ def is_available() -> bool:
     return _library() is not None
 
 
-def covers(arch: Architecture, size: Size, device: torch.device) -> bool:
-    """Whether the compiled code can take a problem."""
+def covers(arch: Architecture, size: Size, data: Data) -> bool:
+    """Whether the compiled code can take a problem; for some losses a look at all targets."""
     return (
-        device.type == "cpu"
+        data.x.device.type == "cpu"
         and size.depth == 2
         and size.widths[2] == 1
         and arch.loss.name in _LOSSES
         and _activation_code(arch.activations[0]) is not None
         and LOSSES.get(arch.loss.name) is arch.loss
         and is_available()
+        # It tells the two classes apart by a sign.
+        and (arch.loss.name != "bce" or is_binary(data.y))
     )
 
 

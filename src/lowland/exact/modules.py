@@ -15,7 +15,7 @@ from lowland.exact.api import OrderChoice, Reduction, Setup, prepare
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.losses import LOSSES, Loss
 from lowland.moments import HessianMoments
-from lowland.validation import check_labels, check_tensor
+from lowland.validation import check_labels, check_targets, check_tensor
 
 _ELSEWHERE = "use method='dense', which differentiates any module (in memory quadratic in P)"
 
@@ -105,7 +105,7 @@ def read(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Setup:
         if scale is not None:  # not a mean over samples
             reduction = "sum"
     elif isinstance(criterion, nn.BCEWithLogitsLoss):
-        scale = _weigh_outputs(criterion, y, outputs, like=x)
+        y, scale = _weigh_outputs(criterion, y, outputs, like=x)
     return prepare(
         [_augmented(layer) for layer in network.layers],
         x,
@@ -328,11 +328,11 @@ def _read_criterion(criterion: nn.Module) -> Loss:
 
 def _weigh_outputs(
     criterion: nn.BCEWithLogitsLoss, y: Tensor, outputs: int, like: Tensor
-) -> Tensor | None:
-    """The weights of samples and outputs, where there are any but those of the reduction."""
+) -> tuple[Tensor, Tensor | None]:
+    """Labels, and their weights where there are any but those of the reduction."""
     positive, weight = criterion.pos_weight, criterion.weight
     if positive is None and weight is None:
-        return None
+        return y, None
     shape = (len(y), outputs)
 
     def spread(values: Tensor, name: str) -> Tensor:
@@ -346,10 +346,15 @@ def _weigh_outputs(
 
     scale = like.new_ones(shape)
     if positive is not None:
-        scale = torch.where(y.view(shape) > 0, spread(positive, "pos_weight"), scale)
+        check_targets(y, LOSSES["bce"])
+        # With p the weight, p y log(s) + (1 - y) log(1 - s) is the loss of another label.
+        yes = y.to(like.dtype).view(shape)
+        no, yes = 1 - yes, spread(positive, "pos_weight") * yes
+        scale = yes + no
+        y = torch.where(scale > 0, yes / scale, 0).view_as(y)
     if weight is not None:
         scale = scale * spread(weight, "weight")
-    return scale if criterion.reduction == "sum" else scale / scale.numel()
+    return y, scale if criterion.reduction == "sum" else scale / scale.numel()
 
 
 def _weigh_classes(

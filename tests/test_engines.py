@@ -75,6 +75,28 @@ def test_exact_is_refused_where_it_does_not_cover_the_model(data):
         engines.hessian_trace(nn.Linear(3, 1).double(), BCE, *data, method="exact")
 
 
+@pytest.mark.parametrize("function", [engines.hessian_moments, engines.hessian_trace])
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_gradients_in_the_data_are_those_of_brute_force_or_refused(name, function, data):
+    x, y = data
+    asking = {"x": x, "y": 0.2 + 0.6 * y}
+    asking[name] = asking[name].clone().requires_grad_()
+    with pytest.raises(lowland.UnsupportedModelError, match=rf"use {name}\.detach\(\), or method"):
+        function(shallow(), BCE, **asking, method="exact")
+    auto, dense = (function(shallow(), BCE, **asking, method=how) for how in ("auto", "dense"))
+    total = [getattr(found, "trace_sq", found) for found in (auto, dense)]
+    mine, theirs = (torch.autograd.grad(each, asking[name])[0] for each in total)
+    assert torch.equal(mine, theirs)
+    assert mine.abs().sum() > 0
+    with torch.no_grad():  # nobody can miss a gradient here
+        function(shallow(), BCE, **asking, method="exact")
+    large = nn.Sequential(nn.Linear(3, 999), nn.Tanh(), nn.Linear(999, 1)).double()
+    with pytest.raises(
+        lowland.UnsupportedModelError, match=rf"{name}\.detach.*4996 trainable param"
+    ):
+        function(large, BCE, **asking)
+
+
 @pytest.mark.usefixtures("as_installed")
 @pytest.mark.parametrize("function", [engines.hessian_moments, engines.hessian_trace])
 def test_an_unknown_method(function, data):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowland import exact
     from lowland.engines import hessian_moments
-    from lowland.exact.modules import UnsupportedModelError
+    from lowland.errors import UnsupportedModelError
     from lowland.moments import HessianMoments
     from lowland.optimizers import SAM
     from lowland.penalties import HSR, FlatnessAware, HessianTrace
@@ -19,7 +19,7 @@ _HOMES = {
     "FlatnessAware": "penalties",
     "HessianMoments": "moments",
     "HessianTrace": "penalties",
-    "UnsupportedModelError": "exact.modules",
+    "UnsupportedModelError": "errors",
     "hessian_moments": "engines",
 }
 

@@ -7,14 +7,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lowland.dense import dense_moments
-from lowland.exact.modules import (
-    UnsupportedModelError,
-    check_supported,
-    module_moments,
-    module_trace,
-)
+from lowland.errors import UnsupportedModelError
+from lowland.exact.modules import check_supported, module_moments, module_trace
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments, check_number
+from lowland.validation import check_constant
 
 Method = Literal["auto", "exact", "dense"]
 
@@ -44,8 +41,8 @@ def hessian_moments(
         x: Inputs, ``(samples, inputs)`` for ``"exact"``.
         y: Targets as the criterion takes them; for one output also ``(samples,)``.
         method: ``"exact"`` is the closed form, ``"dense"`` brute force by automatic
-            differentiation, ``"auto"`` the closed form where it covers the model and else brute
-            force, up to a few thousand parameters.
+            differentiation, ``"auto"`` the closed form where it covers the model and ``x`` and
+            ``y`` ask for no gradients, and else brute force, up to a few thousand parameters.
         unbiased: Take the samples for a batch of a larger data set, whose ``Tr H^2`` is to be
             estimated: a batch's own is too large on average, since it holds each sample's pair with
             itself. For ``"exact"`` alone.
@@ -59,7 +56,8 @@ def hessian_moments(
         (``requires_grad=False``) are constants: the Hessian is that of the others.
 
     Raises:
-        UnsupportedModelError: If the closed form does not cover the model or the criterion.
+        UnsupportedModelError: If the closed form does not cover the model or the criterion, or
+            ``x`` or ``y`` requires gradients, and brute force is not to be used.
         TypeError, ValueError: As :func:`lowland.exact.moments`.
 
     Example:
@@ -72,7 +70,7 @@ def hessian_moments(
         (26, True)
     """
     check_number(moments)
-    if _resolve(model, criterion, method) == "exact":
+    if _resolve(model, criterion, x, y, method) == "exact":
         return module_moments(
             model,
             criterion,
@@ -94,18 +92,22 @@ def hessian_trace(
     model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, method: Method = "auto"
 ) -> Tensor:
     """``Tr H`` alone, which the closed form has in linear time; as :func:`hessian_moments`."""
-    if _resolve(model, criterion, method) == "exact":
+    if _resolve(model, criterion, x, y, method) == "exact":
         return module_trace(model, criterion, x, y)
     return dense_moments(model, criterion, x, y).trace
 
 
-def _resolve(model: nn.Module, criterion: nn.Module, method: Method) -> Literal["exact", "dense"]:
+def _resolve(
+    model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, method: Method
+) -> Literal["exact", "dense"]:
     if method in ("exact", "dense"):
         return method
     if method != "auto":
         raise ValueError(f"unknown method {method!r}: expected 'auto', 'exact' or 'dense'")
     try:
         check_supported(model, criterion)
+        check_constant(x, "x")
+        check_constant(y, "y")
     except UnsupportedModelError as error:
         dim = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if dim > DENSE_LIMIT:

@@ -1,8 +1,12 @@
-"""What a person at the command line can cause."""
+"""Errors with names of their own."""
 
 
 class UserError(Exception):
-    """Something only the user can put right.
+    """Something only the user of the command line can put right.
 
     The message is one line: what was expected, what came, what to do.
     """
+
+
+class UnsupportedModelError(ValueError):
+    """The closed form does not cover a model, a criterion, or what is asked of them."""

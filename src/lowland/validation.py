@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowland.errors import UnsupportedModelError
 from lowland.losses import Loss
 
 _RUN = 1 << 16  # values looked at together, so that a check's own memory stays constant
@@ -23,6 +24,20 @@ def check_tensor(value: object, name: str) -> None:
         raise TypeError(
             f"{name} must be a torch.Tensor; got {type(value).__module__}.{type(value).__name__}: "
             "convert it with torch.as_tensor"
+        )
+
+
+def check_constant(value: object, name: str) -> None:
+    """Require data that ask for no gradient: the closed form has none to give them.
+
+    Raises:
+        UnsupportedModelError: If a gradient would silently be left out.
+    """
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedModelError(
+            f"expected {name} without requires_grad, since the closed form can be differentiated "
+            f"in the weights alone; use {name}.detach(), or method='dense' of "
+            "lowland.hessian_moments, which differentiates in the data too"
         )
 
 

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 
-from lowland import exact
+from lowland import UnsupportedModelError, exact
 
 pytestmark = pytest.mark.usefixtures("as_installed")
 
@@ -158,6 +158,23 @@ def test_labels_outside_zero_and_one(value):
     with pytest.raises(ValueError, match=message):
         exact.moments(*good(y=with_value((6,), value)), **SETTINGS)
     exact.moments(*good(y=with_value((6,), value)), activation="tanh", loss="mse")
+
+
+@pytest.mark.parametrize("call", EVERY_CALL)
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_data_that_ask_for_gradients(name, call):
+    weights, x, y = good()
+    {"x": x, "y": y}[name].requires_grad_()
+    message = rf"expected {name} without requires_grad.*use {name}\.detach\(\)"
+    with pytest.raises(UnsupportedModelError, match=message):
+        call(weights, x, y, **SETTINGS)
+    call(weights, x.detach(), y.detach(), **SETTINGS)
+
+
+def test_data_that_a_transform_would_differentiate():
+    weights, x, y = good()
+    with pytest.raises(UnsupportedModelError, match=r"expected x without requires_grad"):
+        torch.func.grad(lambda x: exact.trace(weights, x, y, **SETTINGS))(x)
 
 
 def test_complex_targets():

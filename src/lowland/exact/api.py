@@ -20,7 +20,7 @@ from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments, check_number
-from lowland.validation import as_outputs, check_features, check_weights
+from lowland.validation import as_outputs, check_constant, check_features, check_weights
 
 Reduction = Literal["mean", "sum"]
 Activations = str | Activation | Sequence[str | Activation]
@@ -76,6 +76,7 @@ def moments(
 
     Raises:
         TypeError: If tensors are not all float32 or all float64, or on different devices.
+        UnsupportedModelError: If ``x`` or ``y`` requires gradients, which would be left out.
         ValueError: If shapes do not match, values are not finite, targets do not suit the loss, or
             the budget is too small. On accelerators values are not looked at, since that would
             wait for the device; NaN goes in, NaN comes out.
@@ -351,6 +352,8 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
     activations = _read_activations(activation, len(weights) - 1)
     first, outputs = weights[0], weights[-1].shape[-1]
     check_features(x, like=first)
+    check_constant(x, "x")
+    check_constant(y, "y")
     if x.ndim < 2 or x.shape[-1] + 1 != first.shape[-2]:
         raise ValueError(
             f"x and weights[0] do not match: expected x of shape (samples, {first.shape[-2] - 1}) "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowland.activations import ACTIVATIONS, Activation, compose, leaky_relu
+from lowland.errors import UnsupportedModelError
 from lowland.exact.api import OrderChoice, Reduction, Setup, prepare
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.losses import LOSSES, Loss
@@ -18,10 +19,6 @@ from lowland.moments import HessianMoments
 from lowland.validation import check_labels, check_targets, check_tensor
 
 _ELSEWHERE = "use method='dense', which differentiates any module (in memory quadratic in P)"
-
-
-class UnsupportedModelError(ValueError):
-    """The closed form does not cover a model or a criterion."""
 
 
 def module_moments(
@@ -38,7 +35,8 @@ def module_moments(
     """Exact moments of the Hessian in the model's trainable parameters.
 
     Raises:
-        UnsupportedModelError: If the closed form does not cover the model or the criterion.
+        UnsupportedModelError: If the closed form does not cover the model or the criterion, or the
+            data require gradients.
         ValueError: As :func:`lowland.exact.moments`.
     """
     setup = read(model, criterion, x, y)

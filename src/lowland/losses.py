@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -55,17 +55,36 @@ class Loss:
         value: The loss itself, PyTorch's ``reduction="none"``: of the logits' shape where it is a
             sum over outputs, ``(..., samples)`` where it couples them.
         derivatives: Maps logits and targets, ``(..., samples, K)`` both, to :class:`Separable` or
-            :class:`Coupled`.
+            :class:`Coupled`. At its first use a loss's derivatives are compared with its value.
         targets: ``"binary"`` if they must be 0 or 1, ``"probabilities"`` if between 0 and 1,
             ``"real"`` if any number will do; all of these have one target per logit.
             ``"classes"`` for labels from 0 to ``K - 1``, of which ``derivatives`` gets a
             distribution over classes.
+
+    Raises:
+        TypeError: If a part is not what it must be.
+        ValueError: If there are no such targets.
     """
 
     name: str
     value: Callable[[Tensor, Tensor], Tensor]
     derivatives: Callable[[Tensor, Tensor], Separable | Coupled]
     targets: TargetKind = "real"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"the name of a loss must be a string; got {self.name!r}")
+        for part in ("value", "derivatives"):
+            if not callable(getattr(self, part)):
+                raise TypeError(
+                    f"{part} of the loss {self.name!r} must be a function of logits and targets; "
+                    f"got {getattr(self, part)!r}"
+                )
+        if self.targets not in get_args(TargetKind):
+            known = ", ".join(map(repr, get_args(TargetKind)))
+            raise ValueError(
+                f"targets of the loss {self.name!r} must be one of {known}; got {self.targets!r}"
+            )
 
     @property
     def per_output(self) -> bool:
@@ -125,7 +144,7 @@ def logit_derivatives(
         its curvature, or ``(..., samples, K, K)`` for a coupled one.
     """
     with torch.no_grad():
-        found = loss.derivatives(logits, targets)
+        found = read_derivatives(loss, logits, targets)
         if isinstance(found, Separable):
             found = Separable(*(part * scale for part in found))
     result: tuple[Tensor, Tensor]
@@ -134,6 +153,53 @@ def logit_derivatives(
     else:
         result = _CoupledFunction.apply(logits, found, scale)  # type: ignore[no-untyped-call]
     return result
+
+
+def read_derivatives(loss: Loss, logits: Tensor, targets: Tensor) -> Separable | Coupled:
+    """What a loss says at these logits, required to have the shapes that were agreed on.
+
+    Raises:
+        TypeError: If it is no :class:`Separable` or :class:`Coupled`.
+        ValueError: If a part of it has another shape or type.
+    """
+    found = loss.derivatives(logits, targets)
+    shape, dtype = tuple(logits.shape), logits.dtype
+
+    def require(part: object, name: str, *more: int) -> Tensor:
+        expected = (*shape, *more)
+        if isinstance(part, Tensor) and part.shape == expected and part.dtype == dtype:
+            return part
+        raise ValueError(
+            f"{name} of the loss {loss.name!r} must be {_describe(expected, dtype)} for logits of "
+            f"shape {shape}; got {_describe_value(part)}"
+        )
+
+    if isinstance(found, Separable):
+        parts = zip(found._fields, found, strict=True)
+        return Separable(*(require(part, name) for name, part in parts))
+    if isinstance(found, Coupled):
+        third = found.third
+        return Coupled(
+            require(found.residual, "residual"),
+            require(found.curvature, "curvature", shape[-1]),
+            lambda adjoint: require(third(adjoint), "third(A)"),
+        )
+    raise TypeError(
+        f"the derivatives of the loss {loss.name!r} must be a lowland.losses.Separable or Coupled; "
+        f"got {_describe_value(found)}"
+    )
+
+
+def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"a {str(dtype).removeprefix('torch.')} tensor of shape {tuple(shape)}"
+
+
+def _describe_value(value: object) -> str:
+    if isinstance(value, Tensor):
+        return _describe(value.shape, value.dtype)
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return f"{type(value).__name__}"
 
 
 def _bce_value(logit: Tensor, target: Tensor) -> Tensor:

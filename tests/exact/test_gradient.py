@@ -195,15 +195,6 @@ def test_without_a_need_for_gradients_there_is_no_graph(order):
         assert not exact.trace(trainable(case), case.x, case.y, **case.settings).requires_grad
 
 
-@pytest.mark.parametrize("order", cases.ORDERS)
-def test_data_get_no_gradient(order):
-    case = cases.make(oracle.Network(3, 4, "tanh", "mse"), 20)
-    x, y = case.x.clone().requires_grad_(), case.y.clone().requires_grad_()
-    exact.moments(trainable(case), x, y, **case.settings, order=order).upper.backward()
-    assert x.grad is None
-    assert y.grad is None
-
-
 @pytest.mark.parametrize("create", [exact.moments, exact.trace])
 def test_a_second_derivative_is_refused_clearly(create):
     case = cases.make(oracle.Network(3, 4, "tanh", "bce"), 20)

@@ -18,6 +18,7 @@ from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, MEBIBYTE, make_linear_plan
 from lowland.exact.reference import Reference
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
+from lowland.loss_checks import check_loss
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments, check_number
 from lowland.validation import as_outputs, check_constant, check_features, check_weights
@@ -361,6 +362,7 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
             f"got {tuple(x.shape)}"
         )
     y = as_outputs(y, samples=tuple(x.shape[:-1]), outputs=outputs, loss=loss, like=first)
+    check_loss(loss, y, like=first)
     try:
         ensemble = torch.broadcast_shapes(
             *(weight.shape[:-2] for weight in weights), x.shape[:-2], y.shape[:-2]

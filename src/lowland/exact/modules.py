@@ -292,7 +292,11 @@ def register_criterion(kind: type[nn.Module], read: Callable[[nn.Module], Loss])
     Args:
         kind: The criterion's class. Instances need an attribute ``reduction``, ``"mean"`` (over
             samples and outputs) or ``"sum"``.
-        read: Maps an instance to its :class:`~lowland.losses.Loss`.
+        read: Maps an instance to its :class:`~lowland.losses.Loss`. The derivatives of a new one
+            are compared with its value, so return the same one for the same settings.
+
+    Raises:
+        TypeError: If ``kind`` is no class of criteria, or ``read`` no function.
 
     Example:
         >>> from torch import nn
@@ -304,6 +308,16 @@ def register_criterion(kind: type[nn.Module], read: Callable[[nn.Module], Loss])
         >>> poisson = Loss("poisson", lambda s, y: s.exp() - y * s, derivatives)
         >>> register_criterion(nn.PoissonNLLLoss, lambda criterion: poisson)  # log_input=True
     """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(
+            f"expected a criterion's class, such as nn.PoissonNLLLoss; got {kind!r}: give the "
+            "class rather than an instance or a function"
+        )
+    if not callable(read):
+        raise TypeError(
+            f"expected a function of a {kind.__name__} that returns its lowland.losses.Loss; got "
+            f"{read!r}: for one loss use lambda criterion: loss"
+        )
     _CRITERIA[kind] = read
 
 
@@ -316,12 +330,19 @@ def _read_criterion(criterion: nn.Module) -> Loss:
             "lowland.exact.register_criterion"
         )
     _require_no_hooks(criterion, "the criterion")
-    if criterion.reduction not in ("mean", "sum"):
+    reduction = getattr(criterion, "reduction", None)
+    if reduction not in ("mean", "sum"):
         raise ValueError(
             f"the criterion's reduction must be 'mean' or 'sum' for its Hessian to be a matrix; "
-            f"got {criterion.reduction!r}"
+            f"got {reduction!r}"
         )
-    return read(criterion)
+    loss = read(criterion)
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"what register_criterion was given for {type(criterion).__name__} must return a "
+            f"lowland.losses.Loss; got {type(loss).__name__}"
+        )
+    return loss
 
 
 def _weigh_outputs(

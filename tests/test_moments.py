@@ -124,6 +124,25 @@ def test_there_is_no_such_eigenvalue(k):
         of(torch.ones(3, dtype=torch.float64)).bracket(k)
 
 
+@pytest.mark.usefixtures("as_installed")
+@pytest.mark.parametrize("k", [1.5, 1.0, "1", None])
+def test_eigenvalues_are_counted_by_whole_numbers(k):
+    with pytest.raises(TypeError, match=r"k must be a whole number, 1 for the largest.*; got"):
+        of(torch.ones(3, dtype=torch.float64)).bracket(k)
+
+
+@pytest.mark.parametrize("trace_sq", [-2.0, 0.5])
+def test_an_estimate_that_no_spectrum_has_leaves_the_mean(trace_sq):
+    trace = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    moments = HessianMoments(3, trace, torch.tensor(trace_sq).double().requires_grad_())
+    assert moments.std == 0
+    assert moments.lower == moments.upper == 1
+    assert moments.bracket(2) == (1, 1)
+    by_trace, by_square = torch.autograd.grad(moments.upper, (trace, moments.trace_sq))
+    assert by_trace == 1 / 3
+    assert by_square == 0
+
+
 def test_moments_that_make_no_sense():
     with pytest.raises(ValueError, match=r"dim must be at least 1.*got 0"):
         HessianMoments(0, torch.ones(()), torch.ones(()))

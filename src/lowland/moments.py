@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -31,6 +32,12 @@ class HessianMoments:
 
     Raises:
         ValueError: If ``dim`` is not positive or the traces differ in shape.
+
+    Notes:
+        Estimates (``unbiased=True``) make estimates of the bounds, which need not hold. Where
+        ``trace_sq`` is estimated so low that no spectrum has it, below ``trace^2 / P`` or even
+        negative, ``std`` is zero: all bounds and brackets are the mean, and of a bound's gradient
+        only that of the mean is left.
 
     References:
         H. Wolkowicz and G. P. H. Styan, Bounds for eigenvalues using traces, Linear Algebra and
@@ -107,11 +114,14 @@ class HessianMoments:
             Two tensors of shape ``(*ensemble)``.
 
         Raises:
+            TypeError: If ``k`` is no whole number.
             ValueError: If ``k`` is not between 1 and ``dim``, or ``moments`` is neither 2 nor 4, or
                 is 4 without ``higher``.
         """
         check_number(moments)
         dim = self.dim
+        if not isinstance(k, Integral):
+            raise TypeError(f"k must be a whole number, 1 for the largest eigenvalue; got {k!r}")
         if not 1 <= k <= dim:
             raise ValueError(f"k must be between 1 (the largest eigenvalue) and {dim}; got {k}")
         mean, std = self.mean, self.std

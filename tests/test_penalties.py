@@ -169,6 +169,24 @@ def test_weights_that_make_no_sense(kind, weight):
         kind(BCE, weight=weight)
 
 
+@pytest.mark.usefixtures("as_installed")
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_settings_that_make_no_sense_are_refused_at_once(kind):
+    with pytest.raises(TypeError, match="weight must be a finite number of at least 0; got 'a'"):
+        kind(BCE, "a")
+    with pytest.raises(TypeError, match=r"expected a criterion, such as .*got 0.1"):
+        kind(0.1, BCE)
+    with pytest.raises(ValueError, match="unknown method 'x': expected 'auto', 'exact' or 'dense'"):
+        kind(BCE, 0.1, method="x")
+    with pytest.raises(TypeError, match=r"memory_budget must be a number of bytes.*got '1GB'"):
+        kind(BCE, 0.1, memory_budget="1GB")
+
+
+def test_the_trace_keeps_to_the_budget(model, data):
+    with pytest.raises(ValueError, match="raise memory_budget"):
+        lowland.HessianTrace(BCE, 0.1, memory_budget=64)(model, *data)
+
+
 @pytest.mark.parametrize("kind", PENALTIES)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])  # noqa: S301
 def test_copies_are_the_same_penalty(duplicate, kind, model, data):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowland.moments import HessianMoments, check_number
-from lowland.validation import check_values
+from lowland.validation import check_initialized, check_values
 
 DEFAULT_MEMORY_LIMIT = 4 << 30
 
@@ -38,13 +38,15 @@ def dense_hessian(
         differentiated in the parameters if gradients are enabled.
 
     Raises:
-        ValueError: If there is no trainable parameter, ``x`` or ``y`` is empty or not finite, the
-            loss is not a scalar, or the matrix would exceed the limit.
+        ValueError: If there is no trainable parameter, a lazy layer has seen no data, ``x`` or
+            ``y`` is empty or not finite, the loss is not a scalar, or the matrix would exceed the
+            limit.
         RuntimeError: If PyTorch cannot differentiate the model twice, with what may help.
     """
     for label, data in (("x", x), ("y", y)):
         if isinstance(data, Tensor):  # other inputs are the model's and the criterion's own affair
             check_values(data, label)
+    check_initialized(model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError(
@@ -56,8 +58,9 @@ def dense_hessian(
     if dim * dim * itemsize > memory_limit:
         raise ValueError(
             f"the Hessian of {dim} parameters takes {dim * dim * itemsize / 2**30:.3g} GiB, more "
-            f"than the limit of {memory_limit / 2**30:.3g} GiB; train a subset of the parameters, "
-            "or raise memory_limit"
+            f"than the limit of {memory_limit / 2**30:.3g} GiB; leave parameters out of it by "
+            "requires_grad_(False), or call lowland.dense.dense_moments or dense_hessian with a "
+            "larger memory_limit"
         )
 
     def loss_of(flat: Tensor) -> Tensor:

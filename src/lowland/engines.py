@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -33,8 +33,8 @@ def hessian_moments(
     """``Tr H`` and ``Tr H^2`` of ``criterion(model(x), y)`` in the trainable parameters.
 
     Args:
-        model: For ``"exact"`` an ``nn.Sequential`` of Linear layers and element-wise activations,
-            with or without ``Flatten`` in front. For ``"dense"`` any module.
+        model: For ``"exact"`` a Linear layer, or an ``nn.Sequential`` of Linear layers, element-wise
+            activations and sequences of these, with or without ``Flatten`` in front. For ``"dense"`` any module.
         criterion: For ``"exact"`` ``nn.BCEWithLogitsLoss``, ``nn.CrossEntropyLoss``,
             ``nn.MSELoss``, or one of your own (:func:`lowland.exact.register_criterion`), with the
             reduction ``"mean"`` or ``"sum"``. For ``"dense"`` anything that returns a scalar.
@@ -45,7 +45,8 @@ def hessian_moments(
             ``y`` ask for no gradients, and else brute force, up to a few thousand parameters.
         unbiased: Take the samples for a batch of a larger data set, whose ``Tr H^2`` is to be
             estimated: a batch's own is too large on average, since it holds each sample's pair with
-            itself. For ``"exact"`` alone.
+            itself. For ``"exact"`` alone. The estimate may come out negative, and bounds from it
+            are estimates too: see :class:`~lowland.HessianMoments`.
         moments: 4 for ``Tr H^3`` and ``Tr H^4`` as well, see
             :meth:`~lowland.HessianMoments.bracket`.
         memory_budget: Bytes of temporaries that ``"exact"`` does not exceed. Wide layers need more:
@@ -89,21 +90,36 @@ def hessian_moments(
 
 
 def hessian_trace(
-    model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, method: Method = "auto"
+    model: nn.Module,
+    criterion: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    method: Method = "auto",
+    *,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
     """``Tr H`` alone, which the closed form has in linear time; as :func:`hessian_moments`."""
     if _resolve(model, criterion, x, y, method) == "exact":
-        return module_trace(model, criterion, x, y)
+        return module_trace(model, criterion, x, y, memory_budget=memory_budget)
     return dense_moments(model, criterion, x, y).trace
+
+
+def check_method(method: str) -> None:
+    """Refuse what is no engine.
+
+    Raises:
+        ValueError: If there is no engine of that name.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"unknown method {method!r}: expected 'auto', 'exact' or 'dense'")
 
 
 def _resolve(
     model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, method: Method
 ) -> Literal["exact", "dense"]:
-    if method in ("exact", "dense"):
-        return method
+    check_method(method)
     if method != "auto":
-        raise ValueError(f"unknown method {method!r}: expected 'auto', 'exact' or 'dense'")
+        return method
     try:
         check_supported(model, criterion)
         check_constant(x, "x")

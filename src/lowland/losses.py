@@ -278,7 +278,9 @@ def get_loss(loss: str | Loss) -> Loss:
     """
     if isinstance(loss, Loss):
         return loss
-    if loss not in LOSSES:
+    if not isinstance(loss, str) or loss not in LOSSES:
         known = ", ".join(LOSSES)
-        raise ValueError(f"unknown loss {loss!r}: expected one of {known}")
+        raise ValueError(
+            f"unknown loss {loss!r}: expected one of {known}, or a lowland.losses.Loss"
+        )
     return LOSSES[loss]

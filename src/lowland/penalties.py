@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from lowland.engines import Method, hessian_moments, hessian_trace
+from lowland.engines import Method, check_method, hessian_moments, hessian_trace
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments
+from lowland.validation import check_budget, is_number
 
 
 class CurvaturePenalty(nn.Module, ABC):
@@ -25,11 +26,13 @@ class CurvaturePenalty(nn.Module, ABC):
         method: The engine, see :func:`lowland.hessian_moments`.
         unbiased: For training by mini-batches: penalize an unbiased estimate of the data set's
             ``Tr H^2`` rather than the batch's own, see :func:`lowland.hessian_moments`. Needs the
-            closed form.
+            closed form. Where the estimate is too low for any spectrum, even negative, what is left
+            of HSR is the mean; a flatness-aware penalty may be negative.
         memory_budget: Bytes of temporaries, see :func:`lowland.hessian_moments`.
 
     Raises:
-        ValueError: If the weight is negative or not finite.
+        TypeError: If the criterion cannot be called, or the weight or the budget is no number.
+        ValueError: If the weight is negative or not finite, or the method unknown.
     """
 
     def __init__(
@@ -42,13 +45,21 @@ class CurvaturePenalty(nn.Module, ABC):
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
         super().__init__()
+        if not callable(criterion):
+            raise TypeError(
+                f"expected a criterion, such as nn.BCEWithLogitsLoss(), then its penalty's weight; "
+                f"got {criterion!r} for the criterion"
+            )
+        if not (is_number(weight) or isinstance(weight, Tensor)):
+            raise TypeError(f"weight must be a finite number of at least 0; got {weight!r}")
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be a finite number of at least 0; got {weight}")
+        check_method(method)
         self.criterion = criterion
         self.weight = weight
         self.method: Method = method
         self.unbiased = unbiased
-        self.memory_budget = memory_budget
+        self.memory_budget = check_budget(memory_budget)
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The penalty, a scalar tensor with a graph to the model's trainable parameters."""
@@ -113,7 +124,9 @@ class HessianTrace(CurvaturePenalty):
 
     def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """``Tr H``."""
-        return hessian_trace(model, self.criterion, x, y, self.method)
+        return hessian_trace(
+            model, self.criterion, x, y, self.method, memory_budget=self.memory_budget
+        )
 
 
 class FlatnessAware(CurvaturePenalty):

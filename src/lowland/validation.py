@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import UninitializedParameter
 
 from lowland.errors import UnsupportedModelError
 from lowland.losses import Loss
@@ -19,12 +22,64 @@ def check_tensor(value: object, name: str) -> None:
 
     Raises:
         TypeError: If it is something else, such as an array.
+        RuntimeError: If it stands for a batch of tensors within ``torch.func.vmap``.
     """
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor; got {type(value).__module__}.{type(value).__name__}: "
             "convert it with torch.as_tensor"
         )
+    if _is_batched(value):
+        raise RuntimeError(
+            f"{name} comes from torch.func.vmap, which does not go through the closed form; give "
+            "lowland.exact the whole batch instead: leading dimensions of weights, x and y are "
+            "those of an ensemble, which is computed in one call"
+        )
+
+
+def _is_batched(value: Tensor) -> bool:
+    functorch = torch._C._functorch  # noqa: SLF001 - PyTorch has no public name for it
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)
+    return False
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Require parameters that have shapes.
+
+    Raises:
+        ValueError: If a lazy layer has not seen any data.
+    """
+    named = model.named_parameters()
+    lazy = [name for name, part in named if isinstance(part, UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"the model's parameter {lazy[0]!r} belongs to a lazy layer that has no weights yet; "
+            "call model(x) once first"
+        )
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number of any library."""
+    return isinstance(value, Real)
+
+
+def check_budget(budget: float) -> int:
+    """A budget in bytes.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not finite.
+    """
+    if not is_number(budget):
+        raise TypeError(
+            f"memory_budget must be a number of bytes, such as 1 << 30 for 1 GiB; got {budget!r}"
+        )
+    if not math.isfinite(budget):
+        raise ValueError(f"memory_budget must be a finite number of bytes; got {budget}")
+    return int(budget)
 
 
 def check_constant(value: object, name: str) -> None:
@@ -50,9 +105,10 @@ def check_features(tensor: Tensor, *, like: Tensor, name: str = "x") -> None:
     """
     check_tensor(tensor, name)
     if tensor.dtype not in (torch.float32, torch.float64):
+        use = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float64
         raise TypeError(
             f"{name} must be float32 or float64; got {str(tensor.dtype).removeprefix('torch.')}. "
-            f"Convert it, for example with {name.partition('[')[0]}.double()"
+            f"Convert it, for example with {name}.to({use})"
         )
     if tensor.dtype != like.dtype or tensor.device != like.device:
         raise TypeError(
@@ -146,6 +202,8 @@ def as_outputs(
         if y.is_floating_point() and tuple(y.shape[-2:]) == (count, outputs):
             _check_distributions(y)
             return y.to(like.dtype)
+        if y.shape[-1:] != (count,) and tuple(y.shape[-2:]) == (count, outputs):
+            check_one_per_sample(y)
     elif outputs > 1:
         if y.ndim < 2 or tuple(y.shape[-2:]) != (count, outputs):
             raise ValueError(
@@ -200,6 +258,20 @@ def _first(y: Tensor, wrong: Callable[[Tensor], Tensor]) -> float | None:
         if bool(found.any()):
             return float(run[found][0])
     return None
+
+
+def check_one_per_sample(y: Tensor) -> None:
+    """Refuse labels that were encoded as rows of whole numbers.
+
+    Raises:
+        ValueError: If there are several numbers for a sample.
+    """
+    if y.ndim > 1:
+        raise ValueError(
+            f"labels of classes must be one whole number for each sample; got shape "
+            f"{tuple(y.shape)}, as of one-hot rows: use y.argmax(-1), or make distributions of "
+            "them with y.double()"
+        )
 
 
 def check_labels(y: Tensor, classes: int) -> None:

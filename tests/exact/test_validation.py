@@ -227,6 +227,10 @@ CLASSES = {
         {"y": zeros(6, 2)},
         r"y must have shape \(6,\); got \(6, 2\)",
     ),
+    "one-hot rows": (
+        {"y": torch.ones(6, 3).long()},
+        r"one whole number for each sample; got shape \(6, 3\).* use y.argmax",
+    ),
     "labels for fewer samples": (
         {"y": torch.zeros(5).long()},
         r"must have shape \(6,\); got \(5,\)",
@@ -266,6 +270,46 @@ def test_numbers_of_moments_that_there_are_not():
 def test_unknown_names(call, setting, message):
     with pytest.raises(ValueError, match=message):
         call(*good(), **{**SETTINGS, **setting})
+
+
+@pytest.mark.parametrize("call", EVERY_CALL)
+@pytest.mark.parametrize("activation", [None, 3, [None], [["tanh"]], torch.tanh])
+def test_activations_of_another_kind(activation, call):
+    with pytest.raises(TypeError, match=r"activation must be a name such as 'tanh'.*; got"):
+        call(*good(), activation=activation, loss="bce")
+
+
+@pytest.mark.parametrize("loss", [None, ["bce"], torch.nn.MSELoss()])
+def test_losses_of_another_kind(loss):
+    with pytest.raises(ValueError, match=r"unknown loss .*one of bce, ce, mse, or a lowland"):
+        exact.moments(*good(), activation="tanh", loss=loss)
+
+
+@pytest.mark.parametrize("call", [exact.moments, exact.trace, exact.direction])
+def test_budgets_that_are_no_number_of_bytes(call):
+    with pytest.raises(TypeError, match=r"memory_budget must be a number of bytes.*got '1GB'"):
+        call(*good(), **SETTINGS, memory_budget="1GB")
+    with pytest.raises(ValueError, match="memory_budget must be a finite number of bytes; got inf"):
+        call(*good(), **SETTINGS, memory_budget=math.inf)
+    call(*good(), **SETTINGS, memory_budget=1e9)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+def test_vmap_is_pointed_to_ensembles(index):
+    weights, x, y = good()
+    tensors = [*weights, x, y]
+
+    def trace(part):
+        *weights, x, y = [*tensors[:index], part, *tensors[index + 1 :]]
+        return exact.trace(weights, x, y, **SETTINGS)
+
+    twice = torch.stack([tensors[index]] * 2)
+    with pytest.raises(RuntimeError, match=r"comes from torch.func.vmap.*leading dimensions"):
+        torch.func.vmap(trace)(twice)
+    assert trace(twice).shape == (2,)
+    if index < 2:
+        with pytest.raises(RuntimeError, match=r"comes from torch.func.vmap"):
+            torch.func.vmap(torch.func.grad(trace))(twice)
 
 
 @pytest.mark.parametrize("call", [exact.moments, exact.direction, exact.sample_contributions])

@@ -21,7 +21,13 @@ from lowland.exact.terms import Architecture, Data, Quantity
 from lowland.loss_checks import check_loss
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments, check_number
-from lowland.validation import as_outputs, check_constant, check_features, check_weights
+from lowland.validation import (
+    as_outputs,
+    check_budget,
+    check_constant,
+    check_features,
+    check_weights,
+)
 
 Reduction = Literal["mean", "sum"]
 Activations = str | Activation | Sequence[str | Activation]
@@ -68,7 +74,8 @@ def moments(
             weights' gradient, and data that must be converted or made contiguous come on top.
         unbiased: Take the samples for a batch, drawn from a larger data set: leave each sample's
             pair with itself out of ``Tr H^2``, whose expectation over batches is then that of the
-            data set. It may come out negative.
+            data set. As the sum over pairs of different samples it may come out negative, or
+            smaller than any spectrum of that trace has it: see :class:`~lowland.HessianMoments`.
         moments: 4 for ``Tr H^3`` and ``Tr H^4`` as well, which narrow the brackets of eigenvalues;
             they cost some products of ``P x P`` matrices and carry no gradient.
 
@@ -76,7 +83,8 @@ def moments(
         Moments whose fields have the shape ``(*ensemble)``.
 
     Raises:
-        TypeError: If tensors are not all float32 or all float64, or on different devices.
+        TypeError: If tensors are not all float32 or all float64, or on different devices, or a
+            setting is of no type that it can have.
         UnsupportedModelError: If ``x`` or ``y`` requires gradients, which would be left out.
         ValueError: If shapes do not match, values are not finite, targets do not suit the loss, or
             the budget is too small. On accelerators values are not looked at, since that would
@@ -283,6 +291,7 @@ class Setup:
         unbiased: bool = False,
     ) -> Problem:
         """The problem of both moments; ``compiled=False`` insists on the PyTorch path."""
+        memory_budget = check_budget(memory_budget)
         if unbiased:
             self._check_unbiased()
         plan = make_plan(
@@ -296,6 +305,7 @@ class Setup:
 
     def linear_problem(self, quantity: Quantity, memory_budget: int) -> Problem:
         """The problem of the trace alone, or of the loss."""
+        memory_budget = check_budget(memory_budget)
         plan = make_linear_plan(
             self.size,
             memory_budget,
@@ -411,6 +421,14 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
 def _read_activations(activation: Activations, count: int) -> tuple[Activation, ...]:
     if isinstance(activation, str | Activation):
         return (get_activation(activation),) * count
+    if not (
+        isinstance(activation, Sequence)
+        and all(isinstance(each, str | Activation) for each in activation)
+    ):
+        raise TypeError(
+            "activation must be a name such as 'tanh', a lowland.activations.Activation, or a "
+            f"sequence of these, one for each hidden layer; got {activation!r}"
+        )
     if len(activation) != count:
         raise ValueError(
             f"expected one activation, or one for each of the {count} hidden layers; got "

@@ -33,8 +33,9 @@ def hessian_moments(
     """``Tr H`` and ``Tr H^2`` of ``criterion(model(x), y)`` in the trainable parameters.
 
     Args:
-        model: For ``"exact"`` a Linear layer, or an ``nn.Sequential`` of Linear layers, element-wise
-            activations and sequences of these, with or without ``Flatten`` in front. For ``"dense"`` any module.
+        model: For ``"exact"`` a Linear layer, or an ``nn.Sequential`` of Linear layers,
+            element-wise activations and sequences of these, with or without ``Flatten`` in front.
+            For ``"dense"`` any module.
         criterion: For ``"exact"`` ``nn.BCEWithLogitsLoss``, ``nn.CrossEntropyLoss``,
             ``nn.MSELoss``, or one of your own (:func:`lowland.exact.register_criterion`), with the
             reduction ``"mean"`` or ``"sum"``. For ``"dense"`` anything that returns a scalar.

@@ -259,6 +259,42 @@ def test_identities_stand_anywhere():
     assert_exact_is_dense(nn.Sequential(first, nn.GELU(), last, nn.Identity()), BCE, x, y)
 
 
+def test_sequences_within_sequences_are_read_layer_by_layer():
+    def block(inputs, outputs):
+        return nn.Sequential(nn.Linear(inputs, outputs), nn.Sequential(nn.Tanh(), nn.Identity()))
+
+    model = nn.Sequential(nn.Sequential(nn.Flatten()), block(3, 4), block(4, 2), nn.Linear(2, 1))
+    assert_exact_is_dense(model.double(), BCE, *data())
+    closed = lowland.hessian_moments(model, BCE, *data(), "exact")
+    flat = nn.Sequential(model[1][0], nn.Tanh(), model[2][0], nn.Tanh(), model[3])
+    assert torch.equal(closed.trace_sq, lowland.hessian_moments(flat, BCE, *data()).trace_sq)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_a_model(bias):
+    x, y = data()
+    assert_exact_is_dense(nn.Linear(3, 1, bias=bias).double(), BCE, x, y)
+    model = nn.Linear(3, 3, bias=bias).double()
+    assert_exact_is_dense(model, nn.CrossEntropyLoss(), x, targets("labels"))
+
+
+def test_nothing_is_left_to_flatten_after_a_linear_layer():
+    x, y = data()
+    model = nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Tanh(), nn.Linear(4, 1), nn.Flatten())
+    assert_exact_is_dense(model.double(), BCE, x, y)
+    with pytest.raises(ValueError, match=r"takes x of shape \(samples, 3\); got \(4, 1, 3\)"):
+        lowland.hessian_moments(model, BCE, x.view(4, 1, 3, 3)[:, :, 0], y[:4])
+
+
+def test_dropout_of_no_unit_does_nothing():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.0), nn.Linear(4, 1)).double()
+    assert model.training
+    closed = lowland.hessian_moments(model, BCE, *data(), "exact")
+    torch.testing.assert_close(
+        closed.trace_sq, lowland.hessian_moments(model.eval(), BCE, *data(), "dense").trace_sq
+    )
+
+
 def test_a_subclass_of_sequential_that_only_builds_is_read():
     class Classifier(nn.Sequential):
         def __init__(self):
@@ -314,6 +350,11 @@ class _DoubledSlope(nn.LeakyReLU):
         return 2 * super().forward(values)
 
 
+class _Always(nn.Dropout):
+    def forward(self, values):
+        return nn.functional.dropout(values, self.p, training=True)
+
+
 class _DoubledModel(nn.Sequential):
     def forward(self, values):
         return 2 * super().forward(values)
@@ -367,10 +408,35 @@ def _pruned():
 
 
 NOT_COVERED = {
-    "not a sequential": (lambda: nn.Linear(3, 1), "reads nn.Sequential.*got Linear"),
+    "not a sequential": (nn.Tanh, "reads nn.Linear, or nn.Sequential.*got Tanh"),
+    "own linear model": (lambda: _Doubled(3, 1), "reads nn.Linear, or .*got _Doubled"),
+    "own forward within": (
+        lambda: nn.Sequential(nn.Identity(), _DoubledModel(nn.Linear(3, 1))),
+        r"layer 1 of the model, _DoubledModel.* is not covered",
+    ),
+    "hooks within": (
+        lambda: nn.Sequential(nn.Linear(3, 3), _hooked()),
+        r"forward hooks on layer 1\.1 of the model, Tanh\(\) may",
+    ),
+    "hooks on a sequence within": (
+        lambda: nn.Sequential(nn.Linear(3, 3), _hooked_before()),
+        r"forward hooks on layer 1 of the model, Sequential may",
+    ),
+    "hooks on a lone layer": (
+        lambda: _hooked()[1:2],
+        "forward hooks on layer 0 of the model, Tanh",
+    ),
+    "deep layers": (
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Sequential(nn.Softmax(1)))),
+        r"layer 1\.0\.0 of the model, Softmax",
+    ),
+    "dropout of one's own": (
+        lambda: nn.Sequential(nn.Linear(3, 4), _Always(0.5), nn.Linear(4, 1)).eval(),
+        r"layer 1 of the model, _Always\(p=0.5.* is not covered",
+    ),
     "own forward": (
         lambda: _DoubledModel(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),
-        "reads nn.Sequential.*got _DoubledModel",
+        "nn.Sequential.*got _DoubledModel",
     ),
     "convolution": (
         lambda: nn.Sequential(nn.Conv1d(3, 4, 1), nn.Tanh(), nn.Linear(4, 1)),
@@ -392,23 +458,23 @@ NOT_COVERED = {
     "no layer": (lambda: nn.Sequential(nn.Tanh()), "at least one Linear layer; got none"),
     "activation at the end": (
         lambda: nn.Sequential(nn.Linear(3, 1), nn.Sigmoid()),
-        r"ends in Sigmoid\(\).*takes logits",
+        r"layer 1 of the model, Sigmoid\(\), stands after the last Linear.*takes logits",
     ),
     "batch normalization": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
         r"layer 1 of the model, BatchNorm1d\(4.* is not covered",
     ),
-    "late flatten": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(4, 1)),
-        r"layer 1 of the model, Flatten.* before the first Linear",
+    "another flatten": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Flatten(0), nn.Linear(4, 1)),
+        r"layer 1 of the model, Flatten.* with its default dimensions",
     ),
     "tied weight": (_tied_weight, "Linear layers 1 and 2 of the model.* share a parameter"),
     "tied bias": (_tied_bias, "Linear layers 1 and 2 of the model.* share a parameter"),
-    "hook": (_hooked, r"layer 1 of the model, Tanh\(\), has forward hooks.*remove them"),
-    "hook before": (_hooked_before, "the model has forward hooks"),
-    "patched": (_patched, "layer 0 of the model.* has forward hooks"),
+    "hook": (_hooked, r"hooks on layer 1 of the model, Tanh\(\) may.*remove them"),
+    "hook before": (_hooked_before, "forward hooks on the model may"),
+    "patched": (_patched, "forward hooks on layer 0 of the model"),
     "weight normalization": (_normalized, "(?s)layer 0 of the model, ParametrizedLinear"),
-    "pruning": (_pruned, "layer 0 of the model.* has forward hooks"),
+    "pruning": (_pruned, "forward hooks on layer 0 of the model"),
 }
 
 
@@ -451,6 +517,64 @@ def test_a_batch_without_any_weight():
     ):
         with pytest.raises(ValueError, match="every sample has weight zero"):
             lowland.hessian_moments(model, criterion, data()[0], torch.ones(12).long(), "exact")
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (
+            nn.CrossEntropyLoss(torch.tensor([1.0, -2.0, 1.0])),
+            r"CrossEntropyLoss\(weight=...\).*-2",
+        ),
+        (nn.BCEWithLogitsLoss(torch.tensor([1.0, -2.0, 1.0])), r"BCE\w+\(weight=...\).*got -2"),
+        (
+            nn.BCEWithLogitsLoss(pos_weight=torch.tensor(-2.0)),
+            r"BCEWithLogitsLoss\(pos_weight=...\) must hold numbers of at least 0; got -2",
+        ),
+    ],
+)
+def test_negative_weights(criterion, message):
+    model = nn.Linear(3, 3).double()
+    y = targets("labels" if isinstance(criterion, nn.CrossEntropyLoss) else "bits")
+    with pytest.raises(ValueError, match=message):
+        lowland.hessian_moments(model, criterion.double(), data()[0], y)
+    for name in ("weight", "pos_weight"):
+        if getattr(criterion, name, None) is not None:
+            getattr(criterion, name).abs_().requires_grad_()
+    with pytest.raises(UnsupportedModelError, match=r"weight=...\) without requires_grad"):
+        lowland.hessian_moments(model, criterion, data()[0], y)
+
+
+def test_rows_of_whole_numbers_are_no_labels():
+    model, (x, _) = nn.Linear(3, 3).double(), data()
+    rows = nn.functional.one_hot(targets("labels"), 3)
+    criterion = nn.CrossEntropyLoss()
+    with pytest.raises(ValueError, match=r"got shape \(12, 3\), as of one-hot rows: use y.argmax"):
+        lowland.hessian_moments(model, criterion, x, rows)
+    expected = lowland.hessian_moments(model, criterion, x, rows.argmax(-1)).trace_sq
+    soft = lowland.hessian_moments(model, criterion, x, rows.double()).trace_sq
+    torch.testing.assert_close(soft, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_half_precision(dtype):
+    x, y = data(dtype=dtype)
+    with pytest.raises(
+        TypeError, match=r"must be float32 or float64; Linear.*16.*model\.float\(\)"
+    ):
+        lowland.hessian_moments(network(dtype=dtype), BCE, x, y)
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "dense"])
+def test_lazy_layers_have_to_see_data_first(method):
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(1)).double()
+    x, y = data()
+    with pytest.raises(
+        ValueError, match=r"parameter '0.weight' belongs to a lazy.*call model\(x\)"
+    ):
+        lowland.hessian_moments(model, BCE, x, y, method)
+    model(x)
+    assert lowland.hessian_moments(model, BCE, x, y, method).dim == 21
 
 
 @pytest.mark.usefixtures("as_installed")

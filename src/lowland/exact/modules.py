@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,15 @@ from lowland.exact.api import OrderChoice, Reduction, Setup, prepare
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.losses import LOSSES, Loss
 from lowland.moments import HessianMoments
-from lowland.validation import check_labels, check_targets, check_tensor
+from lowland.validation import (
+    check_constant,
+    check_finite,
+    check_initialized,
+    check_labels,
+    check_one_per_sample,
+    check_targets,
+    check_tensor,
+)
 
 _ELSEWHERE = "use method='dense', which differentiates any module (in memory quadratic in P)"
 
@@ -84,6 +93,8 @@ def read(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Setup:
     loss = _read_criterion(criterion)
     check_tensor(x, "x")
     check_tensor(y, "y")
+    for layer in network.layers:
+        _require_closed_form_type(layer)
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:
         x = x.flatten(1)
@@ -114,6 +125,15 @@ def read(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Setup:
         scale=scale,
         rows=[_trained_rows(layer) for layer in network.layers],
     )
+
+
+def _require_closed_form_type(layer: nn.Linear) -> None:
+    if layer.weight.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"the model must be float32 or float64; {layer} has "
+            f"{str(layer.weight.dtype).removeprefix('torch.')} weights. Convert it, with "
+            "model.float() or model.double(), and x likewise"
+        )
 
 
 def _read_targets(y: Tensor, samples: int, outputs: int, loss: Loss) -> Tensor:
@@ -148,59 +168,74 @@ def _trained_rows(layer: nn.Linear) -> slice:
 
 
 def _read_layers(model: nn.Module) -> _Network:
-    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+    check_initialized(model)
+    if type(model) is not nn.Linear and not _is_plain_sequence(model):
         raise UnsupportedModelError(
-            "the closed form reads nn.Sequential of Linear layers and activations; got "
-            f"{type(model).__name__}; {_ELSEWHERE}"
+            "the closed form reads nn.Linear, or nn.Sequential of Linear layers and activations; "
+            f"got {type(model).__name__}; {_ELSEWHERE}"
         )
-    _require_no_hooks(model, "the model")
     flat, before = False, None
+    last = ""  # the activation read last
     layers: list[nn.Linear] = []
     activations: list[Activation | None] = []  # after each layer
-    for index, layer in enumerate(model):
-        name = f"layer {index} of the model, {layer}"
-        _require_no_hooks(layer, f"{name},")
+    for name, layer in _leaves(model, "the model"):
         if type(layer) is nn.Linear:
             layers.append(layer)
             activations.append(None)
         elif type(layer) is nn.Flatten:
-            _require_plain_flatten(layer, name, first=not layers)
-            flat = True
+            _require_plain_flatten(layer, name)
+            flat = flat or not layers  # beyond them there is nothing left to flatten
         elif not _does_nothing(layer):
             activation = _read_activation(layer)
             if activation is None:
                 raise UnsupportedModelError(_not_covered(name, layer))
             if layers:
                 activations[-1] = compose(activation, activations[-1])
+                last = name
             else:
                 before = compose(activation, before)
-    _require_layers(model, layers, activations)
+    if activations and activations[-1] is not None:
+        raise UnsupportedModelError(
+            f"{last}, stands after the last Linear layer; the closed form takes logits, the "
+            "outputs of a Linear layer, and a criterion on logits; remove it, or "
+            f"{_ELSEWHERE}"
+        )
+    _require_layers(model, layers)
     hidden = [ACTIVATIONS["identity"] if each is None else each for each in activations[:-1]]
     return _Network(flat, before, layers, hidden)
 
 
+def _is_plain_sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _leaves(module: nn.Module, name: str, at: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers in a model and in sequences within it, with names for messages."""
+    _require_no_hooks(module, name)
+    if not _is_plain_sequence(module):
+        yield name, module
+        return
+    for index, layer in enumerate(cast("nn.Sequential", module)):
+        # A sequence would print all its layers.
+        shown = type(layer).__name__ if isinstance(layer, nn.Sequential) else layer
+        yield from _leaves(layer, f"layer {at}{index} of the model, {shown}", f"{at}{index}.")
+
+
 def _does_nothing(layer: nn.Module) -> bool:
-    return type(layer) is nn.Identity or (isinstance(layer, nn.Dropout) and not layer.training)
+    if type(layer) is nn.Dropout:
+        return not layer.training or layer.p == 0
+    return type(layer) is nn.Identity
 
 
-def _require_plain_flatten(layer: nn.Flatten, name: str, *, first: bool) -> None:
-    if not first or (layer.start_dim, layer.end_dim) != (1, -1):
-        raise UnsupportedModelError(
-            f"{name}, is covered before the first Linear, with its default dimensions; {_ELSEWHERE}"
-        )
+def _require_plain_flatten(layer: nn.Flatten, name: str) -> None:
+    if (layer.start_dim, layer.end_dim) != (1, -1):
+        raise UnsupportedModelError(f"{name}, is covered with its default dimensions; {_ELSEWHERE}")
 
 
-def _require_layers(
-    model: nn.Sequential, layers: list[nn.Linear], activations: list[Activation | None]
-) -> None:
+def _require_layers(model: nn.Module, layers: list[nn.Linear]) -> None:
     if not layers:
         raise UnsupportedModelError(
             f"the closed form needs at least one Linear layer; got none; {_ELSEWHERE}"
-        )
-    if activations[-1] is not None:
-        raise UnsupportedModelError(
-            f"the model ends in {model[-1]}; the closed form takes logits, the outputs of a Linear "
-            f"layer, and a criterion on logits; remove it, or {_ELSEWHERE}"
         )
     _require_fit(layers)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -211,7 +246,7 @@ def _require_layers(
 
 
 def _not_covered(name: str, layer: nn.Module) -> str:
-    if isinstance(layer, nn.Dropout):
+    if type(layer) is nn.Dropout:
         return (
             f"{name}, draws a new mask in each call while it is in training mode, so the loss has "
             "no one Hessian; call model.eval() first"
@@ -244,8 +279,8 @@ def _require_no_hooks(module: nn.Module, name: str) -> None:
     """
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):  # noqa: SLF001
         raise UnsupportedModelError(
-            f"{name} has forward hooks, which may change its outputs and which the closed form "
-            f"would leave out; remove them, or {_ELSEWHERE}"
+            f"forward hooks on {name} may change its outputs, and the closed form would leave "
+            f"them out; remove them, or {_ELSEWHERE}"
         )
 
 
@@ -355,6 +390,7 @@ def _weigh_outputs(
     shape = (len(y), outputs)
 
     def spread(values: Tensor, name: str) -> Tensor:
+        _check_weights(criterion, name)
         try:
             return values.to(like.dtype).expand(shape)
         except RuntimeError:
@@ -376,6 +412,21 @@ def _weigh_outputs(
     return y, scale if criterion.reduction == "sum" else scale / scale.numel()
 
 
+def _check_weights(criterion: nn.Module, name: str) -> None:
+    """Require weights that can weigh a loss: none is negative, and none is to be trained."""
+    weights: Tensor = getattr(criterion, name)
+    where = f"{type(criterion).__name__}({name}=...)"
+    check_constant(weights, where)
+    if weights.device.type != "cpu":
+        return
+    check_finite(weights, where)
+    if bool((weights < 0).any()):
+        raise ValueError(
+            f"{where} must hold numbers of at least 0; got {float(weights.min()):g}: a negative "
+            "weight leaves the loss without a minimum"
+        )
+
+
 def _weigh_classes(
     criterion: nn.CrossEntropyLoss, y: Tensor, classes: int, like: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -392,12 +443,15 @@ def _weigh_classes(
         )
     kept = None
     if not soft:
+        check_one_per_sample(y)
         ignored = y == criterion.ignore_index
         # Elsewhere a look would wait for the device.
         if y.device.type != "cpu" or bool(ignored.any()):
             kept, y = (~ignored).to(like.dtype), torch.where(ignored, 0, y)
         check_labels(y, classes)
         y = functional.one_hot(y.long(), classes).to(like.dtype)
+    if weights is not None:
+        _check_weights(criterion, "weight")
     if weights is not None and weights.numel() != classes:
         raise ValueError(
             f"CrossEntropyLoss(weight=...) must hold one value for each of {classes} outputs; got "

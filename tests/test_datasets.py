@@ -119,6 +119,34 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [f"{i / 7:.2f}" for i in range(60)],  # a measurement
+        [str(1000 + 7 * i) for i in range(60)],  # a count
+        [f"{i % 25 / 10}" for i in range(600)],  # on a coarse scale
+        ["0.5", "1.25", "2.5", "3", "4"],  # in a small table
+        [f"patient {i}" for i in range(60)],
+    ],
+)
+def test_a_target_that_is_a_quantity_is_refused(tmp_path, cells):
+    rows = "\n".join(f"{i},{cell}" for i, cell in enumerate(cells))
+    message = (
+        rf"'t' must name the class of each row; it has {len(set(cells))} different values in "
+        rf"{len(cells)} rows, such as '{cells[0]}'.*choose a column of classes, or divide"
+    )
+    with pytest.raises(DataError, match=message):
+        read_csv(write(tmp_path, f"a,t\n{rows}\n"), "t")
+
+
+@pytest.mark.parametrize(
+    "cells", [["0.5", "1"], ["0.5", "1", "1.5"] * 9, [str(i) for i in range(26)] * 4]
+)
+def test_few_or_whole_numbers_are_classes(tmp_path, cells):
+    rows = "\n".join(f"{i},{cell}" for i, cell in enumerate(cells))
+    assert len(read_csv(write(tmp_path, f"a,t\n{rows}\n"), "t").classes) == len(set(cells))
+
+
 def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"there is no file .*missing\.csv"):
         read_csv(tmp_path / "missing.csv", "t")

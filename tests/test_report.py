@@ -126,10 +126,25 @@ def test_findings_warn_where_training_failed():
     assert said[0].startswith(
         "Warning: 1 of 10 networks by Baseline and 10 of 10 networks by HSR learned nothing: "
     )
-    assert len(said) == 5
+    assert len(said) == 4  # without a baseline nothing can be concluded
     alone = report.findings(comparison_of({}, methods=(BASELINE,), failed={"baseline": 2}))
     assert alone[0].startswith("Warning: 2 of 10 networks by Baseline learned nothing: ")
     assert len(alone) == 2
+
+
+def test_networks_that_learned_nothing_do_not_count_in_the_conclusion():
+    flat = {("hsr", "lambda_max"): 0.1}
+    assert "a flatter minimum did not come" in report.findings(comparison_of(flat))[-1]
+    said = report.findings(comparison_of(flat, failed={"hsr": 1}))
+    assert "nothing is concluded from these methods" in said[0]
+    assert said[-1].endswith("no other method improved test accuracy measurably.")
+    better = {("hsr", "accuracy"): 1.5, ("flatness-aware", "lambda_max"): 0.1}
+    assert len(report.findings(comparison_of(better))) == 3
+    said = report.findings(comparison_of(better, failed={"hsr": 1}))
+    assert "a flatter minimum did not come" in said[-1]
+    said = report.findings(comparison_of(flat, failed=dict.fromkeys({*METHODS} - {"baseline"}, 1)))
+    assert len(said) == 4
+    assert "On this data" not in said[-1]
 
 
 def test_the_page_describes_layers_and_classes():

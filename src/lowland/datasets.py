@@ -22,6 +22,7 @@ from torch import Tensor
 from lowland.errors import UserError
 
 _BOOLEANS = {"false": 0.0, "true": 1.0}  # in any case
+_MANY_CLASSES = 20  # unusually many, though not too many
 _MISSING = ("", "na", "n/a", "nan", "null", "none", "?")  # as people write it, in any case
 
 
@@ -245,8 +246,24 @@ def _encode(labels: pd.Series[str]) -> tuple[NDArray[Any], tuple[str, ...]]:
             f"the target {labels.name!r} must have two classes or more; it has one: "
             f"{_list(map(str, found))}"
         )
+    if _is_quantity(numbers, len(found)):
+        raise DataError(
+            f"the target {labels.name!r} must name the class of each row; it has {len(found)} "
+            f"different values in {len(labels)} rows, such as {labels.iloc[0]!r}, like a quantity "
+            "or an identifier; choose a column of classes, or divide the values into a few"
+        )
     _, first = np.unique(codes, return_index=True)
     return codes.astype(np.float64 if len(found) == 2 else np.int64), tuple(labels.iloc[first])
+
+
+def _is_quantity(numbers: pd.Series[float], different: int) -> bool:
+    """Whether a target of so many different values, NaN where they are text, is no class."""
+    signs = (
+        different > _MANY_CLASSES,
+        2 < different > len(numbers) / 2,
+        bool((numbers % 1 > 0).any()),
+    )
+    return sum(signs) >= 2
 
 
 def _numbers(column: pd.Series[str]) -> NDArray[np.float64]:

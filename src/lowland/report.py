@@ -51,18 +51,24 @@ def findings(comparison: Comparison) -> list[str]:
             "Only the baseline was trained, so there is nothing to compare it with.",
         ]
     sentences = [*_warning(comparison), *(_finding(comparison, method) for method in compared)]
-    better = any(_direction(comparison, method, "accuracy") > 0 for method in compared)
-    flatter = any(_direction(comparison, method, "lambda_max") < 0 for method in compared)
-    if not better and flatter:
-        sentences.append(
-            "On this data, with these settings, a flatter minimum did not come with a measurably "
-            "better test accuracy."
-        )
-    elif not better:
-        sentences.append(
-            "On this data, with these settings, no method improved test accuracy measurably."
-        )
-    return sentences
+    return sentences + _verdict(comparison)
+
+
+def _verdict(comparison: Comparison) -> list[str]:
+    """What it adds up to, from the methods by which every network learned something."""
+    failed = set(comparison.networks.loc[~comparison.networks["learned"], "method"])
+    baseline, *compared = comparison.settings.methods
+    sound = [method for method in compared if method.name not in failed]
+    if baseline.name in failed or not sound:
+        return []
+    if any(_direction(comparison, method, "accuracy") > 0 for method in sound):
+        return []
+    if any(_direction(comparison, method, "lambda_max") < 0 for method in sound):
+        said = "a flatter minimum did not come with a measurably better test accuracy"
+    else:
+        other = "other " if len(sound) < len(compared) else ""
+        said = f"no {other}method improved test accuracy measurably"
+    return [f"On this data, with these settings, {said}."]
 
 
 def _warning(comparison: Comparison) -> list[str]:
@@ -78,8 +84,9 @@ def _warning(comparison: Comparison) -> list[str]:
         return []
     sentence = (
         f"Warning: {_join(told, ' and ')} learned nothing: the training loss did not fall, or not "
-        "below what the shares of the classes alone make it. Flatness says nothing there; try "
-        "another learning rate, more steps or smaller weights of the penalties."
+        "below what the shares of the classes alone make it. Flatness says nothing there, and "
+        "nothing is concluded from these methods; try another learning rate, more steps or smaller "
+        "weights of the penalties."
     )
     return [sentence]
 

@@ -174,6 +174,8 @@ def test_weights_that_make_no_sense(kind, weight):
 def test_settings_that_make_no_sense_are_refused_at_once(kind):
     with pytest.raises(TypeError, match="weight must be a finite number of at least 0; got 'a'"):
         kind(BCE, "a")
+    with pytest.raises(TypeError, match=r"expected a criterion, such as .*got <class"):
+        kind(nn.MSELoss, 0.1)
     with pytest.raises(TypeError, match=r"expected a criterion, such as .*got 0.1"):
         kind(0.1, BCE)
     with pytest.raises(ValueError, match="unknown method 'x': expected 'auto', 'exact' or 'dense'"):

@@ -45,7 +45,7 @@ class CurvaturePenalty(nn.Module, ABC):
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
         super().__init__()
-        if not callable(criterion):
+        if isinstance(criterion, type) or not callable(criterion):
             raise TypeError(
                 f"expected a criterion, such as nn.BCEWithLogitsLoss(), then its penalty's weight; "
                 f"got {criterion!r} for the criterion"

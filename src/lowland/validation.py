@@ -234,12 +234,12 @@ def check_targets(y: Tensor, loss: Loss) -> None:
         return
     if y.is_floating_point():
         check_finite(y, "y")
+    if loss.targets == "real" or is_binary(y):
+        return
     if loss.targets == "binary":
         expected, bad = "labels 0 or 1", _first(y, lambda run: (run != 0) & (run != 1))
-    elif loss.targets == "probabilities":
-        expected, bad = "labels between 0 and 1", _first(y, lambda run: (run < 0) | (run > 1))
     else:
-        return
+        expected, bad = "labels between 0 and 1", _first(y, lambda run: (run < 0) | (run > 1))
     if bad is not None:
         raise ValueError(
             f"y must hold {expected} for {loss.name!r}; got {bad:g}. Encode two classes as 0 and 1"
@@ -248,7 +248,8 @@ def check_targets(y: Tensor, loss: Loss) -> None:
 
 def is_binary(y: Tensor) -> bool:
     """Whether all targets are 0 or 1; a look at their values."""
-    return _first(y, lambda run: (run != 0) & (run != 1)) is None
+    # 0 and 1 alone are their own squares, in arithmetic of whole numbers that wraps around too.
+    return all(torch.equal(run * run, run) for run in y.detach().reshape(-1).split(_RUN))
 
 
 def _first(y: Tensor, wrong: Callable[[Tensor], Tensor]) -> float | None:

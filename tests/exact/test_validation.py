@@ -1,6 +1,7 @@
 """What is refused at the door, and in which words."""
 
 import math
+from dataclasses import replace
 
 import cases
 import oracle
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from lowland import UnsupportedModelError, exact
+from lowland.losses import LOSSES
+from lowland.validation import is_binary
 
 pytestmark = pytest.mark.usefixtures("as_installed")
 
@@ -158,6 +161,22 @@ def test_labels_outside_zero_and_one(value):
     with pytest.raises(ValueError, match=message):
         exact.moments(*good(y=with_value((6,), value)), **SETTINGS)
     exact.moments(*good(y=with_value((6,), value)), activation="tanh", loss="mse")
+
+
+def test_losses_of_ones_own_may_insist_on_labels():
+    hard = replace(LOSSES["bce"], name="hard", targets="binary")
+    weights, x, y = good()
+    exact.moments(weights, x, y, activation="tanh", loss=hard)
+    with pytest.raises(ValueError, match=r"y must hold labels 0 or 1 for 'hard'; got 0.5"):
+        exact.moments(weights, x, y / 2 + 0.5, activation="tanh", loss=hard)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.float32])
+def test_no_number_but_zero_and_one_passes_for_a_label(dtype):
+    for number in [*range(2, 128), 2**30]:
+        y = torch.tensor([0, 1, number]).to(dtype)
+        assert is_binary(y) == (int(y[-1]) in {0, 1})
+    assert not is_binary(torch.tensor([1e-320], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("call", EVERY_CALL)

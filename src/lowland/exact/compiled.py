@@ -1,13 +1,12 @@
 """One hidden layer and one output on the CPU by compiled code, where the build found a compiler.
 
 ``csrc/`` computes what :mod:`lowland.exact.parameters` computes for these networks, of which
-ensembles are trained by the thousand, for binary cross-entropy with labels 0 and 1, with the packed
-blocks
+ensembles are trained by the thousand, with the packed blocks
 
     WW (pairs of inputs x pairs of hidden units),   Wv,   vv
 
-of each network's Hessian in one row of a tensor. Everything else, and every other device, takes
-the path through PyTorch, which gives the same numbers to rounding.
+of each network's Hessian in one row of a tensor. Everything else, soft labels too, and every
+other device takes the path through PyTorch, which gives the same numbers to rounding.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ def hessian_moments(
         moments: 4 for ``Tr H^3`` and ``Tr H^4`` as well, see
             :meth:`~lowland.HessianMoments.bracket`.
         memory_budget: Bytes of temporaries that ``"exact"`` does not exceed. Wide layers need more:
-            a hidden layer of ``M`` units some ``100 M^2`` bytes for a sample.
+            a hidden layer of ``M`` units some ``100 M^2`` bytes for a sample, except the last one
+            where ``M`` is above four times the square of the outputs.
 
     Returns:
         Scalar moments, differentiable in the model's parameters. Frozen parameters

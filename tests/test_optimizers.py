@@ -1,12 +1,18 @@
 import copy
+from contextlib import nullcontext
 
+import parallel_training
 import pytest
 import torch
+import two_processes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import lowland
+from lowland.passes import frozen_statistics, remember_randomness
 
 
 def problem(seed=0):
@@ -210,3 +216,437 @@ def test_steps_out_of_order_are_refused():
     sam.first_step()
     with pytest.raises(RuntimeError, match="twice in a row"):
         sam.first_step()
+
+
+def test_a_scheduler_counts_steps_in_two_calls():
+    model, loss_of = problem()
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(sam, step_size=1, gamma=0.5)
+    loss_of().backward()
+    sam.first_step(zero_grad=True)
+    loss_of().backward()
+    sam.second_step()
+    scheduler.step()  # warns where no step came before it, and warnings are errors
+    assert sam.param_groups[0]["lr"] == 0.5
+
+
+def test_the_first_step_leaves_the_gradients():
+    model, loss_of = problem()
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, adaptive=True, lr=0.1)
+    loss_of().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    sam.first_step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_an_error_in_the_second_pass_leaves_the_weights():
+    model, loss_of = problem()
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    before, closure = flat(model), closure_of(model, loss_of, sam)
+    calls = []
+
+    def failing():
+        calls.append(flat(model))
+        return closure() if len(calls) == 1 else calls[2]
+
+    with pytest.raises(IndexError):
+        sam.step(failing)
+    assert not torch.equal(calls[1], before)
+    assert torch.equal(flat(model), before)
+    sam.step(closure)
+    assert not torch.equal(flat(model), before)
+
+
+def test_a_model_may_change_its_type_between_steps():
+    model, loss_of = problem()
+    exact = flat(model) / 3  # beyond single precision
+    model.float()
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, lr=0.0)
+    sam.step(closure_of(model, lambda: sum(p.square().sum() for p in model.parameters()), sam))
+    nn.utils.vector_to_parameters(exact, model.double().parameters())
+    sam.step(closure_of(model, loss_of, sam))
+    assert torch.equal(flat(model), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_have_a_norm(dtype):
+    p = nn.Parameter(torch.zeros(8000, dtype=dtype))
+    sam = lowland.SAM([p], torch.optim.SGD, rho=100.0, lr=0.1)
+    (1000 * p).sum().backward()  # their norm is 89,000, beyond float16
+    sam.first_step()
+    torch.testing.assert_close(p.detach().float().norm().item(), 100.0, rtol=1e-2, atol=0)
+
+
+def test_a_step_never_waits_for_the_device():
+    class NoWaiting(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            assert operation is not torch.ops.aten._local_scalar_dense.default
+            return operation(*args, **(kwargs or {}))
+
+    for adaptive in (False, True):
+        model, loss_of = problem()
+        sam = lowland.SAM(
+            model.parameters(), torch.optim.SGD, adaptive=adaptive, lr=0.1, momentum=0.9
+        )
+        with NoWaiting():
+            sam.step(closure_of(model, loss_of, sam), model=model)
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_accelerator():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(), nn.Tanh(), nn.Linear(6, 1)).cuda()
+    x = torch.randn(30, 4, device="cuda")
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    closure = closure_of(model, lambda: model(x).square().mean(), sam)
+    sam.step(closure)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sam.step(closure, model=model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Mixed precision
+
+
+def amp_problem(dtype=torch.float16, *, surrounded=False):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    x, y = torch.randn(30, 4), torch.rand(30, 1).round()
+
+    def loss_of(model=model):
+        with nullcontext() if surrounded else torch.autocast("cpu", dtype):
+            return nn.BCEWithLogitsLoss()(model(x), y)
+
+    return model, loss_of
+
+
+def scaled(model, loss_of, optimizer, scaler, factors=(1.0, 1.0)):
+    """A closure whose calls multiply the loss by one factor after the other."""
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of() * factors[len(calls) % len(factors)]
+        calls.append(flat(model))
+        scaler.scale(loss).backward()
+        return loss
+
+    return closure, calls
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_step_under_autocast_is_the_published_update(adaptive):
+    model, loss_of = amp_problem(torch.bfloat16)
+    plain = copy.deepcopy(model)
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, 0.3, adaptive=adaptive, lr=0.5)
+    for _ in range(3):
+        sam.step(closure_of(model, loss_of, sam))
+        published_step(plain, lambda: loss_of(plain), rho=0.3, adaptive=adaptive, eta=0.01, lr=0.5)
+    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_an_autocast_around_both_passes_sees_the_moved_weights(split):
+    # It keeps half-precision copies of the weights, which moving them must drop.
+    results = []
+    for surrounded in (False, True):
+        model, loss_of = amp_problem(torch.bfloat16, surrounded=surrounded)
+        sam = lowland.SAM(model.parameters(), torch.optim.SGD, 0.5, lr=0.5)
+        with torch.autocast("cpu", torch.bfloat16) if surrounded else nullcontext():
+            for _ in range(2):
+                if split:
+                    loss_of().backward()
+                    sam.first_step(zero_grad=True)
+                    loss_of().backward()
+                    sam.second_step(zero_grad=True)
+                else:
+                    sam.step(closure_of(model, loss_of, sam))
+                with torch.no_grad():
+                    loss_of()
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_scaler_changes_nothing_where_nothing_overflows(base, enabled):
+    model, loss_of = problem()
+    models = [model, copy.deepcopy(model), copy.deepcopy(model)]
+    plain, closed, split = (lowland.SAM(m.parameters(), base, 0.2, lr=0.1) for m in models)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=enabled) for _ in range(2)]
+    closure, _ = scaled(models[1], lambda: loss_of(models[1]), closed, scalers[0])
+    for _ in range(3):
+        plain.step(closure_of(model, loss_of, plain))
+        closed.step(closure, scaler=scalers[0])
+        scalers[1].scale(loss_of(models[2])).backward()
+        split.first_step(scaler=scalers[1], zero_grad=True)
+        scalers[1].scale(loss_of(models[2])).backward()
+        split.second_step(scaler=scalers[1], zero_grad=True)
+        for scaler in scalers:
+            scaler.update()
+    # Factors of two are exact.
+    assert torch.equal(flat(models[0]), flat(models[1]))
+    assert torch.equal(flat(models[0]), flat(models[2]))
+
+
+def test_a_fused_base_optimizer_takes_the_scaler_too():
+    model, loss_of = problem()
+    other = copy.deepcopy(model)
+    plain = lowland.SAM(model.parameters(), torch.optim.Adam, lr=0.1)
+    fused = lowland.SAM(other.parameters(), torch.optim.Adam, lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    closure, _ = scaled(other, lambda: loss_of(other), fused, scaler)
+    for _ in range(3):
+        plain.step(closure_of(model, loss_of, plain))
+        fused.step(closure, scaler=scaler)
+        scaler.update()
+    torch.testing.assert_close(flat(model), flat(other), rtol=1e-10, atol=1e-12)
+
+
+def test_training_in_half_precision_follows_training_in_full():
+    model, loss_of = amp_problem()
+    plain, plain_loss = amp_problem(surrounded=True)
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, 0.1, lr=0.5)
+    full = lowland.SAM(plain.parameters(), torch.optim.SGD, 0.1, lr=0.5)
+    scaler = torch.amp.GradScaler("cpu")
+    closure, _ = scaled(model, loss_of, sam, scaler)
+    for _ in range(20):
+        sam.step(closure, scaler=scaler)
+        scaler.update()
+        full.step(closure_of(plain, plain_loss, full))
+    torch.testing.assert_close(flat(model), flat(plain), rtol=0.05, atol=0.01)
+
+
+INFINITE, UNDEFINED = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    "factors", [(INFINITE, 1.0), (UNDEFINED, 1.0), (1.0, INFINITE), (INFINITE, INFINITE)]
+)
+def test_a_gradient_that_is_not_finite_leaves_everything_where_it_was(split, factors):
+    model, loss_of = amp_problem()
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, 0.5, lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    good, _ = scaled(model, loss_of, sam, scaler)
+    sam.step(good, scaler=scaler)
+    scaler.update()
+    before = flat(model)
+    state = copy.deepcopy(sam.state_dict()["state"])
+    closure, calls = scaled(model, loss_of, sam, scaler, factors)
+    if split:
+        closure()
+        sam.first_step(scaler=scaler)
+        closure()
+        scaler.unscale_(sam)
+        sam.second_step(scaler=scaler)
+    else:
+        sam.step(closure, scaler=scaler)
+        assert len(calls) == (2 if factors[0] == 1.0 else 1)  # no second pass for nothing
+    scaler.update()
+    assert torch.equal(flat(model), before)
+    assert torch.equal(calls[-1], before) == (factors[0] != 1.0)
+    torch.testing.assert_close(sam.state_dict()["state"], state, rtol=0, atol=0)
+    assert scaler.get_scale() == 512.0  # halved once, however many passes overflowed
+    sam.step(good, scaler=scaler)
+    assert not torch.equal(flat(model), before)
+
+
+def test_two_backward_passes_count_as_one_step_of_the_scaler():
+    model, loss_of = amp_problem()
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    closure, _ = scaled(model, loss_of, sam, scaler)
+    scales = []
+    for _ in range(4):
+        sam.step(closure, scaler=scaler)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert scales == [1024.0, 2048.0, 2048.0, 4096.0]
+
+
+# Clipping and accumulation
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_clipping_in_the_closure_clips_what_the_base_optimizer_gets(adaptive):
+    # The first gradient's length cancels in the perturbation.
+    model, loss_of = problem()
+    other = copy.deepcopy(model)
+    closed, split = (
+        lowland.SAM(m.parameters(), torch.optim.SGD, 0.3, adaptive=adaptive, lr=1.0)
+        for m in (model, other)
+    )
+
+    def closure():
+        closed.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        return loss
+
+    for _ in range(3):
+        before = flat(model)
+        closed.step(closure)
+        torch.testing.assert_close((flat(model) - before).norm().item(), 1e-3, rtol=1e-3, atol=0)
+        loss_of(other).backward()
+        split.first_step(zero_grad=True)
+        loss_of(other).backward()
+        nn.utils.clip_grad_norm_(other.parameters(), 1e-3)
+        split.second_step(zero_grad=True)
+    torch.testing.assert_close(flat(model), flat(other), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_clipping_with_a_scaler_sees_unscaled_gradients(split):
+    model, loss_of = amp_problem()
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, 0.3, lr=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    closure, _ = scaled(model, loss_of, sam, scaler)
+
+    def clip(*_):
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+
+    if not split:
+        sam.base_optimizer.register_step_pre_hook(clip)
+    for _ in range(3):
+        before = flat(model)
+        if split:
+            closure()
+            sam.first_step(scaler=scaler)
+            closure()
+            scaler.unscale_(sam)
+            clip()
+            sam.second_step(scaler=scaler)
+        else:
+            sam.step(closure, scaler=scaler)
+        scaler.update()
+        torch.testing.assert_close((flat(model) - before).norm().item(), 1e-2, rtol=1e-2, atol=0)
+
+
+def test_accumulated_micro_batches_are_the_whole_batch():
+    model, x, y = parallel_training.problem()
+    other = copy.deepcopy(model)
+    whole = parallel_training.train(model, [(x, y)])
+    parts = parallel_training.train(other, list(zip(x.chunk(4), y.chunk(4), strict=True)))
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
+
+
+# Models that remember or draw
+
+
+def test_running_statistics_see_each_batch_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1))
+    x = torch.randn(30, 4)
+    once, unfrozen, split = (copy.deepcopy(model) for _ in range(3))
+    once(x)
+    sams = [
+        lowland.SAM(m.parameters(), torch.optim.SGD, 0.5, lr=0.1) for m in (model, unfrozen, split)
+    ]
+    for sam, trained, frozen in ((sams[0], model, model), (sams[1], unfrozen, None)):
+        sam.step(
+            closure_of(trained, lambda trained=trained: trained(x).square().mean(), sam),
+            model=frozen,
+        )
+    split(x).square().mean().backward()
+    sams[2].first_step(zero_grad=True)
+    with frozen_statistics(split):
+        split(x).square().mean().backward()
+    sams[2].second_step()
+    for one in (model, split):
+        torch.testing.assert_close(
+            dict(one.named_buffers()), dict(once.named_buffers()), rtol=0, atol=0
+        )
+        assert torch.equal(flat(one), flat(unfrozen))  # the gradients do not depend on them
+    assert unfrozen[1].num_batches_tracked == 2
+
+
+def test_both_passes_draw_the_same_numbers_and_the_next_step_others():
+    model, loss_of = problem()
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    closure, drawn = closure_of(model, loss_of, sam), []
+
+    def drawing():
+        drawn.append(torch.rand(1).item())
+        return closure()
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sam.step(drawing)
+    sam.step(drawing)
+    assert drawn == [expected[0], expected[0], expected[1], expected[1]]
+    assert torch.rand(1) == expected[2]
+
+
+class Block(nn.Module):
+    """Two layers with dropout between them, computed again in the backward pass on request."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 8)
+        self.rest = nn.Sequential(nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.rest(self.first(x))
+        return checkpoint(self.rest, self.first(x), use_reentrant=self.reentrant)
+
+
+def trained_block(block, *, called=None, split=False):
+    """Three steps on a block, through what was made of it, with random numbers of their own."""
+    called = block if called is None else called
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(1))
+    sam = lowland.SAM(block.parameters(), torch.optim.SGD, 0.5, lr=0.5)
+    torch.manual_seed(2)
+
+    def loss_of():
+        return called(x).square().mean()
+
+    for _ in range(3):
+        if split:
+            again = remember_randomness()
+            loss_of().backward()
+            sam.first_step(zero_grad=True)
+            with again():
+                loss_of().backward()
+            sam.second_step(zero_grad=True)
+        else:
+            sam.step(closure_of(block, loss_of, sam), model=block)
+    return flat(block)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(reentrant):
+    assert torch.equal(trained_block(Block(reentrant)), trained_block(Block()))
+
+
+def test_two_calls_with_the_same_randomness_are_the_closure():
+    assert torch.equal(trained_block(Block(), split=True), trained_block(Block()))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's compiler's own
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_a_compiled_model_trains_like_the_model(backend):
+    block = Block()
+    block.rest[1].p = 0.0  # compiled code may draw other numbers
+    plain = copy.deepcopy(block)
+    result = trained_block(block, called=torch.compile(block, backend=backend))
+    torch.testing.assert_close(result, trained_block(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_are_one_with_the_joined_batch(tmp_path):
+    counts = (1, 3)
+    results = two_processes.run(parallel_training.several, tmp_path, counts)
+    model, x, y = parallel_training.problem()
+    expected = parallel_training.train(model, [(x, y)])
+    for rank in range(2):
+        for case in range(len(counts)):
+            torch.testing.assert_close(results[rank][case], expected, rtol=1e-10, atol=1e-12)

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lowland.passes import frozen_statistics, remember_randomness
+
+
+class _Family(NamedTuple):
+    """What operations on lists take at once: one group's tensors of one device and type."""
+
+    group: dict[str, Any]
+    weights: list[Tensor]
+    gradients: list[Tensor]
 
 
 class SAM(Optimizer):
@@ -28,10 +39,11 @@ class SAM(Optimizer):
             return loss
 
         optimizer = lowland.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
-        loss = optimizer.step(closure)
+        loss = optimizer.step(closure, model=model)
 
     Where a closure does not fit, call :meth:`first_step` after the first backward pass, zero the
-    gradients, go backward again, and call :meth:`second_step`.
+    gradients, go backward again, and call :meth:`second_step`. Between these two the gradients are
+    those that the base optimizer steps with: this is where to clip them.
 
     Args:
         params: Parameters or parameter groups, as for any optimizer. A group may set ``rho``,
@@ -48,7 +60,12 @@ class SAM(Optimizer):
 
     Notes:
         A step costs two gradients. Learning rate schedulers and checkpoints treat it like any other
-        optimizer: its parameter groups and its state are those of the base optimizer.
+        optimizer: its parameter groups and its state are those of the base optimizer. Nothing waits
+        for the device, except for what a gradient scaler does.
+
+        Under ``DistributedDataParallel`` the neighbourhood is that of the whole batch, since the
+        gradients are averaged over processes before :meth:`first_step`. Gradients may be
+        accumulated over micro-batches, all of them in both passes.
 
     References:
         Foret et al., Sharpness-aware minimization for efficiently improving generalization (2021),
@@ -81,7 +98,13 @@ class SAM(Optimizer):
         self.defaults = self.base_optimizer.defaults | self.defaults
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
+        self._rest()
+
+    def _rest(self) -> None:
+        self._stage: Literal["at rest", "moved", "skipped", "back"] = "at rest"
+        self._moved: list[Tensor] = []
         self._before: dict[Tensor, Tensor] = {}
+        self._ascent = _Ascent(self)
 
     def _share(self) -> None:
         """One state and one list of groups for both, so that neither can fall behind."""
@@ -89,50 +112,84 @@ class SAM(Optimizer):
         self.base_optimizer.state = self.state
 
     @torch.no_grad()
-    def first_step(self, *, zero_grad: bool = False) -> None:
+    def first_step(
+        self, *, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         """Move to the worst point nearby, from the gradient at the weights.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            scaler: What the loss was scaled by. It unscales the gradients here; if one of them is
+                not finite, the weights stay, also in :meth:`second_step`.
 
         Raises:
             RuntimeError: If the last first step has not been followed by a second one, or no
                 parameter has a gradient.
         """
-        if self._before:
+        if self._stage != "at rest":
             raise RuntimeError(
                 "first_step() was called twice in a row; call second_step() in between"
             )
-        norm = self._norm()
-        for group in self.param_groups:
-            # Where every gradient is zero, so is the step; the clamp keeps 0 / 0 out of it.
-            scale = group["rho"] / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                self._before[p] = p.detach().clone()
-                direction = p.grad
-                if group["adaptive"]:
-                    direction = direction * (p.abs() + group["eta"]).square()
-                p.add_(direction * scale.to(p))
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            raise RuntimeError("no parameter has a gradient; call backward() before first_step()")
+        if scaler is None:
+            self._move()
+        else:
+            scaler.step(self._ascent)  # type: ignore[arg-type]  # needs no more of an optimizer
+        if not self._moved:
+            self._stage = "skipped"
         if zero_grad:
             self.zero_grad()
 
     @torch.no_grad()
-    def second_step(self, *, zero_grad: bool = False) -> None:
+    def second_step(
+        self, *, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         """Go back to the weights, bit for bit, and step with the gradient found nearby.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            scaler: The one given to :meth:`first_step`. To clip gradients, call
+                ``scaler.unscale_(optimizer)`` and clip before; call ``scaler.update()`` after.
+                If a gradient of either pass is not finite, the weights are where they were.
 
         Raises:
             RuntimeError: If no first step came before it.
         """
-        if not self._before:
+        if self._stage == "at rest":
             raise RuntimeError("second_step() needs a first_step() before it")
-        for p, before in self._before.items():
-            p.copy_(before)
-        self._before.clear()
-        self.base_optimizer.step()
+        skipped = self._stage == "skipped"
+        self._return()
+        if not skipped:
+            self._stage = "back"
+            try:  # by way of step(), where schedulers count and hooks wait
+                if scaler is None:
+                    self.step()
+                else:
+                    scaler.step(self)
+            finally:
+                self._stage = "at rest"
         if zero_grad:
             self.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        model: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Any:
         """Both steps; ``closure`` zeroes the gradients, computes the loss and goes backward.
+
+        Both calls of the closure draw the same random numbers, so that dropout gives both
+        gradients the same mask.
+
+        Args:
+            closure: Returns the loss.
+            model: The modules whose running statistics, as of batch normalization, only the first
+                call of the closure updates.
+            scaler: With it the closure calls ``scaler.scale(loss).backward()``. If a gradient is
+                not finite, the step is left out; call ``scaler.update()`` after it, as always.
 
         Returns:
             The loss at the weights, as the closure returned it at first.
@@ -141,37 +198,131 @@ class SAM(Optimizer):
             RuntimeError: Without a closure.
         """
         if closure is None:
-            raise RuntimeError(
-                "SAM needs two gradients a step: pass a closure that zeroes the gradients, "
-                "computes the loss, calls backward() and returns it; or call first_step() and "
-                "second_step()"
-            )
+            if self._stage != "back":
+                raise RuntimeError(
+                    "SAM needs two gradients a step: pass a closure that zeroes the gradients, "
+                    "computes the loss, calls backward() and returns it; or call first_step() and "
+                    "second_step(), which take a gradient scaler too"
+                )
+            self.base_optimizer.step()
+            return None
+        again = remember_randomness(
+            {p.device for group in self.param_groups for p in group["params"]}
+        )
         with torch.enable_grad():
             loss = closure()
-        self.first_step()
-        with torch.enable_grad():
-            closure()
-        self.second_step()
+        self.first_step(scaler=scaler)
+        if self._stage == "skipped":
+            self._return()
+            return loss
+        frozen = nullcontext() if model is None else frozen_statistics(model)
+        try:
+            with torch.enable_grad(), again(), frozen:
+                closure()
+        finally:
+            self._return()
+        if scaler is None:
+            self.base_optimizer.step()
+        else:
+            scaler.unscale_(self.base_optimizer)  # before its hooks, which may clip
+            scaler.step(self.base_optimizer)
         return loss
 
-    def _norm(self) -> Tensor:
+    def _move(self) -> None:
+        """Keep the weights and add ``epsilon`` to them."""
+        families = self._families()
+        norm = self._norm(families)
+        # Where every gradient is zero, so is the step, without a 0 / 0.
+        inverse = torch.where(norm > 0, 1 / norm, 0)
+        for group, weights, gradients in families:
+            self._moved += weights
+            torch._foreach_copy_([self._kept(p) for p in weights], weights)
+            scale = group["rho"] * inverse
+            if group["adaptive"]:
+                factors = _sizes(weights, group["eta"])
+                torch._foreach_mul_(factors, factors)
+                torch._foreach_mul_(factors, scale.to(factors[0]))
+            else:
+                factors = [scale.to(weights[0])] * len(weights)
+            torch._foreach_addcmul_(weights, gradients, factors)
+        self._stage = "moved"
+        torch.clear_autocast_cache()  # or a surrounding autocast goes on with the old weights
+
+    def _return(self) -> None:
+        """Put the weights back, if they were moved."""
+        self._stage = "at rest"
+        if self._moved:
+            with torch.no_grad():
+                torch._foreach_copy_(self._moved, [self._before[p] for p in self._moved])
+            self._moved = []
+            torch.clear_autocast_cache()
+
+    def _kept(self, p: Tensor) -> Tensor:
+        """Where the weights are kept; the same memory every step, since fresh pages cost more."""
+        before = self._before.get(p)
+        if before is None or (before.shape, before.dtype, before.device) != (
+            p.shape,
+            p.dtype,
+            p.device,
+        ):
+            before = self._before[p] = torch.empty_like(p, requires_grad=False)
+        return before
+
+    def _families(self) -> list[_Family]:
+        """The parameters with gradients, by group, device and type."""
+        families: dict[Any, _Family] = {}
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is not None:
+                    key = (index, p.device, p.dtype)
+                    family = families.setdefault(key, _Family(group, [], []))
+                    family.weights.append(p)
+                    family.gradients.append(p.grad)
+        return list(families.values())
+
+    def _norm(self, families: list[_Family]) -> Tensor:
         """``||T g||`` over all groups, on the device of the first parameter."""
-        norms = [
-            torch.linalg.vector_norm(
-                p.grad * (p.abs() + group["eta"]) if group["adaptive"] else p.grad
-            )
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        if not norms:
-            raise RuntimeError("no parameter has a gradient; call backward() before first_step()")
+        norms: list[Tensor] = []
+        for group, weights, gradients in families:
+            scaled = gradients
+            if group["adaptive"]:
+                scaled = list(torch._foreach_mul(gradients, _sizes(weights, group["eta"])))  # noqa: SLF001
+            # The norm may be beyond half precision though its parts are not.
+            half = weights[0].dtype in (torch.float16, torch.bfloat16)
+            norms += torch._foreach_norm(scaled, 2, torch.float32 if half else None)  # noqa: SLF001
         total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
         return total
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"base_optimizer": self.base_optimizer, "_before": {}}
+        return super().__getstate__() | {"base_optimizer": self.base_optimizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also what load_state_dict() ends with
         self._share()
+        if "_stage" not in self.__dict__:
+            self._rest()
+
+
+class _Ascent:
+    """The first step as a gradient scaler takes it: unscaled, and only if all is finite.
+
+    A scaler unscales once per step and optimizer, and tells optimizers apart by identity. So the
+    two gradients of a step need two of them, and its update() looks at what it found in both.
+    """
+
+    def __init__(self, optimizer: SAM) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def step(self) -> None:
+        self._optimizer._move()  # noqa: SLF001
+
+
+def _sizes(weights: list[Tensor], eta: float) -> list[Tensor]:
+    """``T``, the sizes by which the adaptive neighbourhood is measured."""
+    sizes = list(torch._foreach_abs(weights))  # noqa: SLF001
+    torch._foreach_add_(sizes, eta)
+    return sizes

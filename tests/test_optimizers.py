@@ -263,7 +263,7 @@ def test_a_model_may_change_its_type_between_steps():
     model.float()
     sam = lowland.SAM(model.parameters(), torch.optim.SGD, lr=0.0)
     sam.step(closure_of(model, lambda: sum(p.square().sum() for p in model.parameters()), sam))
-    nn.utils.vector_to_parameters(exact, model.double().parameters())
+    nn.utils.vector_to_parameters(exact.clone(), model.double().parameters())
     sam.step(closure_of(model, loss_of, sam))
     assert torch.equal(flat(model), exact)
 

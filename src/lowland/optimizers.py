@@ -232,19 +232,19 @@ class SAM(Optimizer):
         """Keep the weights and add ``epsilon`` to them."""
         families = self._families()
         norm = self._norm(families)
-        # Where every gradient is zero, so is the step, without a 0 / 0.
-        inverse = torch.where(norm > 0, 1 / norm, 0)
+        # Where every gradient is zero, so is the step, without a 0 / 0. Other norms are larger than
+        # this, since squares of smaller numbers vanish.
+        inverse = norm.clamp_(min=torch.finfo(norm.dtype).tiny ** 0.75).reciprocal_()
         for group, weights, gradients in families:
             self._moved += weights
             torch._foreach_copy_([self._kept(p) for p in weights], weights)
-            scale = group["rho"] * inverse
+            factor = inverse.to(weights[0])
+            factors = [factor] * len(weights)
             if group["adaptive"]:
                 factors = _sizes(weights, group["eta"])
                 torch._foreach_mul_(factors, factors)
-                torch._foreach_mul_(factors, scale.to(factors[0]))
-            else:
-                factors = [scale.to(weights[0])] * len(weights)
-            torch._foreach_addcmul_(weights, gradients, factors)
+                torch._foreach_mul_(factors, factor.to(factors[0]))
+            torch._foreach_addcmul_(weights, gradients, factors, value=group["rho"])
         self._stage = "moved"
         torch.clear_autocast_cache()  # or a surrounding autocast goes on with the old weights
 
@@ -289,7 +289,10 @@ class SAM(Optimizer):
                 scaled = list(torch._foreach_mul(gradients, _sizes(weights, group["eta"])))  # noqa: SLF001
             # The norm may be beyond half precision though its parts are not.
             half = weights[0].dtype in (torch.float16, torch.bfloat16)
-            norms += torch._foreach_norm(scaled, 2, torch.float32 if half else None)  # noqa: SLF001
+            each = torch._foreach_norm(scaled, 2, torch.float32 if half else None)  # noqa: SLF001
+            norms.append(torch.linalg.vector_norm(torch.stack(each)))
+        if len(norms) == 1:
+            return norms[0]
         total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
         return total
 

@@ -1,8 +1,10 @@
-"""Every example in a docstring does what it says."""
+"""Every example in a docstring, in the README and in the recipes does what it says."""
 
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +30,15 @@ def test_there_are_examples():
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)
 def test_example(example):
     assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.usefixtures("as_installed")
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_page(page):
+    text = (Path(__file__).parents[1] / page).read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    assert blocks
+    names = {"__name__": "page"}
+    for block in blocks:  # one after the other, as a reader runs them
+        before = "\n" * (text[: block.start()].count("\n") + 1)  # for the lines of a traceback
+        exec(compile(before + block[1], page, "exec"), names)  # noqa: S102

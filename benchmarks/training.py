@@ -104,10 +104,10 @@ def costs(names: list[str], rounds: int) -> list[str]:
         "| --- | --- | --- |" + " --- |" * len(names),
     ]
     for label, build in NETWORKS.items():
-        # A network for each job: one optimizer's steps do not move another's weights.
         torch.manual_seed(0)
         network = build()
-        jobs = {"plain": plain(network)} | {name: JOBS[name][0](build()) for name in names}
+        # One network for all jobs: a training has one too, and its caches hold no other.
+        jobs = {"plain": plain(network)} | {name: JOBS[name][0](network) for name in names}
         times = interleaved(jobs, rounds=rounds)
         ratios = [f"{median_ratio(times[name], times['plain']):.2f}" for name in names]
         size = sum(p.numel() for p in network.model.parameters())

@@ -145,7 +145,7 @@ def test_wide_layers_take_a_larger_budget():
     x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
     criterion = nn.CrossEntropyLoss()
     with pytest.raises(ValueError, match="raise memory_budget"):
-        lowland.HSR(criterion, weight=1.0, memory_budget=1 << 24)(model, x, y)
+        lowland.HSR(criterion, weight=1.0, memory_budget=1 << 16)(model, x, y)
     lowland.HSR(criterion, weight=1.0, memory_budget=1 << 30)(model, x, y).backward()
 
 
@@ -178,7 +178,9 @@ def test_settings_that_make_no_sense_are_refused_at_once(kind):
         kind(nn.MSELoss, 0.1)
     with pytest.raises(TypeError, match=r"expected a criterion, such as .*got 0.1"):
         kind(0.1, BCE)
-    with pytest.raises(ValueError, match="unknown method 'x': expected 'auto', 'exact' or 'dense'"):
+    with pytest.raises(
+        ValueError, match="unknown method 'x': expected 'auto', 'exact', 'probes' or"
+    ):
         kind(BCE, 0.1, method="x")
     with pytest.raises(TypeError, match=r"memory_budget must be a number of bytes.*got '1GB'"):
         kind(BCE, 0.1, memory_budget="1GB")
@@ -195,7 +197,7 @@ def test_copies_are_the_same_penalty(duplicate, kind, model, data):
     penalty = kind(nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)), weight=0.3)
     twin = duplicate(penalty)
     assert torch.equal(twin(model, *data), penalty(model, *data))
-    assert twin.state_dict().keys() == {"criterion.pos_weight"}
+    assert twin.state_dict().keys() == penalty.state_dict().keys()
 
 
 def test_print_shows_the_settings():

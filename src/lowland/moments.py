@@ -29,6 +29,7 @@ class HessianMoments:
         stderr: Standard errors of ``(trace, trace_sq)`` where they are estimates, None where they
             are exact.
         higher: ``(Tr H^3, Tr H^4)``, each of shape ``(*ensemble)``, where they were asked for.
+        method: The engine that computed them, where :func:`lowland.hessian_moments` chose it.
 
     Raises:
         ValueError: If ``dim`` is not positive or the traces differ in shape.
@@ -49,6 +50,7 @@ class HessianMoments:
     trace_sq: Tensor
     stderr: tuple[Tensor, Tensor] | None = None
     higher: tuple[Tensor, Tensor] | None = None
+    method: str | None = None
 
     def __post_init__(self) -> None:
         if self.dim < 1:

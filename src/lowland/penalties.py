@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+import torch.distributed
+from torch import Generator, Tensor, nn
+from torch.autograd import grad
+from torch.nn.parallel import DistributedDataParallel
 
-from lowland.engines import Method, check_method, hessian_moments, hessian_trace
+from lowland.dense import dense_moments
+from lowland.engines import Method, check_method, choose
+from lowland.errors import UnsupportedModelError
+from lowland.exact.api import Setup
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments
+from lowland.objective import only, scalar_loss
+from lowland.probes import check_settings, loss_and_moments, probe_moments
+from lowland.products import Products
 from lowland.validation import check_budget, is_number
 
 
@@ -20,20 +33,42 @@ class CurvaturePenalty(nn.Module, ABC):
 
         loss = criterion(model(x), y) + penalty(model, x, y)
 
+    or let it compute both, which saves a gradient where the moments are estimated::
+
+        loss = penalty.loss(model, x, y)
+
     Args:
         criterion: The loss whose curvature is penalized.
         weight: Factor of the penalty, at least zero.
-        method: The engine, see :func:`lowland.hessian_moments`.
+        method: The engine: ``"exact"``, ``"probes"``, ``"dense"``, or ``"auto"``, the closed form
+            where it covers the model at the price of some probes, and probes elsewhere. Which it
+            was last is :attr:`took`.
+        probes: Random directions in a step, for ``"probes"``. One is enough in training: the
+            gradients of both traces are right on average.
+        products: ``"exact"`` or ``"finite"``, see :func:`lowland.probes.probe_moments`.
+        generator: Of the probes' signs; without one PyTorch's own is used.
         unbiased: For training by mini-batches: penalize an unbiased estimate of the data set's
-            ``Tr H^2`` rather than the batch's own, see :func:`lowland.hessian_moments`. Needs the
-            closed form. Where the estimate is too low for any spectrum, even negative, what is left
-            of HSR is the mean; a flatness-aware penalty may be negative.
-        memory_budget: Bytes of temporaries, see :func:`lowland.hessian_moments`.
+            ``Tr H^2`` rather than the batch's own, see :func:`lowland.hessian_moments`. Where the
+            estimate is too low for any spectrum, even negative, what is left of HSR is the mean; a
+            flatness-aware penalty may be negative.
+        parameters: Penalize the curvature in these alone, for example
+            ``model.head.parameters()``.
+        every: In training mode, apply the penalty in each so many-th call, times as much, and
+            nothing in between: nearly the same effect at a fraction of the cost.
+        active: The first call in which the penalty is applied, and the first in which it no longer
+            is; counted from 0 in training mode.
+        memory_budget: Bytes of temporaries of the closed form.
 
     Raises:
         TypeError: If the criterion cannot be called, or the weight or the budget is no number.
-        ValueError: If the weight is negative or not finite, or the method unknown.
+        ValueError: If the weight is negative or not finite, or another setting makes no sense.
+
+    Notes:
+        ``penalty.eval()`` gives the weighted value at every call, and counts none. The count, and
+        what HSR remembers, are part of ``penalty.state_dict()``.
     """
+
+    took: str | None = None
 
     def __init__(
         self,
@@ -41,7 +76,13 @@ class CurvaturePenalty(nn.Module, ABC):
         weight: float,
         *,
         method: Method = "auto",
+        probes: int = 1,
+        products: Products = "exact",
+        generator: Generator | None = None,
         unbiased: bool = False,
+        parameters: Iterable[Tensor] | None = None,
+        every: int = 1,
+        active: tuple[float, float] = (0, math.inf),
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
         super().__init__()
@@ -55,36 +96,145 @@ class CurvaturePenalty(nn.Module, ABC):
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be a finite number of at least 0; got {weight}")
         check_method(method)
+        check_settings(probes, products)
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of at least 1; got {every!r}")
+        if not (isinstance(active, tuple) and len(active) == 2 and 0 <= active[0] < active[1]):
+            raise ValueError(
+                f"active must be (start, stop), the first call with the penalty and the first "
+                f"without it again, 0 <= start < stop; got {active!r}"
+            )
         self.criterion = criterion
         self.weight = weight
         self.method: Method = method
+        self.probes, self.products, self.generator = probes, products, generator
         self.unbiased = unbiased
+        # Not in a list of nn.Module's own: they are the model's to move and to save.
+        self._subset = None if parameters is None else tuple(parameters)
+        self.every, self.active = every, active
         self.memory_budget = check_budget(memory_budget)
+        self.calls = 0
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, model: nn.Module, x: Any, y: Any) -> Tensor:
         """The penalty, a scalar tensor with a graph to the model's trainable parameters."""
-        return self.weight * self.measure(model, x, y)
+        factor = self._factor()
+        if factor is None:
+            return _nothing(model)
+        return factor * self.measure(model, x, y)
+
+    def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+        """``criterion(model(x), y)`` and the penalty, from one forward pass where that is possible.
+
+        Running statistics of normalizations are updated once, and dropout draws one mask for both.
+        """
+        factor = self._factor()
+        if factor is None:
+            return scalar_loss(self.criterion, model(x), y)
+        with only(model, self._subset):
+            took = self._choose(model, x, y)
+            shared = took == "probes" and self._subset is None and not _processes(model)
+        if not shared:
+            # A data-parallel module reduces gradients of its own forward passes alone.
+            return scalar_loss(self.criterion, model(x), y) + factor * self.measure(model, x, y)
+        self.took = "probes"
+        loss, moments = loss_and_moments(
+            model,
+            self.criterion,
+            x,
+            y,
+            probes=self.probes,
+            products=self.products,
+            generator=self.generator,
+            unbiased=self.unbiased,
+        )
+        return loss + factor * self.of(moments, _samples(model, x, y))
+
+    def measure(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+        """The quantity that is penalized, before its weight."""
+        return self.of(self.moments(model, x, y), _samples(model, x, y))
 
     @abstractmethod
-    def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The quantity that is penalized, before its weight."""
+    def of(self, moments: HessianMoments, samples: int) -> Tensor:
+        """The quantity that is penalized as a function of the moments of so many samples."""
 
-    def moments(self, model: nn.Module, x: Tensor, y: Tensor) -> HessianMoments:
-        """What most penalties are functions of."""
-        return hessian_moments(
+    def moments(self, model: nn.Module, x: Any, y: Any) -> HessianMoments:
+        """What penalties are functions of."""
+        with only(model, self._subset) as parameters:
+            took = self._choose(model, x, y)
+            if isinstance(took, Setup):
+                self.took = "exact"
+                return self._exact(took)
+            self.took = took
+            if took == "dense":
+                if self.unbiased:
+                    raise UnsupportedModelError(
+                        "unbiased=True needs the closed form or probes; brute force sees the "
+                        "samples' mean alone"
+                    )
+                return dense_moments(model, self.criterion, x, y)
+            return probe_moments(
+                model,
+                self.criterion,
+                x,
+                y,
+                probes=self.probes,
+                products=self.products,
+                generator=self.generator,
+                unbiased=self.unbiased,
+                parameters=parameters,
+            )
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print(penalty)``."""
+        settings = {
+            "probes": (self.probes, 1),
+            "products": (self.products, "exact"),
+            "unbiased": (self.unbiased, False),
+            "every": (self.every, 1),
+            "active": (self.active, (0, math.inf)),
+        }
+        changed = [f", {name}={now!r}" for name, (now, usual) in settings.items() if now != usual]
+        return f"weight={self.weight}, method={self.method!r}" + "".join(changed)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What :meth:`state_dict` holds beyond tensors."""
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`get_extra_state` gave."""
+        self.calls = state["calls"]
+
+    def _exact(self, setup: Setup) -> HessianMoments:
+        return setup.moments(memory_budget=self.memory_budget, unbiased=self.unbiased)
+
+    def _choose(self, model: nn.Module, x: Any, y: Any) -> Setup | str:
+        if _processes(model):
+            if self.method in ("exact", "dense"):
+                raise UnsupportedModelError(
+                    f"method={self.method!r} would take each process's samples for all of them: "
+                    "Tr H^2 of a DistributedDataParallel model needs method='probes'"
+                )
+            return "probes"
+        return choose(
             model,
             self.criterion,
             x,
             y,
             self.method,
-            unbiased=self.unbiased,
-            memory_budget=self.memory_budget,
+            probes=self.probes,
+            dense_limit=0,
+            linear=isinstance(self, HessianTrace),
         )
 
-    def extra_repr(self) -> str:
-        """The settings, for ``print(penalty)``."""
-        unbiased = ", unbiased=True" if self.unbiased else ""
-        return f"weight={self.weight}, method={self.method!r}{unbiased}"
+    def _factor(self) -> float | None:
+        """What the quantity is multiplied by in this call; None for nothing."""
+        if not self.training:
+            return self.weight
+        call, (start, stop) = self.calls, self.active
+        self.calls += 1
+        if start <= call < stop and (call - start) % self.every == 0:
+            return self.weight * self.every
+        return None
 
 
 class HSR(CurvaturePenalty):
@@ -97,49 +247,104 @@ class HSR(CurvaturePenalty):
     Args:
         criterion: The loss whose curvature is penalized.
         weight: Factor of the penalty, at least zero.
-        method: The engine, see :func:`lowland.hessian_moments`.
-        unbiased: For training by mini-batches, see :class:`CurvaturePenalty`.
-        memory_budget: Bytes of temporaries, see :func:`lowland.hessian_moments`.
+        memory: Where the moments are estimates, the part of the running average of both that a
+            call keeps, below 1. ``U`` is no linear function of them: from one probe its slopes
+            would be off on average, from the averages they are not.
+        **settings: Those of :class:`CurvaturePenalty`.
+
+    Raises:
+        ValueError: If the memory is not between 0 and 1; and as :class:`CurvaturePenalty`.
 
     References:
         arXiv:2606.28662, theorem 1.
     """
 
-    def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """``U``."""
-        return self.moments(model, x, y).upper
+    average: Tensor
+
+    def __init__(
+        self, criterion: nn.Module, weight: float, *, memory: float = 0.95, **settings: Any
+    ) -> None:
+        super().__init__(criterion, weight, **settings)
+        if not 0 <= memory < 1:
+            raise ValueError(f"memory must be at least 0 and below 1; got {memory!r}")
+        self.memory = memory
+        self.averaged = 0
+        self.register_buffer("average", torch.zeros(2, dtype=torch.float64))
+
+    def of(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
+        """``U``; of estimates its linear part around their running average."""
+        if moments.stderr is None:
+            return moments.upper
+        now = torch.stack([moments.trace, moments.trace_sq])
+        with torch.enable_grad():
+            mean = self._remember(now.detach()).requires_grad_()
+            upper = replace(moments, trace=mean[0], trace_sq=mean[1]).upper
+        (slopes,) = grad(upper, mean)
+        change = (slopes * now).sum()
+        return upper.detach() + (change - change.detach())
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What :meth:`state_dict` holds beyond tensors."""
+        return {**super().get_extra_state(), "averaged": self.averaged}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`get_extra_state` gave."""
+        super().set_extra_state(state)
+        self.averaged = state["averaged"]
+
+    @torch.no_grad()
+    def _remember(self, now: Tensor) -> Tensor:
+        average = self.average.to(now.device, torch.promote_types(now.dtype, torch.float32))
+        count = self.averaged
+        if self.training:
+            average, count = torch.lerp(now.to(average.dtype), average, self.memory), count + 1
+            self.average, self.averaged = average, count
+        # An average that started at zero is too small by what it has not seen yet.
+        mean = average / (1 - self.memory**count) if count else now
+        return mean.to(now.dtype)
 
 
 class HessianTrace(CurvaturePenalty):
     """``weight * Tr H``, in time linear in the samples and the parameters.
 
-    Args:
-        criterion: The loss whose curvature is penalized.
-        weight: Factor of the penalty, at least zero.
-        method: The engine, see :func:`lowland.hessian_moments`.
+    Arguments and errors are those of :class:`CurvaturePenalty`.
 
     References:
         Liu et al. (2023), who estimate it; here it is exact where the closed form covers the model.
     """
 
-    def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def of(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
         """``Tr H``."""
-        return hessian_trace(
-            model, self.criterion, x, y, self.method, memory_budget=self.memory_budget
-        )
+        return moments.trace
+
+    def _exact(self, setup: Setup) -> HessianMoments:
+        trace = setup.trace(self.memory_budget)
+        return HessianMoments(setup.size.dim, trace, torch.full_like(trace, math.nan))
 
 
 class FlatnessAware(CurvaturePenalty):
     """``weight * Tr H^2 / B`` with the batch size ``B``: the sum of the squared eigenvalues.
 
-    Args:
-        criterion: The loss whose curvature is penalized.
-        weight: Factor of the penalty, at least zero.
-        method: The engine, see :func:`lowland.hessian_moments`.
-        unbiased: For training by mini-batches, see :class:`CurvaturePenalty`.
-        memory_budget: Bytes of temporaries, see :func:`lowland.hessian_moments`.
+    Arguments and errors are those of :class:`CurvaturePenalty`.
     """
 
-    def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def of(self, moments: HessianMoments, samples: int) -> Tensor:
         """``Tr H^2 / B``."""
-        return self.moments(model, x, y).trace_sq / len(x)
+        return moments.trace_sq / samples
+
+
+def _nothing(model: nn.Module) -> Tensor:
+    """Zero, which can be added to a loss or go backward alone."""
+    parameter = next(model.parameters())
+    return parameter.new_zeros((), requires_grad=torch.is_grad_enabled())
+
+
+def _processes(model: nn.Module) -> int:
+    """In how many a model is trained side by side; 0 for one alone."""
+    if isinstance(model, DistributedDataParallel):
+        return torch.distributed.get_world_size(model.process_group)
+    return 0
+
+
+def _samples(model: nn.Module, x: Any, y: Any) -> int:
+    return len(x if isinstance(x, Tensor) else y) * max(1, _processes(model))

@@ -483,13 +483,13 @@ def test_models_that_are_not_covered(what):
     make, message = NOT_COVERED[what]
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         lowland.hessian_moments(make().double(), BCE, *data(), "exact")
-    assert what == "dropout" or "use method='dense'" in str(caught.value)
+    assert what == "dropout" or "use method='probes'" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("criterion", "error", "message"),
     [
-        (nn.L1Loss(), UnsupportedModelError, "nn.MSELoss; got L1Loss; use method='dense'"),
+        (nn.L1Loss(), UnsupportedModelError, "nn.MSELoss; got L1Loss; use method='probes'"),
         (_DoubledLoss(), UnsupportedModelError, "got _DoubledLoss"),
         (
             nn.BCEWithLogitsLoss(weight=torch.ones(12)),
@@ -542,7 +542,7 @@ def test_negative_weights(criterion, message):
         if getattr(criterion, name, None) is not None:
             getattr(criterion, name).abs_().requires_grad_()
     with pytest.raises(UnsupportedModelError, match=r"weight=...\) without requires_grad"):
-        lowland.hessian_moments(model, criterion, data()[0], y)
+        lowland.hessian_moments(model, criterion, data()[0], y, method="exact")
 
 
 def test_rows_of_whole_numbers_are_no_labels():

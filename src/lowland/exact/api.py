@@ -14,7 +14,16 @@ from torch.autograd import grad
 from lowland.activations import Activation, get_activation
 from lowland.exact.compiled import covers
 from lowland.exact.engine import Pass, Problem, join_layers, run_moments
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, MEBIBYTE, make_linear_plan, make_plan
+from lowland.exact.plan import (
+    DEFAULT_MEMORY_BUDGET,
+    MEBIBYTE,
+    Path,
+    cost,
+    gradient_cost,
+    make_linear_plan,
+    make_plan,
+    term_rows,
+)
 from lowland.exact.reference import Reference
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
@@ -160,6 +169,9 @@ def hessian(
     return prepare(weights, x, y, activation, loss, reduction).hessian()
 
 
+_NEAR = 32 * MEBIBYTE
+
+
 @dataclass(frozen=True)
 class Setup:
     """Checked arguments, the ensemble flattened to one leading dimension.
@@ -218,6 +230,15 @@ class Setup:
         with torch.no_grad():
             third, fourth = torch.cat(problem.on_references(self.weights, powers), 1)
         return third.view(self.ensemble), fourth.view(self.ensemble)
+
+    def relative_cost(self) -> float:
+        """What the moments and their gradient are predicted to cost, in gradients of the loss."""
+        size = self.size
+        paths: list[Path] = ["samples", "compiled" if self.covered else "parameters"]
+        exact = min(cost(size, path) for path in paths)
+        # The prices are those of terms near the cache; wide layers' are not.
+        far = size.samples * term_rows(size) * size.itemsize > _NEAR
+        return (8 if far else 1) * exact / gradient_cost(size)
 
     def trace(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> Tensor:
         """As :func:`trace`."""

@@ -27,7 +27,7 @@ from lowland.validation import (
     check_tensor,
 )
 
-_ELSEWHERE = "use method='dense', which differentiates any module (in memory quadratic in P)"
+_ELSEWHERE = "use method='probes' or, for few parameters, method='dense', which take any module"
 
 
 def module_moments(

@@ -78,7 +78,9 @@ def work(size: Size, path: Path) -> tuple[float, float, float]:
         )
         runs = max(1.0, n / LONGEST_RUN)
         return n * products, n * 0.5 * _rows(size), launched * runs
-    runs = max(1.0, n / LONGEST_RUN)
+    # Where memory forces short runs, each is gone through once for each of the others.
+    room = _kernel_run(size, DEFAULT_MEMORY_BUDGET // 2)
+    runs = max(1.0, n / max(1, min(LONGEST_RUN, room)))
     return (
         2.5 * n * n * _inner(size, size.widths[-1]),
         n * n * (6.0 * len(list(blocks.blocks(size))) + _pairs_of_outputs(size))
@@ -90,6 +92,15 @@ def work(size: Size, path: Path) -> tuple[float, float, float]:
 def cost(size: Size, path: Path) -> float:
     """Predicted seconds for the moments and their gradient, one network."""
     return sum(amount * price for amount, price in zip(work(size, path), PRICES[path], strict=True))
+
+
+def gradient_cost(size: Size) -> float:
+    """Predicted seconds for one plain gradient of the loss of one network."""
+    n, layers = size.samples, list(pairwise(size.widths))
+    products = 3.0 * n * sum(a * b for a, b in layers)
+    touched = 6.0 * n * sum(b for _, b in layers) + 4.0 * sum(a * b for a, b in layers)
+    amounts = (products, touched, 12.0 * size.depth)
+    return sum(a * price for a, price in zip(amounts, PRICES["parameters"], strict=True))
 
 
 def make_plan(
@@ -184,7 +195,7 @@ def _linear_rows(size: Size) -> int:
     return rows
 
 
-def _term_rows(size: Size, *, in_factors: bool = False) -> int:
+def term_rows(size: Size, *, in_factors: bool = False) -> int:
     """Rows of one sample's terms, with what autograd keeps of how they came about."""
     last, outputs = size.depth - 1, size.widths[-1]
     rows = 3 * size.widths[0] + 16 + 6 * outputs * outputs
@@ -197,7 +208,7 @@ def _term_rows(size: Size, *, in_factors: bool = False) -> int:
 
 
 def _rows_of_pairs(size: Size) -> int:
-    return _term_rows(size, in_factors=size.last_in_factors)
+    return term_rows(size, in_factors=size.last_in_factors)
 
 
 def _factor_rows(size: Size) -> int:
@@ -216,7 +227,7 @@ def _factor_rows(size: Size) -> int:
 
 def _rows(size: Size) -> int:
     """Rows of temporaries per sample and network in the order "parameters"."""
-    return _term_rows(size) + 3 * _factor_rows(size) // 2
+    return term_rows(size) + 3 * _factor_rows(size) // 2
 
 
 def _row_bytes(size: Size) -> int:

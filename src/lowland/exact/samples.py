@@ -130,7 +130,7 @@ def _sum(arch: Architecture, left: Terms, right: Terms, ways: _Ways) -> Tensor:
     return total
 
 
-def _of_symmetric(left: Matrices, right: Matrices, product: Product) -> Tensor:
+def _of_symmetric(left: Tensor, right: Tensor, product: Product) -> Tensor:
     """The inner products of matrices, of which half the entries are enough."""
     twice = multiplicity(left.shape[1], left).unsqueeze(1)
     return product(packed(left) * twice, packed(right))

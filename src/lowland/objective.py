@@ -1,0 +1,247 @@
+"""A loss as a function of a model's parameters, for any module and criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.nn.parallel import DistributedDataParallel
+
+Gradient = tuple[Tensor, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``criterion(model(x), y)`` in some of the model's parameters.
+
+    Attributes:
+        model: Without the wrappers that :func:`unwrap` takes off.
+        criterion: Maps the model's output and ``y`` to a scalar.
+        x: Whatever the model takes.
+        y: Whatever the criterion takes.
+        names: Those of the parameters in the model.
+        parameters: What the loss is a function of.
+        places: Where the model holds them, a tied one more than once: module, name and parameter.
+    """
+
+    model: nn.Module
+    criterion: nn.Module
+    x: Any
+    y: Any
+    names: list[str]
+    parameters: list[Tensor]
+    places: list[tuple[nn.Module, str, Tensor]]
+
+    @property
+    def dim(self) -> int:
+        """``P``, the number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def loss(self) -> Tensor:
+        """The loss, with a graph to the parameters.
+
+        Raises:
+            ValueError: If it is no scalar, not finite, or has no graph.
+        """
+        return self._checked(scalar_loss(self.criterion, self.model(self.x), self.y))
+
+    def gradient(self, at: Sequence[Tensor] | None = None) -> Gradient:
+        """The loss and its gradient at other values of the parameters, without graphs.
+
+        Raises:
+            ValueError: As :meth:`loss`, or if the loss does not depend on one of the parameters.
+        """
+        values = [v.detach().requires_grad_() for v in at or self.parameters]
+
+        with torch.enable_grad(), self._holding(values):
+            loss = self.loss()
+            # In here, as activation checkpointing runs the model again during the backward pass.
+            parts = grad(loss, values, allow_unused=True)
+        return loss.detach(), self.complete(parts)
+
+    @contextmanager
+    def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """The model with other tensors in the places of its parameters."""
+        self._put(values)
+        try:
+            yield
+        finally:
+            self._put(self.parameters)
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        by_parameter = {id(p): value for p, value in zip(self.parameters, values, strict=True)}
+        for module, name, parameter in self.places:
+            module._parameters[name] = by_parameter[id(parameter)]  # type: ignore[assignment]  # noqa: SLF001
+            if isinstance(module, nn.RNNBase):  # it keeps a list of its own
+                module._flat_weights = [  # noqa: SLF001
+                    getattr(module, weight)
+                    for weight in module._flat_weights_names  # noqa: SLF001
+                ]
+
+    def complete(self, parts: Sequence[Tensor | None]) -> list[Tensor]:
+        """The parts of a gradient, of which none may be missing."""
+        missing = [n for n, part in zip(self.names, parts, strict=True) if part is None]
+        if missing:
+            raise ValueError(
+                f"the loss does not depend on {', '.join(missing)}: freeze what the model does not "
+                "use by requires_grad_(False), or name the parameters to measure (parameters=...)"
+            )
+        return [part for part in parts if part is not None]
+
+    def halves(self) -> list[Objective]:
+        """The same with the two halves of the samples.
+
+        Raises:
+            TypeError: If the data are no tensors.
+            ValueError: If the samples are not an even number.
+        """
+        if not (isinstance(self.x, Tensor) and isinstance(self.y, Tensor)):
+            raise TypeError(
+                "unbiased=True splits the batch in two, for which x and y must be tensors; got "
+                f"{type(self.x).__name__} and {type(self.y).__name__}"
+            )
+        if len(self.x) < 2 or len(self.x) % 2:
+            raise ValueError(
+                "unbiased=True splits the batch in two halves of one size: it needs an even number "
+                f"of samples; got {len(self.x)}"
+            )
+        return [
+            replace(self, x=x, y=y) for x, y in zip(self.x.chunk(2), self.y.chunk(2), strict=True)
+        ]
+
+    def _checked(self, loss: Tensor) -> Tensor:
+        if loss.ndim:
+            raise ValueError(
+                f"the criterion must return a scalar for its Hessian to be a matrix; got shape "
+                f"{tuple(loss.shape)}: use reduction='mean' or 'sum'"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss has no graph to the model's parameters: something in the model or the "
+                "criterion detaches it (torch.no_grad, .detach(), .item(), a rounding or an argmax)"
+            )
+        check_finite(loss, "the loss")
+        return loss
+
+
+def objective(
+    model: nn.Module,
+    criterion: nn.Module,
+    x: Any,
+    y: Any,
+    parameters: Iterable[Tensor] | None = None,
+) -> Objective:
+    """The loss as a function of the given parameters, or of all that are trainable.
+
+    Raises:
+        ValueError: If there are none, or some are not the model's own or frozen.
+    """
+    model = unwrap(model)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(
+            "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "
+            "those whose curvature you want"
+        )
+    if parameters is not None:
+        wanted = {id(parameter) for parameter in parameters}
+        named = {name: p for name, p in named.items() if id(p) in wanted}
+        if not named or len(named) < len(wanted):
+            raise ValueError(
+                f"parameters= must be trainable parameters of the model, at least one; of "
+                f"{len(wanted)} given {len(named)} are"
+            )
+    chosen = {id(p) for p in named.values()}
+    places: list[tuple[nn.Module, str, Tensor]] = [
+        (module, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()  # noqa: SLF001
+        if id(p) in chosen and p is not None
+    ]
+    return Objective(model, criterion, x, y, list(named), list(named.values()), places)
+
+
+@contextmanager
+def only(model: nn.Module, parameters: Iterable[Tensor] | None) -> Iterator[list[Tensor] | None]:
+    """All other parameters frozen meanwhile; gives the parameters as a list."""
+    if parameters is None:
+        yield None
+        return
+    parameters = list(parameters)
+    wanted = {id(parameter) for parameter in parameters}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
+    for parameter in others:
+        parameter.requires_grad = False
+    try:
+        yield parameters
+    finally:
+        for parameter in others:
+            parameter.requires_grad = True
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside data-parallel and compiled ones, whose parameters are the same.
+
+    Compiled code cannot be differentiated twice, and a data-parallel module expects one backward
+    pass for each forward pass.
+    """
+    while True:
+        inside = model.module if isinstance(model, DistributedDataParallel) else None
+        inside = inside or getattr(model, "_orig_mod", None)  # that of torch.compile
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside
+
+
+@contextmanager
+def not_compiled(model: nn.Module) -> Iterator[None]:
+    """Run modules that ``module.compile()`` has changed in place as they were written."""
+    compiled = [
+        (module, module._compiled_call_impl)  # noqa: SLF001
+        for module in model.modules()
+        if module._compiled_call_impl is not None  # noqa: SLF001
+    ]
+    for module, _ in compiled:
+        module._compiled_call_impl = None  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation  # noqa: SLF001
+
+
+def scalar_loss(criterion: nn.Module, output: Any, y: Any) -> Tensor:
+    """``criterion(output, y)``, with ``(samples,)`` targets for one output a sample.
+
+    PyTorch would broadcast them to ``(samples, samples)``.
+    """
+    if isinstance(criterion, nn.BCEWithLogitsLoss | nn.MSELoss) and isinstance(y, Tensor):
+        if y.ndim + 1 == output.ndim and output.shape[-1] == 1:
+            y = y.unsqueeze(-1)
+        y = y.to(output.dtype)
+    loss: Tensor = criterion(output, y)
+    return loss
+
+
+def check_finite(value: Tensor, what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Only on a processor: elsewhere the look would make the host wait for the device. Not in half
+    precision either, where ``GradScaler`` takes care of overflows.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    half = torch.is_autocast_enabled(value.device.type) and (
+        torch.get_autocast_dtype(value.device.type) == torch.float16
+    )
+    if value.device.type == "cpu" and not half and not bool(value.isfinite().all()):
+        raise ValueError(
+            f"{what} is not finite: look for NaN or infinity in the data and the parameters, or "
+            "lower the learning rate if training diverges"
+        )

@@ -1,0 +1,349 @@
+r"""Products with the Hessian and their derivatives, for any loss that can be differentiated.
+
+With a direction ``v`` and :math:`u = Hv`, the gradient of any function of :math:`v^T H v` and
+:math:`\lVert Hv \rVert^2` is one third derivative: :math:`\nabla^3 L[v, a v + 2 b u]` with that
+function's slopes ``a`` and ``b``. There are two ways to it:
+
+* exact: differentiate the graph of ``u``;
+* finite differences: ``u`` from the gradient ``g`` at two points, the third derivative from four,
+
+      u = (g(t + eps v) - g(t)) / eps
+      D^3 L[v, w] = (g(t + eps v + delta w) - g(t + eps v) - g(t + delta w) + g(t)) / (eps delta)
+
+  so there is never a graph of a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, grad
+from torch.autograd.function import once_differentiable
+
+from lowland.objective import Gradient, Objective, check_finite
+from lowland.passes import frozen_statistics, remember_randomness
+
+Products = Literal["exact", "finite"]
+Parts = list[Tensor]
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+# For each direction: (loss, v^T H v, squared norm of H v), the last two with one entry a direction.
+Measured = tuple[Tensor, Tensor, Tensor]
+
+# Averages tensors over all processes, in place.
+Average = Callable[[Parts], None]
+
+
+def measure(
+    parts: Sequence[Objective],
+    directions: Sequence[Parts],
+    products: Products,
+    average: Average | None = None,
+) -> Measured:
+    r"""A loss and the Hessian's quadratic forms in some directions.
+
+    Args:
+        parts: The objective; or two, over the halves of its samples. Then their products with the
+            Hessian meet each other, so that neither meets its own noise.
+        directions: Each with one tensor a parameter.
+        products: ``"exact"`` or ``"finite"``.
+        average: Over the processes of data-parallel training.
+
+    Returns:
+        The loss; of each direction :math:`v^T H v` and :math:`\\lVert Hv \rVert^2`. All three carry
+        gradients if gradients are enabled. With several processes the values of the two forms are
+        those of all samples, and the gradients those of one process's share, to be averaged as the
+        loss's are.
+
+    Raises:
+        ValueError: As :meth:`Objective.loss`, or if a product is not finite.
+        RuntimeError: If the loss cannot be differentiated twice, with what may help.
+    """
+    if products == "finite":
+        run = _Differences(parts, directions, average)
+        result: Measured = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
+        return result
+    return _exact(parts, directions, average)
+
+
+def products_with(part: Objective, directions: Sequence[Parts], products: Products) -> list[Parts]:
+    """``H v`` for each direction, without gradients; errors as :func:`measure`."""
+    if products == "finite":
+        run = _Differences([part], directions, None)
+        _, gradient = run.first_gradient(part)
+        shift, found = run.shift(), []
+        for direction in directions:
+            step = shift / norm(direction)
+            near = run.gradient(0, plus(run.parameters, direction, step))
+            found.append(times(near, 1 / step))
+            plus_(found[-1], gradient, -1 / step)
+        return found
+    with torch.enable_grad():
+        gradient = _gradient(part, part.loss())
+        return [_product(part, gradient, direction, wanted=False) for direction in directions]
+
+
+def _exact(
+    parts: Sequence[Objective], directions: Sequence[Parts], average: Average | None
+) -> Measured:
+    wanted = torch.is_grad_enabled()
+    scale = _loss_scale(parts[0].parameters[0].device)
+    with torch.enable_grad():
+        losses = [part.loss() for part in parts]
+        gradients = [
+            _gradient(part, scale * loss) for part, loss in zip(parts, losses, strict=True)
+        ]
+        forms = []
+        for direction in directions:
+            products = [
+                _product(part, gradient, direction, wanted=wanted)
+                for part, gradient in zip(parts, gradients, strict=True)
+            ]
+            if scale != 1:
+                products = [[each / scale for each in product] for product in products]
+            values = [[each.detach() for each in product] for product in products]
+            forms.append(_forms(products, _averaged(values, average), direction))
+        loss = sum(losses[1:], losses[0]) / len(losses)
+    traces, squares = (torch.stack(each) for each in zip(*forms, strict=True))
+    if wanted:
+        return loss, traces, squares
+    return loss.detach(), traces.detach(), squares.detach()
+
+
+def _forms(
+    products: Sequence[Parts], values: Sequence[Parts], direction: Parts
+) -> tuple[Tensor, Tensor]:
+    """Both quadratic forms, as linear functions of the products: that is all a gradient needs."""
+    trace, square = _values(values, direction)
+    in_trace = torch.stack([dot(direction, each) for each in products]).mean()
+    # Each product meets the other half's, or itself.
+    in_square = 2 * torch.stack(list(map(dot, values[::-1], products))).mean()
+    return _carry(trace, in_trace), _carry(square, in_square)
+
+
+def _carry(value: Tensor, slope: Tensor) -> Tensor:
+    """``value`` with the gradient of ``slope``."""
+    return value + (slope - slope.detach())
+
+
+def _gradient(part: Objective, loss: Tensor) -> Parts:
+    return part.complete(grad(loss, part.parameters, create_graph=True, allow_unused=True))
+
+
+def _product(part: Objective, gradient: Parts, direction: Parts, *, wanted: bool) -> Parts:
+    """``H v``, with its graph if wanted."""
+    used = [(g, v) for g, v in zip(gradient, direction, strict=True) if g.requires_grad]
+    if not used:
+        raise ValueError(
+            "the gradient of the loss does not change with the parameters, so its Hessian is zero: "
+            "a criterion that is linear almost everywhere (L1Loss) on a linear model, for example"
+        )
+    try:
+        product = grad(
+            [g for g, _ in used],
+            part.parameters,
+            [v for _, v in used],
+            create_graph=wanted,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    except RuntimeError as error:  # NotImplementedError is one
+        raise RuntimeError(
+            f"this model and loss cannot be differentiated twice: {error}\n"
+            "Use products='finite', which needs gradients alone; or replace what has no second "
+            "derivative (of fused attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
+        ) from error
+    for name, each in zip(part.names, product, strict=True):
+        check_finite(each.detach(), f"the Hessian's product with a direction, in {name},")
+    return list(product)
+
+
+class _Differences:
+    """Gradients at shifted parameters.
+
+    They are taken in the parameters' own precision: differences of 16-bit gradients are noise.
+    """
+
+    def __init__(
+        self, parts: Sequence[Objective], directions: Sequence[Parts], average: Average | None
+    ) -> None:
+        self.parts, self.directions, self.average = parts, directions, average
+        self.parameters = parts[0].parameters
+        self.device = self.parameters[0].device
+        self.same_randomness: list[Callable[[], AbstractContextManager[None]]] = []
+
+    def first_gradient(self, part: Objective) -> Gradient:
+        """The gradient at the parameters themselves; it may draw new random numbers."""
+        self.same_randomness.append(remember_randomness([self.device]))
+        with self._full_precision():
+            return part.gradient()
+
+    def gradient(self, number: int, at: Parts) -> Parts:
+        """The gradient of a part elsewhere, under the same random numbers."""
+        part = self.parts[number]
+        with self.same_randomness[number](), self._full_precision(), frozen_statistics(part.model):
+            return part.gradient(at)[1]
+
+    def _full_precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, enabled=False)
+
+    def shift(self) -> Tensor:
+        """How long the differences' steps are: a small part of the parameters' own norm."""
+        length = norm(self.parameters)
+        return relative_step(length.dtype) * torch.where(length > 0, length, 1)
+
+
+class _Finite(Function):
+    # Passes over all parameters cost as much as small networks' gradients, so there are few: the
+    # products stay what they are as differences, step * H v, and all that scales them is numbers.
+
+    @staticmethod
+    def forward(ctx: Any, run: _Differences, *parameters: Tensor) -> Measured:
+        losses, gradients = zip(*(run.first_gradient(part) for part in run.parts), strict=True)
+        shift = run.shift()
+        forms, differences, averages = [], [], []
+        for direction in run.directions:
+            step = shift / norm(direction)
+            at = plus(run.parameters, direction, step)
+            found = [run.gradient(i, at) for i in range(len(run.parts))]
+            for near, gradient in zip(found, gradients, strict=True):
+                torch._foreach_sub_(near, gradient)
+            averaged = _averaged(found, run.average)
+            trace, square = _values(averaged, direction)
+            forms.append((trace / step, square / step.square()))
+            differences += found
+            averages += averaged if run.average else []
+        traces, squares = (torch.stack(each) for each in zip(*forms, strict=True))
+        check_finite(squares, "the Hessian's product with a direction")
+        # Saved rather than kept as attributes, tensors are guarded, and gone after the backward
+        # pass. The parameters are needed where they are now.
+        kept = [*run.directions, *gradients, *differences, *averages]
+        ctx.save_for_backward(*parameters, shift, *(each for part in kept for each in part))
+        ctx.run = run
+        ctx.set_materialize_grads(False)
+        return torch.stack(losses).mean(), traces, squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+        run: _Differences = ctx.run
+        size, count, probes = len(run.parameters), len(run.parts), len(run.directions)
+        shift = ctx.saved_tensors[size]
+        saved = _batched(ctx.saved_tensors[size + 1 :], size)
+        directions = list(islice(saved, probes))
+        gradients = list(islice(saved, count))
+        differences = list(islice(saved, probes * count))
+        averages = list(saved) or differences
+        in_loss, in_trace, in_square = slopes
+
+        if in_loss is None:
+            total = [torch.zeros_like(parameter) for parameter in run.parameters]
+        else:
+            total = times(gradients[0], in_loss / count)
+            for gradient in gradients[1:]:
+                plus_(total, gradient, in_loss / count)
+        if in_trace is None and in_square is None:
+            return None, *total
+        for i, direction in enumerate(directions):
+            step = shift / norm(direction)
+            for part in range(count):
+                terms: list[tuple[Tensors, Tensor]] = []
+                if in_trace is not None:
+                    terms.append((direction, in_trace[i] / count))
+                if in_square is not None:
+                    # Each product meets the other half's, or itself.
+                    other = averages[(i + 1) * count - 1 - part]
+                    terms.append((other, 2 / count * in_square[i] / step))
+                far = shift / _length(terms)
+                (parts, factor), *more = terms
+                at = plus(run.parameters, parts, far * factor)
+                for parts, factor in more:
+                    plus_(at, parts, far * factor)
+                near = run.gradient(part, at)
+                plus_(at, direction, step)
+                found = run.gradient(part, at)
+                torch._foreach_sub_(found, near)
+                torch._foreach_sub_(found, differences[i * count + part])
+                plus_(total, found, 1 / (step * far))
+        return None, *total
+
+
+def _length(terms: Sequence[tuple[Tensors, Tensor]]) -> Tensor:
+    """Of a sum of multiples; 1 if it is nothing, which leads nowhere."""
+    square = torch.stack([a * b * dot(x, y) for x, a in terms for y, b in terms]).sum()
+    return torch.where(square > 0, square, 1).sqrt()
+
+
+def plus(parts: Tensors, others: Tensors, factor: Tensor) -> Parts:
+    """``parts + factor * others``."""
+    if factor.device.type == "cpu":  # in one pass; elsewhere the host would wait for the number
+        return list(torch._foreach_add(parts, others, alpha=factor.item()))  # noqa: SLF001
+    return list(torch._foreach_add(parts, times(others, factor)))  # noqa: SLF001
+
+
+def plus_(parts: Parts, others: Tensors, factor: Tensor) -> None:
+    """The same in place."""
+    if factor.device.type == "cpu":
+        torch._foreach_add_(parts, others, alpha=factor.item())
+    else:
+        torch._foreach_add_(parts, times(others, factor))
+
+
+def times(parts: Tensors, factor: Tensor) -> Parts:
+    """Each of them times a number."""
+    return list(torch._foreach_mul(parts, factor))  # noqa: SLF001
+
+
+def relative_step(dtype: torch.dtype) -> float:
+    """How far differences go, relative to the parameters.
+
+    The error of a second difference is of the step's own size, and the rounding error of the
+    gradient over the step's square: the least of both is at the third root of the precision.
+    """
+    return float(torch.finfo(dtype).eps ** (1 / 3))
+
+
+def _batched(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
+    return (tensors[start : start + size] for start in range(0, len(tensors), size))
+
+
+def _values(
+    values: Sequence[Sequence[Tensor]], direction: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    trace = torch.stack([dot(direction, value) for value in values]).mean()
+    return trace, dot(values[0], values[-1])
+
+
+def _averaged(parts: list[Parts], average: Average | None) -> list[Parts]:
+    if average is None:
+        return parts
+    copies = [[each.clone() for each in part] for part in parts]
+    average([each for part in copies for each in part])
+    return copies
+
+
+def _loss_scale(device: torch.device) -> float:
+    """Under 16-bit autocast with a short exponent small gradients would vanish on the way."""
+    half = torch.is_autocast_enabled(device.type) and (
+        torch.get_autocast_dtype(device.type) == torch.float16
+    )
+    return 1024.0 if half else 1.0
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """The inner product."""
+    parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
+    return torch.stack(parts).sum()
+
+
+def norm(parts: Sequence[Tensor]) -> Tensor:
+    """The length of all of them together."""
+    norms = torch._foreach_norm([part.detach() for part in parts])  # noqa: SLF001
+    length: Tensor = torch.stack(norms).norm()
+    return length

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lowland
+from lowland.extremes import extreme_eigenvalues
 from lowland.networks import initial_weights, mean_loss
-from lowland.spectrum import extreme_eigenvalues
 from lowland.training import CURVES, METHODS, DivergenceError, Method, Schedule, train
 
 PENALTIES = {  # the library's modules, differentiated by autograd of the whole Hessian

@@ -90,7 +90,7 @@ def dense_hessian(
         return loss
 
     flat = torch.cat([p.reshape(-1) for p in named.values()])
-    with _untouched(model):
+    with untouched(model):
         return _differentiate_twice(loss_of, flat)
 
 
@@ -108,7 +108,7 @@ def _differentiate_twice(loss_of: Callable[[Tensor], Tensor], flat: Tensor) -> T
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Put the parameters back: a functional call leaves its own in a module that occurs twice."""
     before = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
     try:

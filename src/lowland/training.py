@@ -16,6 +16,7 @@ from torch import Tensor
 from lowland import exact
 from lowland.errors import UserError
 from lowland.exact.api import Setup, prepare
+from lowland.extremes import extreme_eigenvalues
 from lowland.networks import (
     Inputs,
     PerNetwork,
@@ -26,7 +27,6 @@ from lowland.networks import (
     pick,
     select,
 )
-from lowland.spectrum import extreme_eigenvalues
 
 CURVES = ("loss", "lambda_max", "lambda_min", "upper_bound", "lower_bound")
 

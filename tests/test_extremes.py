@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowland import spectrum
+from lowland import extremes
 
 PROBLEMS = [
     ((3, 4, 1), "bce"),
@@ -35,10 +35,10 @@ def brute_force(weights, x, y, index, loss):
 @pytest.mark.parametrize("path", ["dense", "lanczos"])
 def test_both_ends_are_those_of_brute_force(sizes, loss, path, monkeypatch):
     if path == "lanczos":
-        monkeypatch.setattr(spectrum, "DENSE_LIMIT", 5)
-        monkeypatch.setattr(spectrum, "hessian", None)  # goes without the whole matrix
+        monkeypatch.setattr(extremes, "DENSE_LIMIT", 5)
+        monkeypatch.setattr(extremes, "hessian", None)  # goes without the whole matrix
     problem = plain.problem(sizes, loss)
-    smallest, largest = spectrum.extreme_eigenvalues(*problem, activation="sigmoid", loss=loss)
+    smallest, largest = extremes.extreme_eigenvalues(*problem, activation="sigmoid", loss=loss)
     for i in range(3):
         values = brute_force(*problem, i, loss)
         scale = float(values.abs().max())
@@ -50,5 +50,5 @@ def test_both_ends_are_those_of_brute_force(sizes, loss, path, monkeypatch):
 def test_the_number_of_threads_is_given_back():
     before = torch.get_num_threads()
     problem = plain.problem((3, 4, 1), "bce")
-    spectrum.extreme_eigenvalues(*problem, activation="sigmoid", loss="bce")
+    extremes.extreme_eigenvalues(*problem, activation="sigmoid", loss="bce")
     assert torch.get_num_threads() == before

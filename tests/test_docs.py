@@ -34,7 +34,8 @@ def test_example(example):
 
 @pytest.mark.usefixtures("as_installed")
 @pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
-def test_page(page):
+def test_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some save a figure
     text = (Path(__file__).parents[1] / page).read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     assert blocks

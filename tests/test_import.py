@@ -8,7 +8,7 @@ import pytest
 import lowland
 
 USE = "import sys, lowland; [getattr(lowland, name) for name in lowland.__all__]"
-HEAVY = ["jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "typer"]
+HEAVY = ["curvlinops", "jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "typer"]
 
 
 def python(*arguments):

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lowland.moments import HessianMoments
     from lowland.optimizers import SAM
     from lowland.penalties import HSR, FlatnessAware, HessianTrace
+    from lowland.spectra import Spectrum, layer_spectra, spectrum
 
 __version__ = "0.1.0"
 
@@ -19,8 +20,11 @@ _HOMES = {
     "FlatnessAware": "penalties",
     "HessianMoments": "moments",
     "HessianTrace": "penalties",
+    "Spectrum": "spectra",
     "UnsupportedModelError": "errors",
     "hessian_moments": "engines",
+    "layer_spectra": "spectra",
+    "spectrum": "spectra",
 }
 
 __all__ = [
@@ -29,9 +33,12 @@ __all__ = [
     "FlatnessAware",
     "HessianMoments",
     "HessianTrace",
+    "Spectrum",
     "UnsupportedModelError",
     "exact",
     "hessian_moments",
+    "layer_spectra",
+    "spectrum",
 ]
 
 

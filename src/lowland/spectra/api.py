@@ -1,0 +1,339 @@
+"""One call for the spectrum of a trained model, another for those of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from lowland.dense import DEFAULT_MEMORY_LIMIT, untouched
+from lowland.engines import DENSE_LIMIT
+from lowland.kernels import differentiable_kernels
+from lowland.spectra.result import Spectrum
+from lowland.spectra.solve import (
+    Which,
+    check_products,
+    choose,
+    dense_pairs,
+    density_of,
+    lanczos_pairs,
+    smooth,
+    trace_of,
+)
+from lowland.spectra.surface import (
+    Surface,
+    need_curvlinops,
+    seeded,
+    survey,
+)
+
+Method = Literal["auto", "dense", "lanczos"]
+
+_LEAST = 9  # parameters, for the few vectors that each iteration keeps
+
+
+@dataclass(frozen=True)
+class _Settings:
+    k: int | None
+    which: Which
+    density: bool
+    method: Method
+    tolerance: float
+    trace_probes: int
+    density_probes: int
+    density_steps: int
+    restarts: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("which", self.which, get_args(Which)),
+            ("method", self.method, get_args(Method)),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f"unknown {name} {value!r}: expected one of {', '.join(map(repr, known))}"
+                )
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k must be at least 1, or None for all eigenvalues; got {self.k}")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(
+                "tolerance must be between 0 and 1, a fraction of the largest eigenvalue's "
+                f"magnitude; got {self.tolerance}"
+            )
+        for name, count, least in (
+            ("trace_probes", self.trace_probes, 2),
+            ("density_probes", self.density_probes, 2),
+            ("density_steps", self.density_steps, 2),
+            ("restarts", self.restarts, 1),
+        ):
+            if count < least:
+                raise ValueError(f"{name} must be at least {least}; got {count}")
+
+
+def spectrum(
+    model: nn.Module,
+    criterion: Callable[..., Any],
+    data: Any,
+    k: int | None = 10,
+    which: Which = "LA",
+    *,
+    density: bool = False,
+    method: Method = "auto",
+    tolerance: float = 1e-5,
+    trace_probes: int = 30,
+    density_probes: int = 10,
+    density_steps: int = 64,
+    restarts: int = 300,
+    seed: int = 0,
+) -> Spectrum:
+    r"""The spectrum of the Hessian of a trained model's loss, in its trainable parameters.
+
+    .. math:: H = \nabla^2_\theta \frac1n \sum_{i=1}^n \ell(f_\theta(x_i), y_i), \qquad
+        H v_i = \lambda_i v_i, \quad \lambda_1 \ge \dots \ge \lambda_P
+
+    Args:
+        model: Any module, in evaluation mode where it has layers that draw random numbers or keep
+            statistics.
+        criterion: Maps the model's output and targets to a scalar. With the reduction ``"sum"`` the
+            loss is the sum over the data set; otherwise it is the mean, in which
+            ``nn.CrossEntropyLoss`` and ``nn.NLLLoss`` count samples by their class weights.
+        data: A pair ``(x, y)`` of tensors, or a ``DataLoader``, a list, or any other iterable of
+            such pairs that gives the same batches in each pass.
+        k: How many eigenvalues at each end that is asked for; None for all of them, from the dense
+            matrix alone.
+        which: ``"LA"`` for the largest, ``"SA"`` for the smallest (most negative), ``"both"``.
+        density: Look at the whole spectrum, too.
+        method: ``"dense"`` forms the matrix, from ``P`` products with a Hessian; all results are
+            exact to rounding. ``"lanczos"`` takes products alone. ``"auto"`` is dense up to about
+            two thousand parameters.
+        tolerance: Of Lanczos: largest norm of a residual ``H v - lambda v``, as a fraction of the
+            spectrum's largest magnitude. In float32 about 1e-6 can be reached.
+        trace_probes: Of Lanczos: independent estimates of what the eigenvalues found leave of the
+            trace, a product each, from which its standard error comes.
+        density_probes: Of Lanczos: independent estimates of the density.
+        density_steps: Products that each of them takes: the nodes of its quadrature.
+        restarts: Of Lanczos, before it gives up.
+        seed: Of the start vectors and the probes. No global generator is touched.
+
+    Returns:
+        The eigenvalues with residuals and eigenvectors, the trace, and the density if asked for.
+
+    Raises:
+        ImportError: Without ``pip install 'lowland[spectrum]'``.
+        TypeError: If the data has another form, or the criterion returns no tensor.
+        ValueError: If an argument is out of range, ``k`` exceeds the number of parameters, there is
+            no trainable parameter, a layer is in training mode and behaves otherwise there, the
+            data is empty, not finite, or other in each pass, the loss is not a finite scalar or has
+            no graph, or a product with the Hessian is not finite.
+        RuntimeError: If PyTorch cannot differentiate the model or the criterion twice or does so
+            wrongly, or Lanczos does not converge.
+
+    Notes:
+        A product with the Hessian costs a few gradients over all of the data. Ten eigenvalues take
+        some 50 to 200, the trace 30, a density 640. Lanczos can miss a copy of an eigenvalue that
+        occurs several times.
+
+        ReLU and the like have second derivatives almost everywhere, and those are what is used.
+
+    References:
+        R. B. Lehoucq, D. C. Sorensen and C. Yang, ARPACK Users' Guide, SIAM (1998), which SciPy's
+        ``eigsh`` follows; M. Hutchinson, Communications in Statistics: Simulation and Computation
+        18 (1989), for the trace; V. Papyan, Journal of Machine Learning Research 21 (2020), for
+        the density. The operators and the last two are those of curvlinops.
+
+    Example:
+        >>> import torch, lowland
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> x, y = torch.randn(50, 3), torch.ones(50, dtype=torch.long)
+        >>> spectrum = lowland.spectrum(model, nn.CrossEntropyLoss(), (x, y), k=2)
+        >>> spectrum.eigenvalues.shape, spectrum.eigenvectors[0]["0.weight"].shape, spectrum.method
+        (torch.Size([2]), torch.Size([4, 3]), 'dense')
+        >>> curve = spectrum.along(0, [-1.0, 0.0, 1.0])  # of the loss along the first eigenvector
+    """
+    settings = _Settings(
+        k,
+        which,
+        density,
+        method,
+        tolerance,
+        trace_probes,
+        density_probes,
+        density_steps,
+        restarts,
+        seed,
+    )
+    with _prepared(model, criterion, data, seed) as surface:
+        return _measure(surface, settings)
+
+
+def layer_spectra(
+    model: nn.Module,
+    criterion: Callable[..., Any],
+    data: Any,
+    k: int = 1,
+    which: Which = "LA",
+    *,
+    density: bool = False,
+    method: Method = "auto",
+    tolerance: float = 1e-5,
+    trace_probes: int = 30,
+    density_probes: int = 10,
+    density_steps: int = 64,
+    restarts: int = 300,
+    seed: int = 0,
+) -> dict[str, Spectrum]:
+    """The spectrum of each layer's diagonal block of the Hessian: all other layers held fixed.
+
+    A layer is a module with trainable parameters of its own. Parameters that several modules share
+    belong to the first. The traces add up to that of the whole Hessian, and no block's largest
+    eigenvalue exceeds the whole one's.
+
+    Args:
+        model: As for :func:`lowland.spectrum`, like all other arguments.
+        criterion: The loss.
+        data: The data set.
+        k: How many eigenvalues of each block; of smaller blocks all.
+        which: ``"LA"``, ``"SA"`` or ``"both"``.
+        density: Each block's density, too.
+        method: Chosen for each block by its own size if ``"auto"``.
+        tolerance: See :func:`lowland.spectrum`.
+        trace_probes: See :func:`lowland.spectrum`.
+        density_probes: See :func:`lowland.spectrum`.
+        density_steps: See :func:`lowland.spectrum`.
+        restarts: See :func:`lowland.spectrum`.
+        seed: See :func:`lowland.spectrum`.
+
+    Returns:
+        A spectrum for each layer, by its name in the model, in the model's order.
+
+    Raises:
+        ImportError, TypeError, ValueError, RuntimeError: As :func:`lowland.spectrum`.
+
+    Example:
+        >>> import torch, lowland
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> x, y = torch.randn(50, 3), torch.ones(50, dtype=torch.long)
+        >>> layers = lowland.layer_spectra(model, nn.CrossEntropyLoss(), (x, y))
+        >>> {name: layer.dim for name, layer in layers.items()}
+        {'0': 16, '2': 10}
+    """
+    settings = _Settings(
+        k,
+        which,
+        density,
+        method,
+        tolerance,
+        trace_probes,
+        density_probes,
+        density_steps,
+        restarts,
+        seed,
+    )
+    with _prepared(model, criterion, data, seed) as surface:
+        result = {}
+        for name, names in _layers(surface.names).items():
+            block = surface.within(names)
+            result[name] = _measure(block, replace(settings, k=min(k, block.dim)))
+        return result
+
+
+@contextmanager
+def _prepared(
+    model: nn.Module, criterion: Callable[..., Any], data: Any, seed: int
+) -> Iterator[Surface]:
+    need_curvlinops()
+    surface = survey(model, criterion, data)
+    with seeded(surface.device, seed), untouched(model), differentiable_kernels(model):
+        yield surface
+
+
+def _layers(names: tuple[str, ...]) -> dict[str, list[str]]:
+    """The names of each module's own parameters."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    return layers
+
+
+def _measure(surface: Surface, settings: _Settings) -> Spectrum:
+    dim = surface.dim
+    method = _method(dim, settings)
+    operator = surface.operator()
+    check_products(operator, settings.seed)
+    k = dim if settings.k is None else settings.k
+    curve = None
+    if method == "dense":
+        everything = dense_pairs(operator)
+        pairs = choose(everything, k, settings.which)
+        trace, stderr = float(everything.values.sum()), 0.0
+        if settings.density:
+            curve = smooth([(everything.values, torch.full((dim,), 1 / dim).double())])
+    else:
+        pairs = lanczos_pairs(
+            operator,
+            k,
+            settings.which,
+            tolerance=settings.tolerance,
+            restarts=settings.restarts,
+            seed=settings.seed,
+        )
+        trace, stderr = trace_of(operator, pairs, probes=settings.trace_probes, seed=settings.seed)
+        if settings.density:
+            curve = density_of(
+                operator,
+                probes=settings.density_probes,
+                steps=settings.density_steps,
+                seed=settings.seed,
+            )
+    return Spectrum(
+        dim=dim,
+        eigenvalues=pairs.values,
+        residuals=pairs.residuals,
+        ranks=pairs.ranks,
+        tolerance=pairs.tolerance,
+        eigenvectors=[
+            surface.unflatten(vector.to(operator.device, operator.dtype))
+            for vector in pairs.vectors.T
+        ],
+        trace=trace,
+        trace_stderr=stderr,
+        density=curve,
+        method=method,
+        surface=surface,
+    )
+
+
+def _method(dim: int, settings: _Settings) -> Literal["dense", "lanczos"]:
+    """Which way to go.
+
+    Raises:
+        ValueError: If there are not that many eigenvalues, or that way does not lead to them.
+    """
+    k = settings.k
+    if k is not None and k > dim:
+        raise ValueError(
+            f"k must be at most {dim}, the number of trainable parameters; got {k}: "
+            "use k=None for all eigenvalues"
+        )
+    if settings.method == "dense" or (settings.method == "auto" and dim <= DENSE_LIMIT):
+        if 8 * dim**2 > DEFAULT_MEMORY_LIMIT:
+            raise ValueError(
+                f"the matrix of {dim} parameters takes {8 * dim**2 / 2**30:.3g} GiB, more than the "
+                f"limit of {DEFAULT_MEMORY_LIMIT / 2**30:.3g} GiB; use method='lanczos'"
+            )
+        return "dense"
+    wanted = dim if k is None else k * (2 if settings.which == "both" else 1)
+    if wanted >= dim or dim < _LEAST:
+        raise ValueError(
+            f"Lanczos gives fewer eigenvalues than the model has parameters, from {_LEAST} "
+            f"parameters on; got k={k}, which={settings.which!r} and {dim} parameters: use a "
+            "smaller k or method='dense'"
+        )
+    return "lanczos"

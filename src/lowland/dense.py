@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lowland.kernels import differentiable_kernels
 from lowland.moments import HessianMoments, check_number
 from lowland.validation import check_initialized, check_values
 
@@ -90,7 +91,7 @@ def dense_hessian(
         return loss
 
     flat = torch.cat([p.reshape(-1) for p in named.values()])
-    with untouched(model):
+    with untouched(model), differentiable_kernels(model):
         return _differentiate_twice(loss_of, flat)
 
 

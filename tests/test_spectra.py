@@ -724,3 +724,16 @@ def test_a_figure_of_the_spectrum(density, method):
     assert ax.get_yscale() == ("log" if density else "linear")
     assert found.plot(ax) is ax
     plt.close(ax.figure)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_an_accelerator_gives_what_the_cpu_gives(method):
+    model, x, y = case("cnn")
+    expected = lowland.spectrum(model, CE, (x, y), k=3)
+    before = torch.cuda.get_rng_state()
+    found = lowland.spectrum(model.cuda(), CE, (x, y), k=3, method=method)  # data goes along
+    torch.testing.assert_close(found.eigenvalues, expected.eigenvalues, rtol=0, atol=1e-6)
+    assert found.eigenvectors[0]["0.weight"].is_cuda
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    torch.testing.assert_close(found.along(0, [0.1]), found.along(0, [0.1]))

@@ -20,6 +20,7 @@ Which = Literal["LA", "SA", "both"]
 
 _COLUMNS = 16  # multiplied together: many gain nothing more, and each takes a batch's memory
 _FIRST = 8  # vectors of the first, rough look at a spectrum
+_KEPT = {"LA": 20, "SA": 60}  # vectors: the smallest crowd at zero, where few of them stagnate
 _GRID = 1024
 _WIDTH = 0.01  # of the kernel of a density, as a fraction of the spectrum's range
 
@@ -309,7 +310,14 @@ def _one_end(
     shift = scale if end == "LA" else -scale
     try:
         values, vectors = _eigsh(
-            operator, shift, seed, k=k, which=end, tol=tolerance / 3, maxiter=restarts
+            operator,
+            shift,
+            seed,
+            k=k,
+            which=end,
+            ncv=min(operator.shape[0], max(2 * k + 1, _KEPT[end])),
+            tol=tolerance / 3,
+            maxiter=restarts,
         )
     except ArpackNoConvergence as error:
         raise RuntimeError(

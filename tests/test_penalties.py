@@ -145,8 +145,8 @@ def test_wide_layers_take_a_larger_budget():
     x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
     criterion = nn.CrossEntropyLoss()
     with pytest.raises(ValueError, match="raise memory_budget"):
-        lowland.HSR(criterion, weight=1.0, memory_budget=1 << 16)(model, x, y)
-    lowland.HSR(criterion, weight=1.0, memory_budget=1 << 30)(model, x, y).backward()
+        lowland.HSR(criterion, 1.0, method="exact", memory_budget=1 << 18)(model, x, y)
+    lowland.HSR(criterion, 1.0, method="exact", memory_budget=1 << 30)(model, x, y).backward()
 
 
 def test_without_gradients_there_is_a_value_and_no_graph(model, data):

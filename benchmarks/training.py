@@ -10,13 +10,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from page import keep
 from timing import interleaved, median_ratio
 from torch import Tensor, nn
+from torch.autograd import grad
+from torch.profiler import ProfilerActivity, profile
 
 import lowland
+from lowland.penalties import CurvaturePenalty
 
 Step = Callable[[], object]
 
@@ -90,15 +95,67 @@ def adaptive_sam(network: Network) -> Step:
     return sam(network, adaptive=True)
 
 
-# Each with the most that it may cost, where something is promised.
-JOBS: dict[str, tuple[Callable[[Network], Step], float | None]] = {
-    "SAM": (sam, 2.05),
-    "SAM, adaptive": (adaptive_sam, None),
+def penalized(kind: type[CurvaturePenalty], **settings: object) -> Callable[[Network], Step]:
+    """A step with a penalty; of one in some steps only, as many as until it comes again."""
+
+    def build(network: Network) -> Step:
+        optimizer = torch.optim.SGD(network.model.parameters(), **SETTINGS)
+        penalty = kind(network.criterion, 1e-3, method="probes", **settings)
+
+        def step() -> None:
+            for _ in range(penalty.every):
+                optimizer.zero_grad()
+                penalty.loss(network.model, network.x, network.y).backward()
+                optimizer.step()
+
+        return step
+
+    return build
+
+
+def by_hand(network: Network) -> Step:
+    """What one writes without a library: a graph of the gradient's graph."""
+    parameters = list(network.model.parameters())
+    optimizer = torch.optim.SGD(parameters, **SETTINGS)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = network.loss()
+        gradient = grad(loss, parameters, create_graph=True)
+        signs = [torch.randint(0, 2, p.shape).float() * 2 - 1 for p in parameters]
+        form = sum((g * v).sum() for g, v in zip(gradient, signs, strict=True))
+        products = grad(form, parameters, create_graph=True)
+        (loss + 1e-3 * sum(product.square().sum() for product in products)).backward()
+        optimizer.step()
+
+    return step
+
+
+@dataclass(frozen=True)
+class Job:
+    """A way of training: what makes its step, the most that it may cost, steps in one call."""
+
+    build: Callable[[Network], Step]
+    reach: float | None = None
+    steps: int = 1
+
+
+JOBS = {
+    "SAM": Job(sam, 2.05),
+    "SAM, adaptive": Job(adaptive_sam),
+    "Tr H², by hand": Job(by_hand),
+    "Tr H², exact": Job(penalized(lowland.FlatnessAware), 5.5),
+    "HSR, exact": Job(penalized(lowland.HSR), 5.5),
+    "HSR, finite": Job(penalized(lowland.HSR, products="finite"), 4.2),
+    "HSR, exact, every 4": Job(penalized(lowland.HSR, every=4), 2.2, 4),
+    "HSR, finite, every 4": Job(penalized(lowland.HSR, every=4, products="finite"), 2.2, 4),
 }
 
 
 def costs(names: list[str], rounds: int) -> list[str]:
-    heads = [name if (reach := JOBS[name][1]) is None else f"{name} (≤ {reach})" for name in names]
+    heads = [
+        name if (reach := JOBS[name].reach) is None else f"{name} (≤ {reach})" for name in names
+    ]
     lines = [
         f"| network | P | a plain step, ms | {' | '.join(heads)} |",
         "| --- | --- | --- |" + " --- |" * len(names),
@@ -107,14 +164,43 @@ def costs(names: list[str], rounds: int) -> list[str]:
         torch.manual_seed(0)
         network = build()
         # One network for all jobs: a training has one too, and its caches hold no other.
-        jobs = {"plain": plain(network)} | {name: JOBS[name][0](network) for name in names}
+        jobs = {"plain": plain(network)} | {name: JOBS[name].build(network) for name in names}
         times = interleaved(jobs, rounds=rounds)
-        ratios = [f"{median_ratio(times[name], times['plain']):.2f}" for name in names]
+        ratios = [
+            f"{median_ratio(times[name], times['plain']) / JOBS[name].steps:.2f}" for name in names
+        ]
         size = sum(p.numel() for p in network.model.parameters())
         milliseconds = 1e3 * sorted(times["plain"])[rounds // 2]
         lines.append(f"| {label} | {size:,} | {milliseconds:.2f} | {' | '.join(ratios)} |")
         print(lines[-1], file=sys.stderr)
     return lines
+
+
+def peaks(names: list[str]) -> list[str]:
+    """Peak memory: what a step allocates on top of parameters, momentum and data, and these."""
+    lines = [
+        f"| network | a plain step, MiB | {' | '.join(names)} |",
+        "| --- | --- |" + " --- |" * len(names),
+    ]
+    for label, build in NETWORKS.items():
+        torch.manual_seed(0)
+        network = build()
+        held = sum(2 * p.nbytes for p in network.model.parameters()) + network.x.nbytes
+        alone = held + _allocated(plain(network))
+        ratios = [f"{(held + _allocated(JOBS[name].build(network))) / alone:.2f}" for name in names]
+        lines.append(f"| {label} | {alone / 2**20:.1f} | {' | '.join(ratios)} |")
+    return lines
+
+
+def _allocated(step: Step) -> int:
+    """The most bytes that one call holds at a time."""
+    for _ in range(3):
+        step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(accumulate(change for _, change in sorted(changes)))
 
 
 def main() -> None:
@@ -127,7 +213,10 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, float32, SGD with momentum, medians of "
         f"{arguments.rounds} rounds; multiples of one plain step, its update included."
     )
-    report = "\n\n".join([head, "\n".join(costs(arguments.jobs, arguments.rounds))])
+    memory = "Peak memory in multiples of a plain step's, parameters, momentum and data included:"
+    tables = [costs(arguments.jobs, arguments.rounds), peaks(arguments.jobs)]
+    first, second = ("\n".join(table) for table in tables)
+    report = f"{head}\n\n{first}\n\n{memory}\n\n{second}"
     print(report)
     if arguments.keep:
         keep("training.py", report)

@@ -241,42 +241,49 @@ class _Finite(Function):
         differences = list(islice(saved, probes * count))
         averages = list(saved) or differences
         in_loss, in_trace, in_square = slopes
+        # What nobody will ask for again is written over: fresh memory is dear.
+        own = _copies if torch._C._autograd._get_current_graph_task_keep_graph() else list  # noqa: SLF001
 
         if in_loss is None:
             total = [torch.zeros_like(parameter) for parameter in run.parameters]
         else:
-            total = times(gradients[0], in_loss / count)
+            total = own(gradients[0])
+            torch._foreach_mul_(total, in_loss / count)
             for gradient in gradients[1:]:
                 plus_(total, gradient, in_loss / count)
         if in_trace is None and in_square is None:
             return None, *total
         for i, direction in enumerate(directions):
             step = shift / norm(direction)
-            for part in range(count):
-                terms: list[tuple[Tensors, Tensor]] = []
+            # Each product meets the other half's, or itself, and the direction.
+            others = averages[i * count : (i + 1) * count][::-1]
+            slope = 0 * step if in_square is None else 2 / count * in_square[i] / step
+            weight = 0 * step if in_trace is None else in_trace[i] / count
+            fars = [shift / _length((other, slope), (direction, weight)) for other in others]
+            for part, far in enumerate(fars):
+                plus_(total, differences[i * count + part], -1 / (step * far))
+            for part, (other, far) in enumerate(zip(others, fars, strict=True)):
+                at = own(other)
+                torch._foreach_mul_(at, far * slope)
+                torch._foreach_add_(at, run.parameters)
                 if in_trace is not None:
-                    terms.append((direction, in_trace[i] / count))
-                if in_square is not None:
-                    # Each product meets the other half's, or itself.
-                    other = averages[(i + 1) * count - 1 - part]
-                    terms.append((other, 2 / count * in_square[i] / step))
-                far = shift / _length(terms)
-                (parts, factor), *more = terms
-                at = plus(run.parameters, parts, far * factor)
-                for parts, factor in more:
-                    plus_(at, parts, far * factor)
+                    plus_(at, direction, far * weight)
                 near = run.gradient(part, at)
                 plus_(at, direction, step)
                 found = run.gradient(part, at)
                 torch._foreach_sub_(found, near)
-                torch._foreach_sub_(found, differences[i * count + part])
                 plus_(total, found, 1 / (step * far))
         return None, *total
 
 
-def _length(terms: Sequence[tuple[Tensors, Tensor]]) -> Tensor:
-    """Of a sum of multiples; 1 if it is nothing, which leads nowhere."""
-    square = torch.stack([a * b * dot(x, y) for x, a in terms for y, b in terms]).sum()
+def _copies(parts: Tensors) -> Parts:
+    return [part.clone() for part in parts]
+
+
+def _length(first: tuple[Tensors, Tensor], second: tuple[Tensors, Tensor]) -> Tensor:
+    """Of a sum of two multiples; 1 if it is nothing, which leads nowhere."""
+    (x, a), (y, b) = first, second
+    square = a * a * dot(x, x) + 2 * a * b * dot(x, y) + b * b * dot(y, y)
     return torch.where(square > 0, square, 1).sqrt()
 
 

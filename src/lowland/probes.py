@@ -162,7 +162,7 @@ def _estimate(
     directions = [rademacher(target.parameters, generator, model) for _ in range(probes)]
     parts = target.halves() if unbiased else [target]
     with not_compiled(target.model):
-        loss, traces, squares = measure(parts, directions, products, average)
+        loss, traces, squares = measure(parts, directions, products, average, disposable=True)
     return loss, _moments(target.dim, traces, squares)
 
 
@@ -198,11 +198,13 @@ def rademacher(
     parameters = list(parameters)
     device, total = parameters[0].device, sum(p.numel() for p in parameters)
     home = device if generator is None else generator.device
-    # Eight signs a random number: drawing them is the dear part.
-    drawn = torch.randint(256, (-(-total // 8),), generator=generator, device=home).to(device)
+    # Thirty-two signs a random number: drawing them is the dear part.
+    drawn = torch.empty(-(-total // 32), dtype=torch.int32, device=home)
+    drawn = drawn.random_(-(1 << 31), 1 << 31, generator=generator).to(device)
     if isinstance(model, DistributedDataParallel):
         torch.distributed.broadcast(drawn, group_src=0, group=model.process_group)
-    signs = _table(device, parameters[0].dtype).index_select(0, drawn).view(-1)[:total]
+    bytes_ = drawn.view(torch.uint8).to(torch.int32)
+    signs = _table(device, parameters[0].dtype).index_select(0, bytes_).view(-1)[:total]
     parts = signs.split([p.numel() for p in parameters])
     return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
 

@@ -44,6 +44,8 @@ def measure(
     directions: Sequence[Parts],
     products: Products,
     average: Average | None = None,
+    *,
+    disposable: bool = False,
 ) -> Measured:
     r"""A loss and the Hessian's quadratic forms in some directions.
 
@@ -53,6 +55,7 @@ def measure(
         directions: Each with one tensor a parameter.
         products: ``"exact"`` or ``"finite"``.
         average: Over the processes of data-parallel training.
+        disposable: The directions may be written over, which saves their memory once.
 
     Returns:
         The loss; of each direction :math:`v^T H v` and :math:`\\lVert Hv \rVert^2`. All three carry
@@ -65,6 +68,8 @@ def measure(
         RuntimeError: If the loss cannot be differentiated twice, with what may help.
     """
     if products == "finite":
+        if not disposable:
+            directions = [_copies(direction) for direction in directions]
         run = _Differences(parts, directions, average)
         result: Measured = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
         return result
@@ -207,24 +212,31 @@ class _Finite(Function):
     def forward(ctx: Any, run: _Differences, *parameters: Tensor) -> Measured:
         losses, gradients = zip(*(run.first_gradient(part) for part in run.parts), strict=True)
         shift = run.shift()
-        forms, differences, averages = [], [], []
+        forms, steps, points, differences, averages = [], [], [], [], []
         for direction in run.directions:
             step = shift / norm(direction)
-            at = plus(run.parameters, direction, step)
+            at = direction
+            torch._foreach_mul_(at, step)
+            torch._foreach_add_(at, parameters)
             found = [run.gradient(i, at) for i in range(len(run.parts))]
             for near, gradient in zip(found, gradients, strict=True):
                 torch._foreach_sub_(near, gradient)
             averaged = _averaged(found, run.average)
-            trace, square = _values(averaged, direction)
-            forms.append((trace / step, square / step.square()))
+            trace = torch.stack([_along(at, parameters, each) for each in averaged]).mean()
+            square = dot(averaged[0], averaged[-1])
+            forms.append(torch.stack([trace, square]) / step.square())
+            steps.append(step)
+            points.append(at)
             differences += found
             averages += averaged if run.average else []
-        traces, squares = (torch.stack(each) for each in zip(*forms, strict=True))
+        traces, squares = torch.stack(forms).unbind(1)
         check_finite(squares, "the Hessian's product with a direction")
         # Saved rather than kept as attributes, tensors are guarded, and gone after the backward
         # pass. The parameters are needed where they are now.
-        kept = [*run.directions, *gradients, *differences, *averages]
-        ctx.save_for_backward(*parameters, shift, *(each for part in kept for each in part))
+        kept = [*points, *gradients, *differences, *averages]
+        ctx.save_for_backward(
+            *parameters, shift, torch.stack(steps), *(each for part in kept for each in part)
+        )
         ctx.run = run
         ctx.set_materialize_grads(False)
         return torch.stack(losses).mean(), traces, squares
@@ -233,58 +245,62 @@ class _Finite(Function):
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Differences = ctx.run
-        size, count, probes = len(run.parameters), len(run.parts), len(run.directions)
-        shift = ctx.saved_tensors[size]
-        saved = _batched(ctx.saved_tensors[size + 1 :], size)
-        directions = list(islice(saved, probes))
+        size, count = len(run.parameters), len(run.parts)
+        parameters, (shift, steps) = ctx.saved_tensors[:size], ctx.saved_tensors[size : size + 2]
+        saved = _batched(ctx.saved_tensors[size + 2 :], size)
+        points = list(islice(saved, len(steps)))
         gradients = list(islice(saved, count))
-        differences = list(islice(saved, probes * count))
+        differences = list(islice(saved, len(steps) * count))
         averages = list(saved) or differences
         in_loss, in_trace, in_square = slopes
         # What nobody will ask for again is written over: fresh memory is dear.
         own = _copies if torch._C._autograd._get_current_graph_task_keep_graph() else list  # noqa: SLF001
 
-        if in_loss is None:
-            total = [torch.zeros_like(parameter) for parameter in run.parameters]
-        else:
-            total = own(gradients[0])
-            torch._foreach_mul_(total, in_loss / count)
-            for gradient in gradients[1:]:
-                plus_(total, gradient, in_loss / count)
+        total = own(gradients[0])
+        share = shift.new_zeros(()) if in_loss is None else in_loss / count
+        torch._foreach_mul_(total, share)
+        for gradient in gradients[1:]:
+            plus_(total, gradient, share)
         if in_trace is None and in_square is None:
             return None, *total
-        for i, direction in enumerate(directions):
-            step = shift / norm(direction)
+        for i, (point, step) in enumerate(zip(points, steps, strict=True)):
             # Each product meets the other half's, or itself, and the direction.
             others = averages[i * count : (i + 1) * count][::-1]
+            # In multiples of what is at hand: step * H v, and the way to the point, step * v.
             slope = 0 * step if in_square is None else 2 / count * in_square[i] / step
-            weight = 0 * step if in_trace is None else in_trace[i] / count
-            fars = [shift / _length((other, slope), (direction, weight)) for other in others]
+            weight = None if in_trace is None else in_trace[i] / count / step
+            fars = []
+            for other in others:
+                square = slope.square() * dot(other, other)
+                if weight is not None:
+                    along = _along(point, parameters, other)
+                    square = square + 2 * slope * weight * along + (weight * shift).square()
+                fars.append(shift / torch.where(square > 0, square, 1).sqrt())
             for part, far in enumerate(fars):
                 plus_(total, differences[i * count + part], -1 / (step * far))
             for part, (other, far) in enumerate(zip(others, fars, strict=True)):
                 at = own(other)
                 torch._foreach_mul_(at, far * slope)
-                torch._foreach_add_(at, run.parameters)
-                if in_trace is not None:
-                    plus_(at, direction, far * weight)
+                torch._foreach_add_(at, parameters)
+                if weight is not None:
+                    plus_(at, point, far * weight)
+                    plus_(at, parameters, -far * weight)
                 near = run.gradient(part, at)
-                plus_(at, direction, step)
+                torch._foreach_add_(at, point)
+                torch._foreach_sub_(at, parameters)
                 found = run.gradient(part, at)
                 torch._foreach_sub_(found, near)
                 plus_(total, found, 1 / (step * far))
         return None, *total
 
 
+def _along(point: Tensors, origin: Tensors, parts: Tensors) -> Tensor:
+    """The inner product with the way from one to the other, which is not stored."""
+    return dot(point, parts) - dot(origin, parts)
+
+
 def _copies(parts: Tensors) -> Parts:
     return [part.clone() for part in parts]
-
-
-def _length(first: tuple[Tensors, Tensor], second: tuple[Tensors, Tensor]) -> Tensor:
-    """Of a sum of two multiples; 1 if it is nothing, which leads nowhere."""
-    (x, a), (y, b) = first, second
-    square = a * a * dot(x, x) + 2 * a * b * dot(x, y) + b * b * dot(y, y)
-    return torch.where(square > 0, square, 1).sqrt()
 
 
 def plus(parts: Tensors, others: Tensors, factor: Tensor) -> Parts:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lowland.moments import HessianMoments
 from lowland.objective import Objective, not_compiled, objective
 from lowland.passes import frozen_statistics
-from lowland.products import Average, Parts, Products, dot, measure, products_with
+from lowland.products import Average, Parts, Products, dot, measure, products_with, warn_of_kinks
 
 
 def probe_moments(
@@ -46,7 +46,10 @@ def probe_moments(
         y: Whatever the criterion takes.
         probes: How many directions, at least 1.
         products: ``"exact"`` differentiates the gradient; ``"finite"`` takes differences of it, in
-            less memory and through anything that has a gradient (:mod:`lowland.products`).
+            less memory and through anything that has a gradient (:mod:`lowland.products`). With
+            smooth activations and pooling the gradient of ``Tr H^2`` from one probe is then within
+            some percent of the exact one in single precision, 0.1 % in double; with ReLU or max
+            pooling it says little, and 16-bit parameters are too coarse.
         generator: Of the directions' signs; without one PyTorch's own is used.
         unbiased: Take the samples for a batch of a larger data set, whose ``Tr H^2`` is to be
             estimated: two halves of the batch, each with a Hessian of its own, meet in
@@ -158,6 +161,8 @@ def _estimate(
     unbiased: bool,
 ) -> tuple[Tensor, HessianMoments]:
     check_settings(probes, products)
+    if products == "finite":
+        warn_of_kinks(target.model)
     average = _average_over_processes(model)
     directions = [rademacher(target.parameters, generator, model) for _ in range(probes)]
     parts = target.halves() if unbiased else [target]

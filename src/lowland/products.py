@@ -6,6 +6,7 @@ function's slopes ``a`` and ``b``. There are two ways to it:
 
 * exact: differentiate the graph of ``u``;
 * finite differences: ``u`` from the gradient ``g`` at two points, the third derivative from four,
+  for losses whose gradient is smooth,
 
       u = (g(t + eps v) - g(t)) / eps
       D^3 L[v, w] = (g(t + eps v + delta w) - g(t + eps v) - g(t + delta w) + g(t)) / (eps delta)
@@ -15,13 +16,14 @@ function's slopes ``a`` and ``b``. There are two ways to it:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
 
@@ -324,12 +326,50 @@ def times(parts: Tensors, factor: Tensor) -> Parts:
 
 
 def relative_step(dtype: torch.dtype) -> float:
-    """How far differences go, relative to the parameters.
+    """How far differences go, relative to the parameters: 2e-3 in single precision.
 
     The error of a second difference is of the step's own size, and the rounding error of the
-    gradient over the step's square: the least of both is at the third root of the precision.
+    gradient over the step's square: the least of both is near the third root of the precision.
     """
-    return float(torch.finfo(dtype).eps ** (1 / 3))
+    return float(0.4 * torch.finfo(dtype).eps ** (1 / 3))
+
+
+def warn_of_kinks(model: nn.Module) -> None:
+    """Warn where differences of gradients say little: at kinks the gradient itself jumps.
+
+    Functions called in a ``forward`` are not seen.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _WITH_KINKS):
+            warnings.warn(
+                f"products='finite' with {name or 'the model'}, {type(module).__name__}: the "
+                "gradient jumps at its kinks, and differences across them can be many times what "
+                "the Hessian is; use products='exact', or smooth layers (GELU, SiLU, average "
+                "pooling)",
+                stacklevel=4,
+            )
+            return
+
+
+_WITH_KINKS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.Hardtanh,
+    nn.Hardshrink,
+    nn.Softshrink,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Threshold,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
+)
 
 
 def _batched(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:

@@ -40,7 +40,7 @@ class Pairs:
 class Density:
     r"""The spectral density, ``1 / P`` for each eigenvalue, seen through a Gaussian.
 
-    .. math:: \\rho(t) = \\frac1P \\sum_i N(t; \\lambda_i, w^2)
+    .. math:: \rho(t) = \frac1P \sum_i N(t; \lambda_i, w^2)
 
     Attributes:
         grid: ``t``, eigenvalues to look at, shape ``(points,)``, ascending.

@@ -14,7 +14,7 @@ from lowland.exact.api import Setup
 from lowland.exact.modules import read
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments, check_number
-from lowland.objective import only
+from lowland.objective import data_parallel, only, unwrap
 from lowland.probes import loader_moments, probe_moments
 from lowland.products import Products
 
@@ -136,7 +136,8 @@ def hessian_moments(
                     "unbiased=True needs the closed form or probes, which see some samples apart "
                     "from others; brute force sees their mean alone"
                 )
-            return replace(dense_moments(model, criterion, x, y, moments=moments), method="dense")
+            result = dense_moments(unwrap(model), criterion, x, y, moments=moments)
+            return replace(result, method="dense")
         if moments != 2:
             raise UnsupportedModelError(
                 "moments=4 needs the closed form or brute force: probes estimate two moments; use "
@@ -192,13 +193,21 @@ def choose(
         linear: Whether ``Tr H`` alone is wanted, which the closed form has in linear time.
 
     Raises:
-        UnsupportedModelError: If the closed form is asked for and does not cover the model.
+        UnsupportedModelError: If the closed form is asked for and does not cover the model; or any
+            engine but probes where the samples are several processes'.
         TypeError, ValueError: If the data do not fit it.
     """
+    if data_parallel(model):
+        if method in ("exact", "dense"):
+            raise UnsupportedModelError(
+                f"method={method!r} would take each process's samples for all of them: Tr H^2 of a "
+                "DistributedDataParallel model needs method='probes'"
+            )
+        return "probes"
     if method in ("probes", "dense"):
         return method
     try:
-        setup = read(model, criterion, x, y)
+        setup = read(unwrap(model), criterion, x, y)
     except UnsupportedModelError:
         if method == "exact":
             raise

@@ -15,12 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def differentiable_kernels(model: nn.Module) -> Iterator[None]:
-    """Run where second derivatives of a model exist and are right.
+    """Run where second and third derivatives of a model exist and are right.
 
     Fused attention and the recurrent layers of oneDNN and cuDNN have no derivative in forward mode,
     or no second one; the plain kernels do. Normalization by statistics of its own inputs has them,
     but under ``torch.func.vmap`` they come out wrong, without a sign of it: the mean and the
-    variance are taken for constants (pytorch/functorch#534). Written out they are right.
+    variance are taken for constants (pytorch/functorch#534). So do third derivatives everywhere.
+    Written out they are right.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -68,11 +69,15 @@ def _batch_norm(  # noqa: PLR0917 - PyTorch's order
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    # With running statistics it is linear, and right; where it would update them it stays itself.
-    if not training or running_mean is not None:
+    if not training:  # it is linear, and right
         return functional.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
+    if running_mean is not None:
+        with torch.no_grad():  # to update them
+            functional.batch_norm(
+                input, running_mean, running_var, training=True, momentum=momentum
+            )
     others = [0, *range(2, input.ndim)]
     return _normalized(input, others, _by_channel(weight, input), _by_channel(bias, input), eps)
 
@@ -87,10 +92,13 @@ def _instance_norm(  # noqa: PLR0917 - PyTorch's order
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not use_input_stats or running_mean is not None:
+    if not use_input_stats:
         return functional.instance_norm(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
         )
+    if running_mean is not None:
+        with torch.no_grad():
+            functional.instance_norm(input, running_mean, running_var, momentum=momentum)
     others = range(2, input.ndim)
     return _normalized(input, others, _by_channel(weight, input), _by_channel(bias, input), eps)
 
@@ -98,11 +106,13 @@ def _instance_norm(  # noqa: PLR0917 - PyTorch's order
 def _normalized(
     x: Tensor, dims: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    centered = x - x.mean(tuple(dims), keepdim=True)
+    # Statistics of 16-bit numbers need more digits than these have.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centered = wide - wide.mean(tuple(dims), keepdim=True)
     result = centered * torch.rsqrt(centered.square().mean(tuple(dims), keepdim=True) + eps)
     if weight is not None:
         result = result * weight
-    return result if bias is None else result + bias
+    return (result if bias is None else result + bias).to(x.dtype)
 
 
 def _by_channel(values: Tensor | None, x: Tensor) -> Tensor | None:

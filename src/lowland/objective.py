@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -58,7 +59,7 @@ class Objective:
         """
         values = [v.detach().requires_grad_() for v in at or self.parameters]
 
-        with torch.enable_grad(), self._holding(values):
+        with torch.enable_grad(), not_compiled(), self._holding(values):
             loss = self.loss()
             # In here, as activation checkpointing runs the model again during the backward pass.
             parts = grad(loss, values, allow_unused=True)
@@ -98,8 +99,17 @@ class Objective:
 
         Raises:
             TypeError: If the data are no tensors.
-            ValueError: If the samples are not an even number.
+            ValueError: If the samples are not an even number, or the loss is not their mean.
         """
+        weighed = isinstance(self.criterion, nn.CrossEntropyLoss | nn.NLLLoss) and (
+            self.criterion.weight is not None
+        )
+        if weighed or getattr(self.criterion, "reduction", "mean") != "mean":
+            raise ValueError(
+                "unbiased=True estimates the moments of a mean over samples; got a sum, or a mean "
+                "weighed by classes, whose denominator depends on the batch: use a mean without "
+                "class weights"
+            )
         if not (isinstance(self.x, Tensor) and isinstance(self.y, Tensor)):
             raise TypeError(
                 "unbiased=True splits the batch in two, for which x and y must be tensors; got "
@@ -139,7 +149,7 @@ def objective(
     """The loss as a function of the given parameters, or of all that are trainable.
 
     Raises:
-        ValueError: If there are none, or some are not the model's own or frozen.
+        ValueError: If there are none, or as :func:`check_subset`.
     """
     model = unwrap(model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -149,13 +159,8 @@ def objective(
             "those whose curvature you want"
         )
     if parameters is not None:
-        wanted = {id(parameter) for parameter in parameters}
+        wanted = check_subset(model, parameters)
         named = {name: p for name, p in named.items() if id(p) in wanted}
-        if not named or len(named) < len(wanted):
-            raise ValueError(
-                f"parameters= must be trainable parameters of the model, at least one; of "
-                f"{len(wanted)} given {len(named)} are"
-            )
     chosen = {id(p) for p in named.values()}
     places: list[tuple[nn.Module, str, Tensor]] = [
         (module, name, p)
@@ -166,14 +171,34 @@ def objective(
     return Objective(model, criterion, x, y, list(named), list(named.values()), places)
 
 
+def check_subset(model: nn.Module, parameters: Iterable[Tensor]) -> set[int]:
+    """The identities of the parameters.
+
+    Raises:
+        ValueError: If there are none, or some are not the model's own or frozen.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    found = wanted & {id(p) for p in model.parameters() if p.requires_grad}
+    if not wanted or len(found) < len(wanted):
+        raise ValueError(
+            f"parameters= must be trainable parameters of the model, at least one; of "
+            f"{len(wanted)} given {len(found)} are"
+        )
+    return wanted
+
+
 @contextmanager
 def only(model: nn.Module, parameters: Iterable[Tensor] | None) -> Iterator[list[Tensor] | None]:
-    """All other parameters frozen meanwhile; gives the parameters as a list."""
+    """All other parameters frozen meanwhile; gives the parameters as a list.
+
+    Raises:
+        ValueError: As :func:`check_subset`.
+    """
     if parameters is None:
         yield None
         return
     parameters = list(parameters)
-    wanted = {id(parameter) for parameter in parameters}
+    wanted = check_subset(model, parameters)
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
     for parameter in others:
         parameter.requires_grad = False
@@ -190,29 +215,33 @@ def unwrap(model: nn.Module) -> nn.Module:
     Compiled code cannot be differentiated twice, and a data-parallel module expects one backward
     pass for each forward pass.
     """
-    while True:
-        inside = model.module if isinstance(model, DistributedDataParallel) else None
-        inside = inside or getattr(model, "_orig_mod", None)  # that of torch.compile
-        if not isinstance(inside, nn.Module):
-            return model
-        model = inside
+    *_, inside = _unwrapping(model)
+    return inside
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """The data-parallel module that it is, or that is compiled in it."""
+    parallel = (each for each in _unwrapping(model) if isinstance(each, DistributedDataParallel))
+    return next(parallel, None)
+
+
+def _unwrapping(model: nn.Module) -> Iterator[nn.Module]:
+    inside: Any = model
+    while isinstance(inside, nn.Module):
+        yield inside
+        compiled = getattr(inside, "_orig_mod", None)
+        inside = inside.module if isinstance(inside, DistributedDataParallel) else compiled
 
 
 @contextmanager
-def not_compiled(model: nn.Module) -> Iterator[None]:
-    """Run modules that ``module.compile()`` has changed in place as they were written."""
-    compiled = [
-        (module, module._compiled_call_impl)  # noqa: SLF001
-        for module in model.modules()
-        if module._compiled_call_impl is not None  # noqa: SLF001
-    ]
-    for module, _ in compiled:
-        module._compiled_call_impl = None  # noqa: SLF001
-    try:
+def not_compiled() -> Iterator[None]:
+    """Run compiled modules, at any depth, as they were written."""
+    # To load the compiler takes seconds, and where it is not loaded nothing is compiled.
+    if "torch._dynamo" not in sys.modules:
         yield
-    finally:
-        for module, implementation in compiled:
-            module._compiled_call_impl = implementation  # noqa: SLF001
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def scalar_loss(criterion: nn.Module, output: Any, y: Any) -> Tensor:

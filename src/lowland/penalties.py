@@ -12,7 +12,6 @@ import torch
 import torch.distributed
 from torch import Generator, Tensor, nn
 from torch.autograd import grad
-from torch.nn.parallel import DistributedDataParallel
 
 from lowland.dense import dense_moments
 from lowland.engines import Method, check_method, choose
@@ -20,7 +19,7 @@ from lowland.errors import UnsupportedModelError
 from lowland.exact.api import Setup
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments
-from lowland.objective import only, scalar_loss
+from lowland.objective import data_parallel, only, scalar_loss, unwrap
 from lowland.probes import check_settings, loss_and_moments, probe_moments
 from lowland.products import Products
 from lowland.validation import check_budget, is_number
@@ -132,9 +131,10 @@ class CurvaturePenalty(nn.Module, ABC):
             return scalar_loss(self.criterion, model(x), y)
         with only(model, self._subset):
             took = self._choose(model, x, y)
-            shared = took == "probes" and self._subset is None and not _processes(model)
-        if not shared:
-            # A data-parallel module reduces gradients of its own forward passes alone.
+        # A data-parallel module reduces gradients of its own forward passes alone; and statistics
+        # of two halves are not the batch's.
+        alone = self._subset is not None or self.unbiased or _processes(model)
+        if took != "probes" or alone:
             return scalar_loss(self.criterion, model(x), y) + factor * self.measure(model, x, y)
         self.took = "probes"
         loss, moments = loss_and_moments(
@@ -145,7 +145,6 @@ class CurvaturePenalty(nn.Module, ABC):
             probes=self.probes,
             products=self.products,
             generator=self.generator,
-            unbiased=self.unbiased,
         )
         return loss + factor * self.of(moments, _samples(model, x, y))
 
@@ -171,7 +170,7 @@ class CurvaturePenalty(nn.Module, ABC):
                         "unbiased=True needs the closed form or probes; brute force sees the "
                         "samples' mean alone"
                     )
-                return dense_moments(model, self.criterion, x, y)
+                return dense_moments(unwrap(model), self.criterion, x, y)
             return probe_moments(
                 model,
                 self.criterion,
@@ -208,13 +207,6 @@ class CurvaturePenalty(nn.Module, ABC):
         return setup.moments(memory_budget=self.memory_budget, unbiased=self.unbiased)
 
     def _choose(self, model: nn.Module, x: Any, y: Any) -> Setup | str:
-        if _processes(model):
-            if self.method in ("exact", "dense"):
-                raise UnsupportedModelError(
-                    f"method={self.method!r} would take each process's samples for all of them: "
-                    "Tr H^2 of a DistributedDataParallel model needs method='probes'"
-                )
-            return "probes"
         return choose(
             model,
             self.criterion,
@@ -268,8 +260,9 @@ class HSR(CurvaturePenalty):
         if not 0 <= memory < 1:
             raise ValueError(f"memory must be at least 0 and below 1; got {memory!r}")
         self.memory = memory
-        self.averaged = 0
-        self.register_buffer("average", torch.zeros(2, dtype=torch.float64))
+        # Of both moments, and of as many ones: an average that starts at zero is too small by what
+        # it has not seen yet.
+        self.register_buffer("average", torch.zeros(3, dtype=torch.float64))
 
     def of(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
         """``U``; of estimates its linear part around their running average."""
@@ -283,25 +276,17 @@ class HSR(CurvaturePenalty):
         change = (slopes * now).sum()
         return upper.detach() + (change - change.detach())
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What :meth:`state_dict` holds beyond tensors."""
-        return {**super().get_extra_state(), "averaged": self.averaged}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`get_extra_state` gave."""
-        super().set_extra_state(state)
-        self.averaged = state["averaged"]
-
     @torch.no_grad()
     def _remember(self, now: Tensor) -> Tensor:
-        average = self.average.to(now.device, torch.promote_types(now.dtype, torch.float32))
-        count = self.averaged
+        dtype = torch.promote_types(now.dtype, torch.float32)
+        average = self.average.to(now.device, dtype, non_blocking=True)
         if self.training:
-            average, count = torch.lerp(now.to(average.dtype), average, self.memory), count + 1
-            self.average, self.averaged = average, count
-        # An average that started at zero is too small by what it has not seen yet.
-        mean = average / (1 - self.memory**count) if count else now
-        return mean.to(now.dtype)
+            seen = torch.cat([now.to(dtype), torch.ones_like(average[:1])])
+            new = torch.lerp(seen, average, self.memory)
+            # What a scaler of gradients skips is not to be remembered.
+            self.average = average = torch.where(now.isfinite().all(), new, average)
+        count = average[2]
+        return torch.where(count > 0, average[:2] / count, now.to(dtype)).to(now.dtype)
 
 
 class HessianTrace(CurvaturePenalty):
@@ -341,9 +326,8 @@ def _nothing(model: nn.Module) -> Tensor:
 
 def _processes(model: nn.Module) -> int:
     """In how many a model is trained side by side; 0 for one alone."""
-    if isinstance(model, DistributedDataParallel):
-        return torch.distributed.get_world_size(model.process_group)
-    return 0
+    parallel = data_parallel(model)
+    return 0 if parallel is None else torch.distributed.get_world_size(parallel.process_group)
 
 
 def _samples(model: nn.Module, x: Any, y: Any) -> int:

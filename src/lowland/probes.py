@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Generator, Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lowland.moments import HessianMoments
-from lowland.objective import Objective, not_compiled, objective
+from lowland.objective import Objective, data_parallel, objective
 from lowland.passes import frozen_statistics
 from lowland.products import Average, Parts, Products, dot, measure, products_with, warn_of_kinks
 
@@ -46,10 +45,12 @@ def probe_moments(
         y: Whatever the criterion takes.
         probes: How many directions, at least 1.
         products: ``"exact"`` differentiates the gradient; ``"finite"`` takes differences of it, in
-            less memory and through anything that has a gradient (:mod:`lowland.products`). With
-            smooth activations and pooling the gradient of ``Tr H^2`` from one probe is then within
-            some percent of the exact one in single precision, 0.1 % in double; with ReLU or max
-            pooling it says little, and 16-bit parameters are too coarse.
+            less memory and through anything that has a gradient, activation checkpointing included
+            (:mod:`lowland.products`). With smooth activations and pooling the gradient of
+            ``Tr H^2`` from one probe is then within some percent of the exact one in single
+            precision, 0.1 % in double; across the kinks of ReLU or max pooling the gradient jumps,
+            and what differences make of it may be a thousand times too large. Parameters of 16
+            bits are too coarse.
         generator: Of the directions' signs; without one PyTorch's own is used.
         unbiased: Take the samples for a batch of a larger data set, whose ``Tr H^2`` is to be
             estimated: two halves of the batch, each with a Hessian of its own, meet in
@@ -85,7 +86,6 @@ def loss_and_moments(  # as above, for a step of training
     probes: int = 1,
     products: Products = "exact",
     generator: Generator | None = None,
-    unbiased: bool = False,
     parameters: Iterable[Tensor] | None = None,
 ) -> tuple[Tensor, HessianMoments]:
     """The loss and :func:`probe_moments` from one forward pass, which counts as that of the step.
@@ -94,7 +94,7 @@ def loss_and_moments(  # as above, for a step of training
     are updated as by the loss alone.
     """
     target = objective(model, criterion, x, y, parameters)
-    return _estimate(model, target, probes, products, generator, unbiased=unbiased)
+    return _estimate(model, target, probes, products, generator, unbiased=False)
 
 
 def loader_moments(
@@ -112,7 +112,8 @@ def loader_moments(
     One pass over the loader, in the memory of one batch and of two vectors a probe. Batches move to
     the parameters' device. With a criterion whose reduction is ``"sum"`` the loss is the sum over
     the batches, else the mean over their samples. Put the model in evaluation mode where batch
-    normalization should not depend on the batches.
+    normalization should not depend on the batches. Each process of a ``DistributedDataParallel``
+    module brings its own batches; sums are divided by the number of processes, as gradients are.
 
     Raises:
         ValueError: As :func:`probe_moments`, or if the loader is empty.
@@ -122,9 +123,14 @@ def loader_moments(
     target = objective(model, criterion, None, None, parameters)
     directions = [rademacher(target.parameters, generator, model) for _ in range(probes)]
     totals = [[torch.zeros_like(p) for p in target.parameters] for _ in directions]
-    is_sum, samples = getattr(criterion, "reduction", "mean") == "sum", 0
+    is_sum, samples = getattr(criterion, "reduction", "mean") == "sum", 0.0
     device = target.parameters[0].device
-    with frozen_statistics(target.model), not_compiled(target.model):
+    if isinstance(loader, Tensor):
+        raise TypeError(
+            "without targets y, a loader of batches (x, y) is expected; got a tensor of shape "
+            f"{tuple(loader.shape)}"
+        )
+    with frozen_statistics(target.model):
         for x, y in loader:
             count = 1 if is_sum else len(y)
             samples += count
@@ -133,6 +139,11 @@ def loader_moments(
                 totals, products_with(part, directions, products), strict=True
             ):
                 torch._foreach_add_(total, product, alpha=count)
+    average = _average_over_processes(model)
+    if average:  # each process has seen its share of the samples
+        counted = torch.tensor([samples], dtype=totals[0][0].dtype, device=device)
+        average([counted, *(each for total in totals for each in total)])
+        samples = float(counted)
     if not samples:
         raise ValueError(
             "the data loader is empty: it gave no batch (x, y); an iterator, which can be gone "
@@ -166,8 +177,7 @@ def _estimate(
     average = _average_over_processes(model)
     directions = [rademacher(target.parameters, generator, model) for _ in range(probes)]
     parts = target.halves() if unbiased else [target]
-    with not_compiled(target.model):
-        loss, traces, squares = measure(parts, directions, products, average, disposable=True)
+    loss, traces, squares = measure(parts, directions, products, average, disposable=True)
     return loss, _moments(target.dim, traces, squares)
 
 
@@ -205,9 +215,10 @@ def rademacher(
     home = device if generator is None else generator.device
     # Thirty-two signs a random number: drawing them is the dear part.
     drawn = torch.empty(-(-total // 32), dtype=torch.int32, device=home)
-    drawn = drawn.random_(-(1 << 31), 1 << 31, generator=generator).to(device)
-    if isinstance(model, DistributedDataParallel):
-        torch.distributed.broadcast(drawn, group_src=0, group=model.process_group)
+    drawn = drawn.random_(-(1 << 31), 1 << 31, generator=generator)
+    drawn = drawn.to(device, non_blocking=True)
+    if model is not None and (parallel := data_parallel(model)):
+        torch.distributed.broadcast(drawn, group_src=0, group=parallel.process_group)
     bytes_ = drawn.view(torch.uint8).to(torch.int32)
     signs = _table(device, parameters[0].dtype).index_select(0, bytes_).view(-1)[:total]
     parts = signs.split([p.numel() for p in parameters])
@@ -222,9 +233,10 @@ def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _average_over_processes(model: nn.Module) -> Average | None:
-    if not isinstance(model, DistributedDataParallel):
+    parallel = data_parallel(model)
+    if parallel is None:
         return None
-    group = model.process_group
+    group = parallel.process_group
 
     def average(parts: Parts) -> None:
         flat = torch.cat([part.reshape(-1) for part in parts])

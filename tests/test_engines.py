@@ -101,3 +101,63 @@ def test_gradients_in_the_data_are_those_of_brute_force_or_refused(name, data):
 def test_an_unknown_method(data):
     with pytest.raises(ValueError, match="unknown method 'guess': expected 'auto', 'exact', 'pro"):
         lowland.hessian_moments(shallow(), BCE, *data, method="guess")
+
+
+def test_four_moments_are_not_estimated(data):
+    model = shallow(lambda: nn.GELU("tanh"))
+    with pytest.raises(lowland.UnsupportedModelError, match="moments=4 needs the closed form or"):
+        lowland.hessian_moments(model, BCE, *data, method="probes", moments=4)
+
+
+@pytest.mark.parametrize("products", ["exact", "finite"])
+def test_estimates_are_within_their_errors_and_can_be_differentiated(products, data, generator):
+    model = shallow()
+    exact = lowland.hessian_moments(model, BCE, *data)
+    found = lowland.hessian_moments(
+        model, BCE, *data, method="probes", probes=200, products=products, generator=generator
+    )
+    assert found.method == "probes"
+    assert exact.stderr is None
+    parameters = list(model.parameters())
+    for mine, stderr, theirs in zip(
+        (found.trace, found.trace_sq), found.stderr, (exact.trace, exact.trace_sq), strict=True
+    ):
+        assert (mine - theirs).abs() < 4 * stderr
+        parts = [
+            torch.autograd.grad(each, parameters, retain_graph=True) for each in (mine, theirs)
+        ]
+        one, other = (torch.cat([part.flatten() for part in each]) for each in parts)
+        assert torch.cosine_similarity(one, other, dim=0) > 0.95
+
+
+def test_a_subset_of_the_parameters_is_the_same_for_all_engines(data, generator):
+    model = shallow()
+    subset = [model[0].bias, model[2].weight]
+    chosen = [*range(12, 16), *range(16, 20)]
+    block = lowland.dense.dense_hessian(model, BCE, *data)[chosen][:, chosen]
+    for method in ("auto", "exact", "dense"):
+        found = lowland.hessian_moments(model, BCE, *data, method, parameters=iter(subset))
+        assert found.dim == 8
+        torch.testing.assert_close(found.trace, block.trace())
+        torch.testing.assert_close(found.trace_sq, block.square().sum())
+    found = lowland.hessian_moments(
+        model, BCE, *data, "probes", parameters=iter(subset), probes=400, generator=generator
+    )
+    assert (found.trace_sq - block.square().sum()).abs() < 4 * found.stderr[1]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "dense", "probes"])
+def test_parameters_of_another_model_are_refused(method, data):
+    for others in ([nn.Linear(2, 2).weight], [shallow()[0].weight], []):
+        with pytest.raises(ValueError, match="parameters= must be trainable parameters of the mod"):
+            lowland.hessian_moments(shallow(), BCE, *data, method, parameters=others)
+
+
+@pytest.mark.parametrize("middle", [nn.Tanh, lambda: nn.GELU("tanh")])
+def test_compiled_models_are_measured_as_they_were_written(middle, data):
+    model = shallow(middle)
+    expected = lowland.hessian_moments(model, BCE, *data)
+    found = lowland.hessian_moments(torch.compile(model, backend="aot_eager"), BCE, *data)
+    assert found.method == expected.method
+    assert torch.equal(found.trace_sq, expected.trace_sq)

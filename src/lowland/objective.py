@@ -49,7 +49,10 @@ class Objective:
         Raises:
             ValueError: If it is no scalar, not finite, or has no graph.
         """
-        return self._checked(scalar_loss(self.criterion, self.model(self.x), self.y))
+        return self._checked(self._loss())
+
+    def _loss(self) -> Tensor:
+        return scalar_loss(self.criterion, self.model(self.x), self.y)
 
     def gradient(self, at: Sequence[Tensor] | None = None) -> Gradient:
         """The loss and its gradient at other values of the parameters, without graphs.
@@ -60,7 +63,8 @@ class Objective:
         values = [v.detach().requires_grad_() for v in at or self.parameters]
 
         with torch.enable_grad(), not_compiled(), self._holding(values):
-            loss = self.loss()
+            # Elsewhere than at the parameters NaN is an answer: of a step that a scaler leaves out.
+            loss = self.loss() if at is None else self._loss()
             # In here, as activation checkpointing runs the model again during the backward pass.
             parts = grad(loss, values, allow_unused=True)
         return loss.detach(), self.complete(parts)

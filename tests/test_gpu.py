@@ -1,5 +1,6 @@
 """The same numbers on an accelerator, without making the host wait for it."""
 
+import any_models
 import cases
 import oracle
 import pytest
@@ -78,6 +79,91 @@ def test_penalties_train_a_model_there(criterion, no_waiting):
     (criterion(model(x), y) + penalty).backward()
     torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(penalty.detach().cpu(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+@pytest.mark.parametrize("products", ["exact", "finite"])
+@pytest.mark.parametrize("kind", [lowland.HSR, lowland.HessianTrace, lowland.FlatnessAware])
+def test_a_step_with_an_estimated_penalty_never_waits(kind, products, home, no_waiting):
+    model, x, y = any_models.build("cnn", samples=32, dtype=torch.float32)
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    settings = {"method": "probes", "products": products, "probes": 2, "every": 2}
+    penalty = kind(
+        any_models.CROSS_ENTROPY, 0.1, generator=torch.Generator(home).manual_seed(0), **settings
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(call):
+        optimizer.zero_grad()
+        call(model, x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    step(penalty.loss)  # libraries may wait at their first call
+    no_waiting()
+    for _ in range(3):
+        step(penalty.loss)
+        step(penalty)
+
+
+@pytest.mark.parametrize("products", ["exact", "finite"])
+@pytest.mark.parametrize("name", any_models.MODELS)
+def test_estimates_are_those_of_the_cpu(name, products):
+    model, x, y = any_models.build(name, samples=32)
+    found = []
+    for device in ("cpu", "cuda"):
+        model, x, y = model.to(device), x.to(device), y.to(device)
+        moments = lowland.hessian_moments(
+            model,
+            any_models.CROSS_ENTROPY,
+            x,
+            y,
+            "probes",
+            products=products,
+            generator=torch.Generator().manual_seed(0),  # the same signs on both
+        )
+        parts = torch.autograd.grad(moments.trace_sq, any_models.trainable(model))
+        found.append([part.cpu() for part in (moments.trace, moments.trace_sq, *parts)])
+    assert any_models.error(*found) < (1e-8 if products == "exact" else 1e-2)
+
+
+def test_dropout_draws_one_mask_for_all_gradients_there():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.GELU(), nn.Dropout(), nn.Linear(64, 2))
+    model, x = model.double().cuda(), torch.randn(32, 4).double().cuda()
+    y, found = torch.arange(32).cuda() % 2, []
+    for products in ("exact", "finite"):
+        torch.manual_seed(1)
+        penalty = lowland.FlatnessAware(
+            any_models.CROSS_ENTROPY,
+            1.0,
+            method="probes",
+            products=products,
+            generator=torch.Generator().manual_seed(0),
+        )
+        total = penalty.loss(model, x, y)
+        torch.rand(7, device="cuda")
+        found.append(torch.autograd.grad(total, list(model.parameters())))
+    assert any_models.error(*found) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_penalties_under_autocast_there(dtype):
+    model, x, y = any_models.build("cnn", samples=32, dtype=torch.float32)
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    found = []
+    for enabled in (True, False):
+        penalty = lowland.FlatnessAware(
+            any_models.CROSS_ENTROPY,
+            1.0,
+            method="probes",
+            probes=4,
+            generator=torch.Generator().manual_seed(0),
+        )
+        with torch.autocast("cuda", dtype, enabled=enabled):
+            value = penalty(model, x, y)
+        found.append(torch.autograd.grad(value, list(model.parameters())))
+    assert any_models.error(*found) < 0.05
 
 
 def test_autocast_does_not_change_the_numbers():

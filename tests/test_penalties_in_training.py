@@ -65,7 +65,7 @@ def test_over_many_steps_the_gradient_of_hsr_is_that_of_the_bound():
     for _ in range(steps):
         penalty(model, x, y).backward()
     expected = grad(dense_moments(model, CROSS_ENTROPY, x, y).upper, trainable(model))
-    assert error([p.grad / steps for p in trainable(model)], expected) < 0.1
+    assert error([p.grad / steps for p in trainable(model)], expected) < 0.2
 
 
 def test_one_step_that_overflows_is_not_remembered():
@@ -260,7 +260,7 @@ def test_under_autocast_the_gradient_is_about_that_of_single_precision(name, pro
         assert value.dtype == torch.float32
         value.backward()
         grads.append([p.grad for p in model.parameters()])
-    assert error(*grads) < (0.03 if products == "exact" else 1e-6)
+    assert error(*grads) < (0.1 if products == "exact" else 1e-6)
 
 
 @pytest.mark.parametrize("products", PRODUCTS)

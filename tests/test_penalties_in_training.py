@@ -202,8 +202,12 @@ def test_unbiased_estimates_leave_the_statistics_of_the_whole_batch():
     model, x, y = build("cnn")
     once = copy.deepcopy(model)
     loss = CROSS_ENTROPY(once(x), y)
-    penalty = lowland.HessianTrace(CROSS_ENTROPY, 0.0, method="probes", unbiased=True)
-    close([penalty.loss(model, x, y)], [loss])
+    total, penalty = (
+        lowland.FlatnessAware(CROSS_ENTROPY, 0.5, method="probes", unbiased=True, generator=signs())
+        for _ in range(2)
+    )
+    total = total.loss(model, x, y)
+    close([total], [loss + penalty(once, x, y)])
     close(list(model.buffers()), list(once.buffers()))
 
 
@@ -261,6 +265,22 @@ def test_under_autocast_the_gradient_is_about_that_of_single_precision(name, pro
         value.backward()
         grads.append([p.grad for p in model.parameters()])
     assert error(*grads) < (0.1 if products == "exact" else 1e-6)
+
+
+def test_small_gradients_do_not_vanish_in_half_precision():
+    model, x, y = build("mlp", samples=512, dtype=torch.float32)
+
+    class Small(nn.Module):
+        def forward(self, output, y):
+            return 1e-4 * CROSS_ENTROPY(output, y)  # by the sample below what 16 bits can say
+
+    found = []
+    for enabled in (True, False):
+        penalty = lowland.HessianTrace(Small(), 1.0, method="probes", generator=signs())
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            value = penalty(model, x, y)
+        found.append([value, *grad(1e3 * value, list(model.parameters()))])
+    assert error(*found) < 0.05
 
 
 @pytest.mark.parametrize("products", PRODUCTS)

@@ -82,6 +82,11 @@ class Objective:
         by_parameter = {id(p): value for p, value in zip(self.parameters, values, strict=True)}
         for module, name, parameter in self.places:
             module._parameters[name] = by_parameter[id(parameter)]  # type: ignore[assignment]  # noqa: SLF001
+            if isinstance(module, nn.RNNBase):  # it keeps a list of its own
+                module._flat_weights = [  # noqa: SLF001
+                    getattr(module, weight)
+                    for weight in module._flat_weights_names  # noqa: SLF001
+                ]
 
     def complete(self, parts: Sequence[Tensor | None]) -> list[Tensor]:
         """The parts of a gradient, of which none may be missing."""

@@ -65,8 +65,10 @@ def probe_moments(
         RuntimeError: If the loss cannot be differentiated twice.
 
     Notes:
-        The cost is that of about three gradients a probe with exact products, six of them with a
-        backward pass; with finite ones ``1 + probes`` and ``1 + 3 probes``.
+        For one probe with exact products, loss, moments and gradient together cost four to six
+        plain steps of training (seven for convolutions with GELU); with finite ones
+        ``1 + 3 probes`` gradients and some passes over all parameters. benchmarks/README.md has
+        the figures.
 
     References:
         M. F. Hutchinson, A stochastic estimator of the trace of the influence matrix for Laplacian

@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from lowland.experiments.compare import MEASURES, Cell, Comparison, Measure, layer_sizes
 from lowland.experiments.settings import DEFAULTS
-from lowland.pages import data_uri, p_value, render
+from lowland.pages import data_uri, p_value, plus_minus, render
 from lowland.significance import SIGNIFICANCE
 from lowland.training import Method
 
 NOTEWORTHY = 0.1
 """P-values below this are shown in the table."""
 
-MOST_DIGITS = 6
-"""More decimals than this are written with an exponent."""
-
-
-def number(value: float) -> str:
-    """Three significant digits, without an exponent where people would not write one."""
-    if value == 0:
-        return "0"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.{digits}f}" if 0 <= digits <= 6 else f"{value:.3g}"
-
 
 def with_error(measure: Measure, cell: Cell) -> str:
     """``mean ± standard error``, to the digits that the error leaves; shares in percent."""
-    mean, stderr = cell.mean * measure.scale, cell.stderr * measure.scale
-    if not math.isfinite(stderr):
-        return f"{mean:.3g}"
-    if stderr == 0:
-        return f"{number(mean)} ± 0"
-    # One digit of the error, two if it starts with a 1: a second 9 would say nothing.
-    # Rounded before the look, or 0.195 would come out as 0.20.
-    first, exponent = f"{stderr:.1e}".split("e")
-    digits = max(0, (1 if float(first) < 2 else 0) - int(exponent))
-    if digits > MOST_DIGITS or abs(mean) >= 1e7:
-        return f"{mean:.2e} ± {stderr:.0e}"
-    return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
+    return plus_minus(cell.mean * measure.scale, cell.stderr * measure.scale)
 
 
 def findings(comparison: Comparison) -> list[str]:

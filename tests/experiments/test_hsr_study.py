@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import oracle
 import pytest
@@ -15,13 +15,13 @@ from jaxtyping import config
 from sklearn.metrics import f1_score
 from study_in_small import PRESET
 
-from lowland.experiments.hsr import preset as presets
 from lowland.experiments.hsr import theory
 from lowland.experiments.hsr.control import control
-from lowland.experiments.hsr.preset import PresetError, load_preset
+from lowland.experiments.hsr.preset import load_preset
 from lowland.experiments.hsr.problem import flatten, samples, start
 from lowland.experiments.hsr.run import FITTED, KINDS, run_study
 from lowland.experiments.hsr.search import distinct_points, search, select
+from lowland.experiments.presets import PresetError
 from lowland.jobs import Store
 
 TINY = replace(
@@ -156,7 +156,7 @@ def test_the_sweep_needs_a_number_of_data_sets_for_each_size(tmp_path):
 
 def test_every_setting_is_written_down_with_the_results():
     assert TINY.to_dict() == asdict(TINY)
-    assert {field.name for field in presets.fields(TINY)} == TINY.to_dict().keys()
+    assert {field.name for field in fields(TINY)} == TINY.to_dict().keys()
 
 
 # Samples and starts

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -16,8 +17,10 @@ from rich.table import Table
 
 from lowland.commands.common import check_own_folder, one_line_errors, require, stage_progress
 from lowland.errors import UserError
-from lowland.experiments.reproduction import Claim
 from lowland.output import check_writable, publish
+
+if TYPE_CHECKING:
+    from lowland.experiments.reproduction import Claim, Paper
 
 MOST_JOBS = 8  # by default: more processes than that rather fill the memory
 
@@ -29,44 +32,76 @@ def main() -> None:
     """Run a paper's study from scratch, and hold its claims against what comes out."""
 
 
+Preset = Annotated[
+    str, typer.Option(metavar="NAME", help="quick, paper, or a TOML file with the same settings.")
+]
+Figures = Annotated[
+    list[int] | None,
+    typer.Option(
+        metavar="N", help="Run what this figure needs, and draw it alone; may be repeated."
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder for results, figures and page; lowland-results/STUDY-NAME if left out.",
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(metavar="N", help=f"Processes; one per core, at most {MOST_JOBS}, if left out."),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS", help="Of a Dask cluster that computes instead (lowland[cluster])."
+    ),
+]
+
+
 @reproduce.command()
 def hsr(
-    preset: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="quick, paper, or a TOML file with the same settings."),
-    ] = "quick",
-    figure: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N",
-            help="Run what this figure (2 to 16) needs, and draw it alone; may be repeated.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder for results, figures and page; lowland-results/hsr-NAME if left out.",
-        ),
-    ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help=f"Processes; one per core, at most {MOST_JOBS}, if left out."
-        ),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="Of a Dask cluster that computes instead (lowland[cluster])."
-        ),
-    ] = None,
+    preset: Preset = "quick",
+    figure: Figures = None,
+    out: Out = None,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """HSR regularization, arXiv:2606.28662: figures 2 to 15, one of ours, and every claim.
 
     Stopped at any point, the same command goes on from there; once finished, it draws again.
     """
-    folder = Path("lowland-results") / f"hsr-{Path(preset).stem}" if out is None else out
+    _reproduce("hsr", preset, figure=figure, out=out, jobs=jobs, scheduler=scheduler)
+
+
+@reproduce.command()
+def flatness_aware(
+    preset: Preset = "quick",
+    figure: Figures = None,
+    out: Out = None,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """The penalty on Tr H^2: accuracy, flatness and cost over its weight, beside other methods.
+
+    MNIST and CIFAR-100 are read from the folder that LOWLAND_DATA names. Stopped at any point, the
+    same command goes on from there; once finished, it draws again.
+    """
+    _reproduce("flatness-aware", preset, figure=figure, out=out, jobs=jobs, scheduler=scheduler)
+
+
+def _reproduce(
+    study: str,
+    preset: str,
+    *,
+    figure: list[int] | None,
+    out: Path | None,
+    jobs: int | None,
+    scheduler: str | None,
+) -> None:
+    """Run a study and write what comes of it."""
+    folder = Path("lowland-results") / f"{study}-{Path(preset).stem}" if out is None else out
     kept = f"what was finished is in {folder}, and the same command goes on from there"
     with one_line_errors(kept):
         check_own_folder(folder)
@@ -77,35 +112,36 @@ def hsr(
         check_writable(folder)
 
         # Imported late, as in compare.
-        from lowland.experiments.hsr.figures import FIGURES  # noqa: PLC0415
-        from lowland.experiments.hsr.preset import load_preset, preset_text  # noqa: PLC0415
-        from lowland.experiments.hsr.reproduce import draw, reproduction, stages  # noqa: PLC0415
-        from lowland.experiments.hsr.run import STAGES, run_study  # noqa: PLC0415
+        from lowland.experiments.presets import preset_text  # noqa: PLC0415
+        from lowland.experiments.reproduction import drawing  # noqa: PLC0415
         from lowland.jobs import Store  # noqa: PLC0415
         from lowland.workers import workers  # noqa: PLC0415
 
-        settings = load_preset(preset)
-        numbers = list(dict.fromkeys(figure or FIGURES))
+        paper: Paper = import_module(_MODULES[study]).PAPER
+        settings = paper.load(preset)
+        numbers = list(dict.fromkeys(figure or paper.figures))
+        expected = f"{min(paper.figures)} to {max(paper.figures)}"
         for number in numbers:
-            require(number in FIGURES, "--figure", f"{min(FIGURES)} to {max(FIGURES)}", number)
+            require(number in paper.figures, "--figure", expected, number)
         with workers(jobs or _cores(scheduler), scheduler) as executor, stage_progress() as tell:
             store = Store.open(
                 folder / "pieces",
-                {"study": "hsr", "lowland": version("lowland"), **settings.to_dict()},
+                {"study": paper.name, "lowland": version("lowland"), **settings.to_dict()},
             )
-            study = run_study(
+            results = paper.run(
                 settings,
                 store,
-                stages=stages(numbers) if figure else STAGES,
+                stages=paper.needed(numbers) if figure else paper.stages,
                 executor=executor,
                 on_progress=tell,
             )
         if figure:
-            drawings = [draw(study, number) for number in numbers]
-            files = {drawing.file: drawing.svg for drawing in drawings}
+            drawings = [drawing(paper.figures[number], results) for number in numbers]
+            files = {drawn.file: drawn.svg for drawn in drawings}
         else:
-            command = ["lowland", "reproduce", "hsr", "--preset", preset, "--out", str(folder)]
-            result = reproduction(study, settings=preset_text(preset), command=shlex.join(command))
+            command = ["lowland", "reproduce", study, "--preset", preset, "--out", str(folder)]
+            text = preset_text(paper.package, preset)
+            result = paper.report(results, settings=text, command=shlex.join(command))
             files = result.files()
         publish(files, folder)
     with one_line_errors(f"the results are in {folder}"):
@@ -115,6 +151,12 @@ def hsr(
         else:
             _show(result.claims)
             typer.echo(f"The page with all of it: {folder / 'index.html'}")
+
+
+_MODULES = {
+    "hsr": "lowland.experiments.hsr.reproduce",
+    "flatness-aware": "lowland.experiments.flatness.reproduce",
+}
 
 
 def _cores(scheduler: str | None) -> int:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
+from matplotlib.figure import Figure
 
+from lowland.jobs import Store
 from lowland.pages import data_uri, render
+from lowland.plots import render as render_figure
+from lowland.threads import threads
+
+Progress = Callable[[str, int, int], None]
+"""Called with the title of a stage, and how many of its pieces are done and in all."""
 
 
 @dataclass(frozen=True)
@@ -15,11 +24,12 @@ class Claim:
     """One claim and what became of it here.
 
     Attributes:
-        figure: The figure that shows it; None for a number in the text.
+        figure: The figure that shows it; None if there is none.
         text: The claim, in our words.
         published: The paper's number, if it gives one.
         found: Ours, with the test that decides.
         holds: Whether it holds here.
+        place: Where in the paper it stands if in no figure.
     """
 
     figure: int | None
@@ -27,11 +37,12 @@ class Claim:
     published: str
     found: str
     holds: bool
+    place: str = "text"
 
     @property
     def where(self) -> str:
         """Where in the paper it stands."""
-        return "text" if self.figure is None else f"figure {self.figure}"
+        return self.place if self.figure is None else f"figure {self.figure}"
 
     @property
     def verdict(self) -> str:
@@ -62,6 +73,29 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """A table as it appears on the page.
+
+    Attributes:
+        title: A few words.
+        caption: What the columns are, in one or two sentences.
+        header: The names of the columns.
+        rows: What they hold, ready to be read; the first entry names the row.
+    """
+
+    title: str
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """A section with the table."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"## {self.title}\n\n{table}\n\n{self.caption}\n"
+
+
+@dataclass(frozen=True)
 class Reproduction:
     """Everything that a reproduction shows.
 
@@ -73,6 +107,7 @@ class Reproduction:
         tables: Results by file name without its ending.
         settings: The preset with its reasons, as TOML.
         command: What repeats it.
+        listings: Tables that the page shows.
     """
 
     title: str
@@ -82,6 +117,7 @@ class Reproduction:
     tables: Mapping[str, pd.DataFrame]
     settings: str
     command: str
+    listings: Sequence[Listing] = ()
 
     def files(self) -> dict[str, bytes]:
         """Everything to write, by file name; the page last."""
@@ -114,6 +150,7 @@ class Reproduction:
                 f"{self.lead} {self.verdict}\n",
                 f"```sh\n{self.command}\n```\n",
                 f"{table}\n",
+                *(listing.markdown() for listing in self.listings),
                 *figures,
             ]
         )
@@ -152,3 +189,82 @@ def claims_table(claims: Sequence[Claim]) -> pd.DataFrame:
         ],
         columns=["where", "claim", "published", "found", "holds"],
     )
+
+
+@runtime_checkable
+class Subject(Protocol):
+    """A figure of a study.
+
+    Attributes:
+        number: As in the paper.
+        title: A few words.
+        caption: What is drawn, in one or two sentences.
+        stage: What has to be run for it; empty for nothing.
+    """
+
+    @property
+    def number(self) -> int: ...  # noqa: D102
+    @property
+    def title(self) -> str: ...  # noqa: D102
+    @property
+    def caption(self) -> str: ...  # noqa: D102
+    @property
+    def stage(self) -> str: ...  # noqa: D102
+    @property
+    def draw(self) -> Callable[[Any], Figure]: ...  # noqa: D102
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """What runs the stages that are missing from a store, and loads them all."""
+
+    def __call__(  # noqa: D102
+        self,
+        preset: Any,
+        store: Store,
+        *,
+        stages: Collection[str],
+        executor: Executor | None,
+        on_progress: Progress | None,
+    ) -> Any: ...
+
+
+@runtime_checkable
+class Report(Protocol):
+    """What makes a finished study a reproduction."""
+
+    def __call__(self, study: Any, *, settings: str, command: str) -> Reproduction: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper's study, as the command line runs it.
+
+    Attributes:
+        name: On the command line, and of its runs' folders.
+        package: Where its presets are.
+        load: A preset by name or path; it has a ``to_dict()`` of what decides the results.
+        stages: Everything that can be run.
+        run: Runs them.
+        figures: Its figures, by number.
+        report: Makes a run of all stages a reproduction.
+    """
+
+    name: str
+    package: str
+    load: Callable[[str], Any]
+    stages: Collection[str]
+    run: Runner
+    figures: Mapping[int, Subject]
+    report: Report
+
+    def needed(self, numbers: Iterable[int]) -> set[str]:
+        """The stages that some figures need."""
+        return {self.figures[number].stage for number in numbers} - {""}
+
+
+def drawing(figure: Subject, study: object) -> Drawing:
+    """A figure of a study's results, drawn."""
+    with threads(1):
+        svg = render_figure(figure.draw(study), "svg")
+    return Drawing(figure.number, figure.title, figure.caption, svg)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import tomllib
-from dataclasses import asdict, dataclass, fields, replace
-from importlib.resources import files
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lowland.errors import UserError
+from lowland.experiments.presets import PresetError, Rules, check, parse, preset_text
 from lowland.training import BASELINE, METHODS, Method, Schedule
 
-
-class PresetError(UserError):
-    """A preset that does not exist or does not make sense."""
+PACKAGE = "lowland.experiments.hsr"
+"""Where the presets are."""
 
 
 @dataclass(frozen=True)
@@ -120,84 +115,33 @@ class Preset:
         return asdict(self)
 
 
+RULES = Rules(
+    least={
+        "train_size": 2,
+        "test_size": 2,
+        "checkpoints": 2,
+        "data_seed": 0,
+        "sweep_train_sizes": 2,
+        "sweep_datasets": 2,
+    },
+    most={"active": 1, "share": 0.5},
+    positive=("variance", "initial_range", "learning_rate"),
+    even=("train_size", "test_size"),
+    repeats=("sweep_datasets",),
+)
+
+
 def load_preset(name: str) -> Preset:
     """A preset by its name (``"quick"``, ``"paper"``) or by the path of a TOML file.
 
     Raises:
         PresetError: If there is no such preset, or its settings are not those of :class:`Preset`.
     """
-    try:
-        settings = tomllib.loads(preset_text(name))
-    except tomllib.TOMLDecodeError as error:
-        raise PresetError(f"{name!r} is not a TOML file: {error}") from None
-    wanted = {field.name: field.type for field in fields(Preset)}
-    if settings.keys() != wanted.keys():
-        missing = ", ".join(sorted(wanted.keys() - settings.keys())) or "none"
-        unknown = ", ".join(sorted(settings.keys() - wanted.keys())) or "none"
-        raise PresetError(f"{name!r}: missing settings: {missing}; unknown settings: {unknown}")
-    for key, value in settings.items():
-        expected = _expected(key, value, str(wanted[key]))
-        if expected:
-            raise PresetError(f"{name!r}: {key} must be {expected}; got {value!r}")
+    settings = parse(preset_text(PACKAGE, name), name)
+    entries = check(settings, Preset, RULES, repr(name))
     if len(settings["sweep_train_sizes"]) != len(settings["sweep_datasets"]):
         raise PresetError(
             f"{name!r}: sweep_datasets must have one number for each of sweep_train_sizes; got "
             f"{len(settings['sweep_datasets'])} for {len(settings['sweep_train_sizes'])}"
         )
-    entries: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     return Preset(**entries)
-
-
-def preset_text(name: str) -> str:
-    """The TOML text of a preset, with the reasons for its values.
-
-    Raises:
-        PresetError: If there is no such preset, or it is not text.
-    """
-    known = files("lowland.experiments.hsr") / "presets" / f"{name}.toml"
-    source = known if known.is_file() else Path(name)
-    if not source.is_file():
-        raise PresetError(f"unknown preset {name!r}: expected 'quick', 'paper' or a TOML file")
-    try:
-        return source.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PresetError(f"{name!r} is not a TOML file: {error}") from None
-
-
-_LEAST = {
-    "train_size": 2,
-    "test_size": 2,
-    "checkpoints": 2,
-    "data_seed": 0,
-    "sweep_train_sizes": 2,
-    "sweep_datasets": 2,
-}
-_MOST = {"active": 1, "share": 0.5}
-_POSITIVE = ("variance", "initial_range", "learning_rate")
-
-
-def _expected_list(key: str, value: object, kind: str) -> str:
-    if not isinstance(value, list) or not value:
-        return "a list, not empty"
-    wrong = next(filter(None, (_expected(key, entry, kind) for entry in value)), "")
-    if wrong:
-        return f"a list, each entry {wrong}"
-    repeats = len(set(value)) < len(value) and key != "sweep_datasets"
-    return "a list in which no entry is repeated" if repeats else ""
-
-
-def _expected(key: str, value: object, kind: str) -> str:
-    """What a setting must be, if it is not that."""
-    if kind.startswith("tuple"):
-        return _expected_list(key, value, kind.removeprefix("tuple[").split(",")[0])
-    whole = kind == "int"
-    least, most = _LEAST.get(key, int(whole)), _MOST.get(key, math.inf)
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        return "a whole number" if whole else "a number"
-    if key in {"train_size", "test_size"} and value % 2:
-        return "even, half of each class"
-    if key in _POSITIVE and not 0 < value < math.inf:
-        return "a finite number greater than 0"
-    if not least <= value <= most or value == math.inf:
-        return f"from {least} to {most}" if most < math.inf else f"finite and at least {least}"
-    return ""

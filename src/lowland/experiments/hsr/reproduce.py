@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from lowland.experiments.hsr.claims import judge
 from lowland.experiments.hsr.figures import FIGURES
-from lowland.experiments.hsr.run import Study
+from lowland.experiments.hsr.preset import PACKAGE, load_preset
+from lowland.experiments.hsr.run import STAGES, Study, run_study
 from lowland.experiments.hsr.tables import tables
-from lowland.experiments.reproduction import Drawing, Reproduction
-from lowland.plots import render
+from lowland.experiments.reproduction import Paper, Reproduction, drawing
 from lowland.threads import threads
-
-
-def draw(study: Study, number: int) -> Drawing:
-    """One figure, from the results of its stages."""
-    figure = FIGURES[number]
-    with threads(1):
-        return Drawing(number, figure.title, figure.caption, render(figure.draw(study), "svg"))
-
-
-def stages(numbers: Iterable[int]) -> set[str]:
-    """What has to be run for some figures."""
-    return {FIGURES[number].stage for number in numbers} - {""}
 
 
 def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
@@ -43,9 +29,12 @@ def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
         f"searched for critical points, of which {len(selection.converged):,} converged and "
         f"{len(selection.distinct):,} were distinct; the sharpest and the flattest, {controlled} "
         "in all, trained again by four methods.",
-        [draw(study, number) for number in FIGURES],
+        [drawing(figure, study) for figure in FIGURES.values()],
         claims,
         tables(study),
         settings,
         command,
     )
+
+
+PAPER = Paper("hsr", PACKAGE, load_preset, STAGES, run_study, FIGURES, reproduction)

@@ -14,9 +14,8 @@ from lowland.experiments.hsr.control import control
 from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.search import NOTHING, Selection, search, select
 from lowland.experiments.hsr.sweep import sweep
+from lowland.experiments.reproduction import Progress
 from lowland.jobs import Pieces, Store, Tensors, run_pieces
-
-Progress = Callable[[str, int, int], None]
 
 KINDS = ("sharp", "flat")
 FITTED = 8  # converged networks whose samples figure 4 looks at

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lowland.experiments.hsr.preset import Preset, PresetError
+from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.problem import flatten, samples, start
+from lowland.experiments.presets import PresetError
 from lowland.jobs import Tensors
 from lowland.threads import threads
 from lowland.training import BASELINE, Schedule, train

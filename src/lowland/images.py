@@ -134,7 +134,7 @@ def _cifar_files(folder: Path, *, verify: bool) -> list[tuple[str, bytes]]:
 def _unpack(archive: Path) -> list[bytes]:
     """The two parts out of the archive; nothing is written."""
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, "r:gz") as tar:
             members = [tar.extractfile(f"cifar-100-binary/{name}") for name in CIFAR_PARTS]
             contents = [member.read() for member in members]  # type: ignore[union-attr]
     except (AttributeError, KeyError, EOFError, OSError, tarfile.TarError, zlib.error) as error:

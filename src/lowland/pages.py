@@ -66,8 +66,8 @@ def p_value(p: float) -> str:
 
 def number(value: float) -> str:
     """Three significant digits, without an exponent where people would not write one."""
-    if value == 0:
-        return "0"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
     digits = 2 - math.floor(math.log10(abs(value)))
     return f"{value:.{digits}f}" if 0 <= digits <= 6 else f"{value:.3g}"
 

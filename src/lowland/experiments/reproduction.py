@@ -199,7 +199,7 @@ class Subject(Protocol):
         number: As in the paper.
         title: A few words.
         caption: What is drawn, in one or two sentences.
-        stage: What has to be run for it; empty for nothing.
+        stage: What has to be run for it: the names of stages, separated by spaces.
     """
 
     @property
@@ -260,7 +260,7 @@ class Paper:
 
     def needed(self, numbers: Iterable[int]) -> set[str]:
         """The stages that some figures need."""
-        return {self.figures[number].stage for number in numbers} - {""}
+        return {stage for number in numbers for stage in self.figures[number].stage.split()}
 
 
 def drawing(figure: Subject, study: object) -> Drawing:

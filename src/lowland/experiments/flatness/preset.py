@@ -58,6 +58,7 @@ class Task:
     Attributes:
         name: In files and tables.
         data: One of :data:`DATA`.
+        seeds: Networks for each method, seeds 0 to ``seeds - 1``.
         hidden: Units of each hidden layer of ReLU; none for (multinomial) logistic regression.
         test_size: Fraction of the samples to test on, another for each seed; 0 for the test part
             that the data itself has.
@@ -72,6 +73,7 @@ class Task:
 
     name: str
     data: str
+    seeds: int
     hidden: tuple[int, ...]
     test_size: float
     batch: int
@@ -88,7 +90,6 @@ class Preset:
     """Every setting of the study. The TOML files say where each value comes from.
 
     Attributes:
-        seeds: Networks for each task and method, seeds 0 to ``seeds - 1``.
         weights: ``lambda`` of the flatness-aware penalty, rising; 0 is the baseline.
         probes: Random directions in a step of a penalty.
         looks: How often the flatness of a batch is measured over training.
@@ -101,7 +102,6 @@ class Preset:
         tasks: On what all of this is done.
     """
 
-    seeds: int
     weights: tuple[float, ...]
     probes: int
     looks: int

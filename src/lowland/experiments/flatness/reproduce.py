@@ -18,15 +18,15 @@ def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
         settings: The preset's text.
         command: What repeats the run.
     """
-    count = study.preset.seeds * sum(len(study.preset.ways(task)) for task in study.tasks)
+    count = sum(task.seeds * len(study.preset.ways(task)) for task in study.tasks)
     left_out = "".join(
         f" Left out: {name}, since {reason}." for name, reason in study.skipped.items()
     )
     return Reproduction(
         "Flatness-aware regularization, reproduced",
         f"Training with the penalty λ Tr(H²)/B from scratch: {count:,} networks on "
-        f"{'; '.join(study.titles.values())}, {study.preset.seeds} seeds each, beside HSR, the "
-        f"Hessian trace and SAM.{left_out}",
+        f"{'; '.join(study.titles.values())}; the same beside it with HSR, the Hessian trace, SAM "
+        f"and adaptive SAM.{left_out}",
         [drawing(figure, study) for figure in FIGURES.values()],
         judge(study),
         tables(study),

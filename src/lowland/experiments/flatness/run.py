@@ -99,7 +99,7 @@ def run_study(
         {task.name: title(task, source) for task in tasks},
         {name: reason for name, reason in reasons.items() if reason},
         {
-            (task.name, way): _join([work[_name(task, way, s)] for s in range(preset.seeds)])
+            (task.name, way): _join([work[_name(task, way, s)] for s in range(task.seeds)])
             for task in tasks
             for way in preset.ways(task)
             if work
@@ -116,7 +116,7 @@ def _training_pieces(preset: Preset, tasks: list[Task], source: Source) -> Piece
     """The longest work first, and a seed's methods side by side, so that clocks are comparable."""
     pieces: dict[str, Callable[[], Tensors]] = {}
     for task in reversed(tasks):
-        for seed in range(preset.seeds):
+        for seed in range(task.seeds):
             for name, way in preset.ways(task).items():
                 pieces[_name(task, name, seed)] = partial(train, preset, task, way, seed, source)
     return pieces
@@ -128,4 +128,4 @@ def _name(task: Task, way: str, seed: int) -> str:
 
 def _join(parts: list[Tensors]) -> Tensors:
     """Seed after seed."""
-    return {name: torch.stack([part[name].squeeze() for part in parts]) for name in parts[0]}
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}

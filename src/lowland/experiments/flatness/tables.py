@@ -33,17 +33,17 @@ def networks(study: Study) -> pd.DataFrame:
     for task in study.tasks:
         for name, way in study.preset.ways(task).items():
             part = {key: value.numpy() for key, value in study.trained[task.name, name].items()}
-            accuracy = part["accuracy"].reshape(study.preset.seeds, -1)
+            accuracy = part["accuracy"]
             parts.append(
                 pd.DataFrame(
                     {
                         "task": task.name,
                         "method": way.kind,
                         "strength": way.strength,
-                        "seed": range(study.preset.seeds),
-                        "final_accuracy": accuracy[:, -1].astype(float),
-                        "best_accuracy": accuracy.max(1).astype(float),
-                        "average_flatness": part["flatness"].mean(1, dtype=float),
+                        "seed": range(task.seeds),
+                        "final_accuracy": accuracy[:, -1],
+                        "best_accuracy": accuracy.max(1),
+                        "average_flatness": part["flatness"].mean(1),
                         "final_trace_sq": part["trace_sq"],
                         "final_trace_sq_stderr": part["stderr"],
                         "final_loss": part["loss"],
@@ -79,7 +79,7 @@ def summary(study: Study) -> pd.DataFrame:
                 "task": task.name,
                 "method": way.kind,
                 "strength": way.strength,
-                "networks": study.preset.seeds,
+                "networks": task.seeds,
                 "failed": int(values(table, task, way, "failed").sum()),
             }
             for measure in MEASURES:
@@ -97,10 +97,10 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
     for task in study.tasks:
         for name, way in study.preset.ways(task).items():
             part = study.trained[task.name, name]
-            for seed in range(study.preset.seeds):
+            for seed in range(task.seeds):
                 key = {"task": task.name, "method": way.kind, "strength": way.strength}
                 key |= {"seed": seed}
-                reached = part["accuracy"][seed].reshape(-1).numpy()
+                reached = part["accuracy"][seed].numpy()
                 epochs = range(1, len(reached) + 1)
                 accuracy.append(pd.DataFrame({**key, "epoch": epochs, "accuracy": reached}))
                 steps, seen = part["looks"][seed].numpy(), part["flatness"][seed].numpy()
@@ -118,8 +118,9 @@ def listings(study: Study) -> list[Listing]:
     found = summary(study)
     published = Listing(
         "The paper's table",
-        "As published: a two-layer ReLU MLP on CIFAR-100, one run a weight. The last column is the "
-        "time over that of λ = 0.",
+        "As published, for a two-layer ReLU MLP on CIFAR-100; the last column is the time over "
+        "that of λ = 0. All ten accuracies are multiples of 1/600: with 600 test images the "
+        "standard error of each would be 0.018, as large as the largest of the differences.",
         ("λ", "final accuracy", "best accuracy", "average flatness", "time, s", "multiple"),
         PUBLISHED,
     )
@@ -143,11 +144,16 @@ def _listing(study: Study, task: Task, found: pd.DataFrame) -> Listing:
         rows.append((way.title + failed, *percent, *others, number(row["multiple"])))
     return Listing(
         study.titles[task.name],
-        f"Means over {study.preset.seeds} seeds and standard errors; λ = 0 is plain SGD, and λ > 0 "
+        f"Means over {task.seeds} seeds and standard errors; λ = 0 is plain SGD, and λ > 0 "
         "the flatness-aware penalty. Average flatness is the mean of Tr(H²)/B over batches of "
         f"{task.batch} seen in training, Tr H² that of the training loss at the end. The time is "
         "that of the steps alone, beside other runs; the multiple, of a step's time over the "
-        "baseline's, is the median over rounds in which the methods take turns.",
+        "baseline's, is the median over rounds in which the methods take turns."
+        + (
+            " Networks failed where the loss ended no lower than that of the classes' shares alone."
+            if any("failed" in row[0] for row in rows)
+            else ""
+        ),
         (
             "method",
             "final accuracy, %",

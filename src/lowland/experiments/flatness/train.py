@@ -111,8 +111,8 @@ def train(preset: Preset, task: Task, way: Way, seed: int, source: Source) -> Te
     Returns:
         ``accuracy`` on the test part after each epoch; ``flatness``, the ``Tr(H^2) / B`` of the
         batches at the steps ``looks``, before these; ``loss``, ``trace_sq`` and its ``stderr`` at
-        the end, on the training part; ``seconds`` spent in steps; ``failed``, whether the network
-        ended in numbers that are none.
+        the end, on the training part; ``seconds`` spent in steps; ``failed``, whether the loss ended
+        no lower than that of the classes' shares alone, or as no number at all.
     """
     data = samples(task, seed, source)
     count = len(data.x_train)
@@ -136,10 +136,10 @@ def train(preset: Preset, task: Task, way: Way, seed: int, source: Source) -> Te
                 seconds += time.perf_counter() - begin
             accuracies.append(accuracy(run.model, data))
         return {
-            "accuracy": torch.tensor(accuracies),
-            "flatness": torch.tensor(flatness),
+            "accuracy": torch.tensor(accuracies, dtype=torch.float64),
+            "flatness": torch.tensor(flatness, dtype=torch.float64),
             "looks": torch.tensor(sorted(looks)),
-            "seconds": torch.tensor([seconds], dtype=torch.float64),
+            "seconds": torch.tensor(seconds, dtype=torch.float64),
             **_end(preset, run.model, data, seed),
         }
 
@@ -168,9 +168,10 @@ def _end(preset: Preset, model: nn.Module, data: Samples, seed: int) -> Tensors:
     model, loss = model.double(), criterion(data)
     with torch.no_grad():
         value = loss(model(x), y)
-    failed = not bool(torch.isfinite(value))
+    shares = torch.bincount(y.flatten().long()).double() / len(y)
+    failed = not bool(value < torch.special.entr(shares).sum())
     trace_sq = stderr = torch.tensor(float("nan"), dtype=torch.float64)
-    if not failed:
+    if value.isfinite():
         moments = lowland.hessian_moments(
             model, loss, x, y, probes=preset.final_probes, generator=stream(seed, _FINAL)
         )
@@ -179,10 +180,10 @@ def _end(preset: Preset, model: nn.Module, data: Samples, seed: int) -> Tensors:
         if moments.stderr is not None:
             stderr = moments.stderr[1].detach()
     return {
-        "loss": value.reshape(1),
-        "trace_sq": trace_sq.reshape(1),
-        "stderr": stderr.reshape(1),
-        "failed": torch.tensor([failed]),
+        "loss": value,
+        "trace_sq": trace_sq,
+        "stderr": stderr,
+        "failed": torch.tensor(failed),
     }
 
 

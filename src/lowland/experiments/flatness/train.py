@@ -111,8 +111,8 @@ def train(preset: Preset, task: Task, way: Way, seed: int, source: Source) -> Te
     Returns:
         ``accuracy`` on the test part after each epoch; ``flatness``, the ``Tr(H^2) / B`` of the
         batches at the steps ``looks``, before these; ``loss``, ``trace_sq`` and its ``stderr`` at
-        the end, on the training part; ``seconds`` spent in steps; ``failed``, whether the loss ended
-        no lower than that of the classes' shares alone, or as no number at all.
+        the end, on the training part; ``seconds`` spent in steps; ``failed``, whether the loss
+        ended no lower than that of the classes' shares alone, or as no number at all.
     """
     data = samples(task, seed, source)
     count = len(data.x_train)

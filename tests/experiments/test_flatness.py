@@ -134,10 +134,12 @@ def test_a_run_can_be_repeated_to_the_bit():
 
 
 def test_a_network_that_fails_is_said_to_have_failed():
-    wild = replace(TASK, learning_rate=1e20)
-    found = train(PRESET, wild, PRESET.ways(wild)["baseline"], 0, Source())
-    assert found["failed"].item()
-    assert found["trace_sq"].isnan().item()
+    wild = replace(TASK, learning_rate=1e30, epochs=3)
+    for way in ("baseline", "flatness-aware-1", "sam-0.05"):
+        found = train(PRESET, wild, PRESET.ways(wild)[way], 0, Source())
+        assert found["failed"].item()
+        assert not found["loss"].item() < 2
+        assert len(found["accuracy"]) == wild.epochs
 
 
 def test_flatness_is_looked_at_from_the_first_step_on():
@@ -218,7 +220,8 @@ def test_cifar_is_trained_on_its_training_part_and_tested_on_the_other(tmp_path,
     data = samples(task, 0, Source(tmp_path, verify=False))
     assert data.x_train.shape == (40, 3072)
     assert data.x_test.shape == (12, 3072)
-    assert data.x_train.std().item() == pytest.approx(1, abs=0.05)
+    assert 0 <= data.x_train.min() < 0.01
+    assert 0.99 < data.x_train.max() <= 1
     task = replace(task, hsr=(), hessian_trace=(), sam=(), adaptive_sam=())
     study = study_of(replace(PRESET, verify=False, tasks=(task,)), tmp_path / "out")
     assert len(networks(study)) == 2 * 3

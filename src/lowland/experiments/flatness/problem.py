@@ -7,12 +7,16 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from lowland.datasets import Dataset, breast_cancer, digits, stratified_splits
 from lowland.experiments.flatness.preset import Task
 from lowland.images import FOLDER_VARIABLE, MissingDataError, cifar100, mnist_test
 from lowland.networks import initial_weights
+
+IMAGES = ("mnist", "cifar-100")
+"""Whose pixels stay as they are, so that inputs are about as long as those of other data."""
 
 _DATASETS = {"breast-cancer": breast_cancer, "digits": digits}
 
@@ -22,7 +26,8 @@ class Samples:
     """What a network is trained and tested on, in float32.
 
     Attributes:
-        x_train: Features in standard deviations of the training part.
+        x_train: Features in standard deviations of the training part, but pixels of images from 0
+            to 1.
         y_train: Labels: of two classes a column in float32, of more in int64.
         x_test: Features on the same scale.
         y_test: Labels.
@@ -57,13 +62,16 @@ def samples(task: Task, seed: int, source: Source) -> Samples:
         DataError: If they cannot be used.
     """
     train, test = _parts(task.data, source)
-    if test is None:
+    if test is not None:
+        parts = [train.x, train.y, test.x, test.y]
+    elif task.data in IMAGES:
+        chosen = train_test_split(
+            range(len(train.y)), test_size=task.test_size, stratify=train.y, random_state=seed
+        )
+        parts = [values[own] for own in chosen for values in (train.x, train.y)]
+    else:
         splits = stratified_splits(train, range(seed, seed + 1), test_size=task.test_size)
         parts = [part[0] for part in (splits.x_train, splits.y_train, splits.x_test, splits.y_test)]
-    else:
-        center = train.x.mean(0)
-        scale = (train.x - center).square().mean().sqrt()
-        parts = [(train.x - center) / scale, train.y, (test.x - center) / scale, test.y]
     single = [part.float() if part.is_floating_point() else part for part in parts]
     x_train, y_train, x_test, y_test = single
     if len(train.classes) > 2:

@@ -122,7 +122,7 @@ def train(preset: Preset, task: Task, way: Way, seed: int, source: Source) -> Te
     loss = criterion(data)
     accuracies, flatness, seconds, number = [], [], 0.0, 0
     with threads(1):
-        run = trainer(preset, task, way, data, seed)
+        run, going = trainer(preset, task, way, data, seed), True
         for _ in range(task.epochs):
             for chosen in batches(count, size, drawn):
                 x, y = data.x_train[chosen], data.y_train[chosen]
@@ -132,7 +132,8 @@ def train(preset: Preset, task: Task, way: Way, seed: int, source: Source) -> Te
                     )
                 number += 1
                 begin = time.perf_counter()
-                run.step(x, y)
+                if going:
+                    going = _try_step(run, loss, x, y)
                 seconds += time.perf_counter() - begin
             accuracies.append(accuracy(run.model, data))
         return {
@@ -142,6 +143,18 @@ def train(preset: Preset, task: Task, way: Way, seed: int, source: Source) -> Te
             "seconds": torch.tensor(seconds, dtype=torch.float64),
             **_end(preset, run.model, data, seed),
         }
+
+
+def _try_step(run: Trainer, loss: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Take a step; whether the loss was a number, without which penalties refuse to."""
+    try:
+        run.step(x, y)
+    except ValueError:
+        with torch.no_grad():
+            if loss(run.model(x), y).isfinite():
+                raise
+        return False
+    return True
 
 
 def look_steps(preset: Preset, steps: int) -> list[int]:

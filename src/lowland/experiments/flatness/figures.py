@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -119,7 +120,11 @@ def figure_2(study: Study) -> Figure:
                 prices = [float(np.median(cost[way.name])) for way in ways]
                 x, dx = _mean_and_error(flat)
                 y, dy = _mean_and_error(gain)
-                look = {"color": COLORS[kind], "marker": MARKERS[kind], "markersize": 5}
+                look: dict[str, Any] = {
+                    "color": COLORS[kind],
+                    "marker": MARKERS[kind],
+                    "markersize": 5,
+                }
                 look |= {"linewidth": 1, "elinewidth": 0.9}
                 top.errorbar(x, y, dy, dx, **look)
                 bottom.errorbar(x, prices, xerr=dx, **look)
@@ -130,7 +135,6 @@ def figure_2(study: Study) -> Figure:
             bottom.set_xlabel("average flatness, of the baseline's")
             for ax in (top, bottom):
                 ax.axvline(1, color=INK, linewidth=0.8, linestyle="--")
-                ax.set_xlim(left=0)
             top.axhline(0, color=INK, linewidth=0.8, linestyle="--")
             bottom.annotate(
                 "the paper's",
@@ -153,16 +157,19 @@ def figure_3(study: Study) -> Figure:
         for (top, bottom), task in zip(axes.T, study.tasks, strict=True):
             ways = study.weights(task)
             for way, color in zip(ways, _shades(len(ways)), strict=True):
+                look: dict[str, Any] = {"color": color}
+                if way.kind == BASELINE:  # small weights change little: on top, and broken
+                    look |= {"linestyle": (0, (2, 2)), "zorder": 3}
                 part = study.trained[task.name, way.name]
                 looks = part["looks"][0].numpy()
                 count = part["accuracy"].shape[-1]
                 begin = looks * count / (looks[-1] + looks[1] - looks[0])  # in epochs
-                _band(top, begin, part["flatness"].numpy(), color, way.title)
+                _band(top, begin, part["flatness"].numpy(), look, way.title)
                 _band(
                     bottom,
                     np.arange(1.0, count + 1),
                     100 * part["accuracy"].numpy(),
-                    color,
+                    look,
                     way.title,
                 )
             top.set_yscale("log")
@@ -291,12 +298,12 @@ def _line(ax: Axes, x: Array, groups: list[Array], *, color: str, marker: str, l
     )
 
 
-def _band(ax: Axes, x: Array, rows: Array, color: str, label: str) -> None:
+def _band(ax: Axes, x: Array, rows: Array, look: dict[str, Any], label: str) -> None:
     """The mean over seeds, and a band of its standard error."""
     mean = rows.mean(0)
     error = rows.std(0, ddof=1) / np.sqrt(len(rows))
-    ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-    ax.plot(x, mean, color=color, linewidth=1.6, label=label)
+    ax.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.2, linewidth=0)
+    ax.plot(x, mean, linewidth=1.6, label=label, **look)
 
 
 def _shades(count: int) -> list[str]:

@@ -97,7 +97,7 @@ class Preset:
         final_probes: Those in the measurement of a trained network, where it is not exact.
         final_samples: Most training samples that it looks at.
         rounds: Measurements of a step's time.
-        round_steps: Steps in each of them.
+        round_steps: Steps in each of them, of which the median counts.
         verify: Whether CIFAR-100's files have to be the published ones.
         tasks: On what all of this is done.
     """

@@ -212,8 +212,10 @@ def timing(preset: Preset, task: Task, source: Source) -> Tensors:
             order = torch.randperm(len(data.x_train), generator=drawn)[:size]
             x, y = data.x_train[order], data.y_train[order]
             for column, run in enumerate(runs):
-                begin = time.perf_counter()
+                # The median, since other programs interrupt some of the steps.
+                clock = [time.perf_counter()]
                 for _ in range(preset.round_steps):
                     run.step(x, y)
-                row[column] = (time.perf_counter() - begin) / preset.round_steps
+                    clock.append(time.perf_counter())
+                row[column] = float(np.median(np.diff(clock)))
     return {"seconds": seconds[1:].clone()}  # the first round meets cold caches

@@ -230,6 +230,7 @@ def test_help_names_the_options():
     for arguments in (["reproduce"], ["reproduce", "--help"]):
         result = runner.invoke(app, arguments)
         assert "hsr" in result.stdout
+        assert "flatness-aware" in result.stdout
         assert (result.exit_code, result.stderr) == (0, "")
     text = runner.invoke(app, ["reproduce", "hsr", "--help"], env={"COLUMNS": "120"}).stdout
     for option in ("--preset", "--figure", "--out", "--jobs", "--scheduler"):

@@ -156,5 +156,23 @@ def test_layers_in_training_mode_are_pointed_to():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     x, y = torch.randn(9, 3), torch.randn(9, 1)
     with pytest.raises(RuntimeError, match=r"call model\.eval\(\) first"):
-        lowland.hessian_moments(model, nn.MSELoss(), x, y)
+        lowland.hessian_moments(model, nn.MSELoss(), x, y, "dense")
+    assert lowland.hessian_moments(model, nn.MSELoss(), x, y).method == "probes"
     assert lowland.hessian_moments(model.eval(), nn.MSELoss(), x, y).dim == 22
+
+
+def test_a_loss_without_a_graph_is_no_flat_one(data):
+    class Accuracy(nn.Module):
+        def forward(self, output, y):
+            return (output.argmax(1) == y).double().mean()
+
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)).double()
+    with pytest.raises(ValueError, match="the loss has no graph"):
+        lowland.hessian_moments(model, Accuracy(), data[0], torch.zeros(len(data[0])))
+
+
+def test_what_the_model_does_not_take_is_said_without_derivatives(data):
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).double()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        lowland.hessian_moments(model, nn.MSELoss(), data[0], torch.zeros(len(data[0]), 3))
+    assert "differentiate" not in str(caught.value)

@@ -215,3 +215,28 @@ def test_unbiased_estimates_need_halves_of_a_mean():
     for criterion in (nn.CrossEntropyLoss(reduction="sum"), weighed):
         with pytest.raises(ValueError, match="the moments of a mean over samples; got a sum"):
             probe_moments(model, criterion, x, y, unbiased=True)
+
+
+@pytest.mark.parametrize("how", ["weights", "ignored", "padded"])
+def test_a_loader_counts_classes_as_the_criterion_does(how):
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,))
+    criterion = nn.CrossEntropyLoss()
+    if how == "weights":
+        criterion = nn.CrossEntropyLoss(torch.tensor([0.2, 3.0, 1.0]).double())
+    else:
+        criterion = nn.CrossEntropyLoss(ignore_index=1 if how == "ignored" else -100)
+    if how == "padded":
+        y[8:21] = -100  # all of one batch
+    model = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 3)).double()
+    loader = [(x[i : i + 10], y[i : i + 10]) for i in (0, 10, 20)]
+
+    def found(*data):
+        signs = torch.Generator().manual_seed(0)
+        method = {"method": "probes", "probes": 3, "generator": signs}
+        return lowland.hessian_moments(model, criterion, *data, **method)
+
+    whole, parts, pair = found(x, y), found(loader), found((x, y))
+    for name in ("trace", "trace_sq"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name).detach())
+        assert torch.equal(getattr(pair, name), getattr(whole, name))

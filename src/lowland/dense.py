@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lowland.kernels import differentiable_kernels
 from lowland.moments import HessianMoments, check_number
+from lowland.objective import objective, scalar_loss
+from lowland.passes import frozen_statistics, remember_randomness
 from lowland.validation import check_initialized, check_values
 
 DEFAULT_MEMORY_LIMIT = 4 << 30
@@ -48,12 +50,8 @@ def dense_hessian(
         if isinstance(data, Tensor):  # other inputs are the model's and the criterion's own affair
             check_values(data, label)
     check_initialized(model)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise ValueError(
-            "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "
-            "those whose curvature you want"
-        )
+    target = objective(model, criterion, x, y)
+    model, named = target.model, dict(zip(target.names, target.parameters, strict=True))
     sizes = [p.numel() for p in named.values()]
     dim, itemsize = sum(sizes), next(iter(named.values())).element_size()
     if dim * dim * itemsize > memory_limit:
@@ -64,31 +62,17 @@ def dense_hessian(
             "larger memory_limit"
         )
 
+    # Once as users call it: what is wrong then is said by PyTorch itself, or by us, without a word
+    # of derivatives; and a loss without a graph would have a Hessian of zeros.
+    with torch.enable_grad(), frozen_statistics(model), remember_randomness()():
+        target.loss()
+
     def loss_of(flat: Tensor) -> Tensor:
         parts = {
             name: part.view_as(p)
             for (name, p), part in zip(named.items(), flat.split(sizes), strict=True)
         }
-        output = torch.func.functional_call(model, parts, (x,))
-        target = y
-        if (
-            isinstance(y, Tensor)
-            and y.ndim + 1 == output.ndim
-            and output.shape[-1] == 1
-            and isinstance(criterion, nn.BCEWithLogitsLoss | nn.MSELoss)
-        ):
-            # (samples,) means one target per sample here as in the closed form; PyTorch would
-            # broadcast it to (samples, samples).
-            target = y.unsqueeze(-1)
-        if isinstance(criterion, nn.BCEWithLogitsLoss | nn.MSELoss):
-            target = target.to(output.dtype)
-        loss: Tensor = criterion(output, target)
-        if loss.ndim:
-            raise ValueError(
-                f"the criterion must return a scalar for its Hessian to be a matrix; got shape "
-                f"{tuple(loss.shape)}: use reduction='mean' or 'sum'"
-            )
-        return loss
+        return scalar_loss(criterion, torch.func.functional_call(model, parts, (x,)), y)
 
     flat = torch.cat([p.reshape(-1) for p in named.values()])
     with untouched(model), differentiable_kernels(model):

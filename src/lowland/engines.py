@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from lowland.dense import dense_moments
 from lowland.errors import UnsupportedModelError
@@ -55,9 +57,9 @@ def hessian_moments(
         criterion: For ``"exact"`` ``nn.BCEWithLogitsLoss``, ``nn.CrossEntropyLoss``,
             ``nn.MSELoss``, or one of your own (:func:`lowland.exact.register_criterion`), with the
             reduction ``"mean"`` or ``"sum"``. For the others anything that returns a scalar.
-        x: Inputs, ``(samples, inputs)`` for ``"exact"``. Without ``y`` a data loader, or anything
-            that gives batches ``(x, y)``: the moments are those of all of them, estimated in one
-            pass and without gradients.
+        x: Inputs, ``(samples, inputs)`` for ``"exact"``. Without ``y`` a pair of both; or a data
+            loader, or anything that gives batches ``(x, y)``: the moments are those of all of them,
+            estimated in one pass and without gradients.
         y: Targets as the criterion takes them; for one output also ``(samples,)``.
         method: ``"exact"`` is the closed form, ``"probes"`` an estimate with standard errors from
             products with the Hessian (:func:`lowland.probes.probe_moments`), ``"dense"`` brute
@@ -99,6 +101,8 @@ def hessian_moments(
     """
     check_number(moments)
     check_method(method)
+    if y is None and isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Tensor):
+        x, y = x
     if y is None:
         if method not in ("auto", "probes") or moments != 2 or unbiased:
             raise UnsupportedModelError(
@@ -216,4 +220,12 @@ def choose(
         if method == "exact" or linear or setup.relative_cost() <= worth:
             return setup
     dim = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return "dense" if dim <= dense_limit else "probes"
+    return "dense" if dim <= dense_limit and _is_fixed(model) else "probes"
+
+
+def _is_fixed(model: nn.Module) -> bool:
+    """Whether brute force takes the model: it draws nothing at random and keeps no statistics."""
+    return not any(
+        module.training and isinstance(module, _NormBase | _DropoutNd | nn.RNNBase)
+        for module in model.modules()
+    )

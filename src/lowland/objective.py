@@ -261,6 +261,23 @@ def scalar_loss(criterion: nn.Module, output: Any, y: Any) -> Tensor:
     return loss
 
 
+def mass(criterion: object, y: Tensor) -> Tensor | float:
+    """What the mean over a batch divides by, up to a factor that all batches share.
+
+    Samples; of classes those that are not ignored, by their weights.
+    """
+    if getattr(criterion, "reduction", "mean") == "sum":
+        return 1.0
+    samples = float(y.shape[0]) if y.ndim else 1.0
+    if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or y.is_floating_point():
+        return samples
+    kept = y != criterion.ignore_index
+    if criterion.weight is None:
+        return kept.sum().double()
+    weight = criterion.weight.to(y.device)
+    return torch.where(kept, weight[torch.where(kept, y, 0)], 0).sum().double()
+
+
 def check_finite(value: Tensor, what: str) -> None:
     """Refuse NaN and infinity.
 

@@ -16,7 +16,7 @@ import torch.distributed
 from torch import Generator, Tensor, nn
 
 from lowland.moments import HessianMoments
-from lowland.objective import Objective, data_parallel, objective
+from lowland.objective import Objective, data_parallel, mass, objective
 from lowland.passes import frozen_statistics
 from lowland.products import Average, Parts, Products, dot, measure, products_with, warn_of_kinks
 
@@ -113,7 +113,8 @@ def loader_moments(
 
     One pass over the loader, in the memory of one batch and of two vectors a probe. Batches move to
     the parameters' device. With a criterion whose reduction is ``"sum"`` the loss is the sum over
-    the batches, else the mean over their samples. Put the model in evaluation mode where batch
+    the batches, else the mean over their samples; of ``nn.CrossEntropyLoss`` and ``nn.NLLLoss`` by
+    class weights, and without ignored targets. Put the model in evaluation mode where batch
     normalization should not depend on the batches. Each process of a ``DistributedDataParallel``
     module brings its own batches; sums are divided by the number of processes, as gradients are.
 
@@ -134,8 +135,10 @@ def loader_moments(
         )
     with frozen_statistics(target.model):
         for x, y in loader:
-            count = 1 if is_sum else len(y)
+            count = float(mass(criterion, y) if isinstance(y, Tensor) else len(y))
             samples += count
+            if not count:  # all of its targets are ignored
+                continue
             part = replace(target, x=_to(x, device), y=_to(y, device))
             for total, product in zip(
                 totals, products_with(part, directions, products), strict=True

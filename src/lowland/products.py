@@ -372,7 +372,7 @@ def warn_of_kinks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _WITH_KINKS):
             warnings.warn(
-                f"products='finite' with {name or 'the model'}, {type(module).__name__}: the "
+                f"products='finite' with layer {name!r}, {type(module).__name__}: the "
                 "gradient jumps at its kinks, and differences across them can be many times what "
                 "the Hessian is; use products='exact', or smooth layers (GELU, SiLU, average "
                 "pooling)",

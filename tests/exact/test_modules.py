@@ -282,8 +282,10 @@ def test_nothing_is_left_to_flatten_after_a_linear_layer():
     x, y = data()
     model = nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Tanh(), nn.Linear(4, 1), nn.Flatten())
     assert_exact_is_dense(model.double(), BCE, x, y)
-    with pytest.raises(ValueError, match=r"takes x of shape \(samples, 3\); got \(4, 1, 3\)"):
-        lowland.hessian_moments(model, BCE, x.view(4, 1, 3, 3)[:, :, 0], y[:4])
+    with pytest.raises(
+        UnsupportedModelError, match=r"takes x of shape \(samples, 3\); got \(4, 1, 3\)"
+    ):
+        lowland.hessian_moments(model, BCE, x.view(4, 1, 3, 3)[:, :, 0], y[:4], "exact")
 
 
 def test_dropout_of_no_unit_does_nothing():
@@ -592,11 +594,21 @@ def test_layers_that_do_not_fit():
         lowland.hessian_moments(model, BCE, *data())
 
 
-@pytest.mark.parametrize("shape", [(12, 2), (12,), (2, 12, 3)])
+@pytest.mark.parametrize("shape", [(12, 2), (12,), (2, 12, 2)])
 def test_inputs_that_the_model_does_not_take(shape):
     x = torch.zeros(shape, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"Linear\(in_features=3.*takes x of shape \(samples, 3\)"):
         lowland.hessian_moments(network(), BCE, x, data()[1])
+
+
+def test_positions_within_a_sample_are_for_other_engines():
+    model, x, y = network(), torch.randn(2, 6, 3).double(), torch.rand(2, 6, 1).double()
+    with pytest.raises(UnsupportedModelError, match=r"got \(2, 6, 3\), for which use"):
+        lowland.hessian_moments(model, BCE, x, y, "exact")
+    assert lowland.hessian_moments(model, BCE, x, y).method == "dense"
+    one_by_one = lowland.hessian_moments(model, BCE, x.flatten(0, 1), y.flatten(0, 1))
+    torch.testing.assert_close(lowland.hessian_moments(model, BCE, x, y).trace, one_by_one.trace)
+    lowland.HSR(BCE, 0.1).loss(model, x, y).backward()
 
 
 @pytest.mark.parametrize("shape", [(), (12, 2), (11,), (2, 12)])

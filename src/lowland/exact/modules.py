@@ -98,6 +98,11 @@ def read(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> Setup:
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:
         x = x.flatten(1)
+    if x.ndim > 2 and x.shape[-1] == first.in_features:
+        raise UnsupportedModelError(
+            f"in the closed form {first} takes x of shape (samples, {first.in_features}); got "
+            f"{tuple(x.shape)}, for which {_ELSEWHERE}"
+        )
     if x.ndim != 2 or x.shape[1] != first.in_features:
         flat = " once flattened" if network.flat else ""
         raise ValueError(

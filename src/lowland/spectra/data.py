@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowland.objective import mass
 from lowland.validation import check_tensor, check_values
 
 
@@ -97,21 +98,8 @@ class Weighed(nn.Module):
         loss = self.criterion(output, _as_target(self.criterion, output, y))
         if isinstance(self.total, float) and self.total == 1.0:
             return loss
-        return loss * (mass(self.criterion, y) / self.total)
-
-
-def mass(criterion: object, y: Tensor) -> Tensor | float:
-    """``m_b``: what the mean of a batch divides by, up to a factor that all batches share."""
-    if getattr(criterion, "reduction", "mean") == "sum":
-        return 1.0
-    samples = float(y.shape[0]) if y.ndim else 1.0
-    if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or y.is_floating_point():
-        return samples
-    kept = y != criterion.ignore_index
-    if criterion.weight is None:
-        return kept.sum()
-    weight = criterion.weight.to(y.device)
-    return torch.where(kept, weight[torch.where(kept, y, 0)], 0).sum()
+        share = torch.as_tensor(mass(self.criterion, y) / self.total)
+        return loss * share.to(loss.device, loss.dtype)
 
 
 def _as_target(criterion: object, output: Any, y: Tensor) -> Tensor:

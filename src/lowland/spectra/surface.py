@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from lowland.dense import untouched
-from lowland.spectra.data import Weighed, as_batches, checked, digest, mass
+from lowland.objective import mass
+from lowland.spectra.data import Weighed, as_batches, checked, digest
 
 Parts = dict[str, Tensor]
 """One tensor for each parameter, by its name in the model and of its shape."""

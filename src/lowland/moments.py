@@ -26,8 +26,9 @@ class HessianMoments:
         dim: ``P``, the number of parameters.
         trace: ``Tr H``, shape ``(*ensemble)``.
         trace_sq: ``Tr H^2``, shape ``(*ensemble)``.
-        stderr: Standard errors of ``(trace, trace_sq)`` where they are estimates, None where they
-            are exact.
+        stderr: Standard errors of ``(trace, trace_sq)`` where they are estimates, over the random
+            directions; what a batch differs from its data set is not in them. NaN for a single
+            direction, None where the traces are exact.
         higher: ``(Tr H^3, Tr H^4)``, each of shape ``(*ensemble)``, where they were asked for.
         method: The engine that computed them, where :func:`lowland.hessian_moments` chose it.
 

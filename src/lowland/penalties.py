@@ -310,6 +310,9 @@ class HessianTrace(CurvaturePenalty):
 class FlatnessAware(CurvaturePenalty):
     """``weight * Tr H^2 / B`` with the batch size ``B``: the sum of the squared eigenvalues.
 
+    ``B`` is that of the call, of all processes together: where gradients of smaller batches are
+    accumulated, or the last batch of an epoch is small, the penalty is as much larger.
+
     Arguments and errors are those of :class:`CurvaturePenalty`.
     """
 

@@ -8,7 +8,8 @@ import pytest
 import lowland
 
 USE = "import sys, lowland; [getattr(lowland, name) for name in lowland.__all__]"
-HEAVY = ["curvlinops", "jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn", "typer"]
+HEAVY = ["curvlinops", "highspy", "jinja2", "matplotlib", "pandas", "rich", "scipy", "sklearn"]
+HEAVY += ["typer"]
 
 
 def python(*arguments):
@@ -31,7 +32,7 @@ def test_import_raises_no_warning():
 
 
 def test_public_names_exist_and_are_listed():
-    for module in (lowland, lowland.exact):
+    for module in (lowland, lowland.exact, lowland.weakness):
         assert set(module.__all__) <= set(dir(module))
         assert all(getattr(module, name) is not None for name in module.__all__)
     with pytest.raises(AttributeError, match="'lowland' has no attribute 'sharpness'"):

@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lowland import exact
+    from lowland import exact, weakness
     from lowland.engines import hessian_moments
     from lowland.errors import UnsupportedModelError
     from lowland.moments import HessianMoments
     from lowland.optimizers import SAM
     from lowland.penalties import HSR, FlatnessAware, HessianTrace
     from lowland.spectra import Spectrum, layer_spectra, spectrum
+    from lowland.symmetry import permute, rescale
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,8 @@ _HOMES = {
     "UnsupportedModelError": "errors",
     "hessian_moments": "engines",
     "layer_spectra": "spectra",
+    "permute": "symmetry",
+    "rescale": "symmetry",
     "spectrum": "spectra",
 }
 
@@ -38,7 +41,10 @@ __all__ = [
     "exact",
     "hessian_moments",
     "layer_spectra",
+    "permute",
+    "rescale",
     "spectrum",
+    "weakness",
 ]
 
 
@@ -50,8 +56,8 @@ def __getattr__(name: str) -> object:
     """
     if name in _HOMES:
         value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    elif name == "exact":
-        value = import_module(f"{__name__}.exact")
+    elif name in ("exact", "weakness"):
+        value = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value  # the next look finds it without asking here

@@ -1,0 +1,243 @@
+r"""Maps of a network's parameters that leave every prediction unchanged.
+
+They move the Hessian by orders of magnitude, so that whatever is to explain generalization should
+not change under them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lowland.errors import UnsupportedModelError
+from lowland.validation import check_initialized, is_number
+
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOLS = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Flatten, *_POOLS, *_DROPOUTS)
+_SMOOTH = (nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU, nn.SELU, nn.CELU, nn.Mish)
+_OTHER = (nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softsign, nn.LogSigmoid)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BY_UNIT = (*_HOMOGENEOUS, *_SMOOTH, *_OTHER, *_NORMS)
+
+
+@dataclass(frozen=True)
+class _Junction:
+    """Two consecutive layers with weights, and what stands between them."""
+
+    first: nn.Module
+    between: list[nn.Module]
+    second: nn.Module
+
+    @property
+    def units(self) -> int:
+        """How many outputs the first layer has: columns or channels."""
+        return int(self.first.get_parameter("weight").shape[0])
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs the second layer takes: columns or channels."""
+        return int(self.second.get_parameter("weight").shape[1])
+
+    def incoming(self) -> Tensor:
+        """The second layer's weights, as ``(outputs, repeats, units, positions)``."""
+        weight = self.second.get_parameter("weight").detach()
+        if self.second_is_linear and isinstance(self.first, nn.Linear):
+            return weight.view(len(weight), -1, self.units, 1)  # a sequence flattened: units last
+        return weight.view(len(weight), 1, self.units, -1)
+
+    @property
+    def second_is_linear(self) -> bool:
+        return isinstance(self.second, nn.Linear)
+
+
+def rescale(model: nn.Module, layer: int, factor: float | Tensor) -> nn.Sequential:
+    r"""A new model with one layer scaled up, the next one scaled down, and the same predictions.
+
+    Weights and bias of a layer are multiplied by :math:`\beta > 0`, the next layer's weights, not
+    its bias, divided by it. Where all between them is positively homogeneous,
+    :math:`\phi(\beta a) = \beta \phi(a)`, as ReLU is, nothing else changes but the rounding; with
+    powers of two not even that.
+
+    Args:
+        model: An ``nn.Sequential``, also of sequences.
+        layer: Which of its linear and convolutional layers, counted from 0; not the last.
+        factor: ``beta``, or one for each of the layer's units, shape ``(units,)``.
+
+    Raises:
+        UnsupportedModelError: If what stands between the two layers is not positively homogeneous,
+            or the model is no sequence, or the layers' weights are used elsewhere too.
+        ValueError: If there is no such layer, or a factor is not positive and finite.
+
+    References:
+        L. Dinh et al., Sharp minima can generalize for deep nets, ICML 2017; arXiv:2605.05209,
+        table 6.
+    """
+    changed = _copy(model)
+    junction = _junction(changed, layer)
+    for module in junction.between:
+        if not isinstance(module, _HOMOGENEOUS):
+            raise UnsupportedModelError(
+                f"rescale keeps predictions only where everything between layers {layer} and "
+                f"{layer + 1} is positively homogeneous, such as ReLU, leaky ReLU, pooling, "
+                f"Flatten; got {type(module).__name__}"
+            )
+    weight = junction.first.get_parameter("weight")
+    if not isinstance(factor, Tensor) and not is_number(factor):
+        raise TypeError(f"factor must be a number or a tensor; got {type(factor).__name__}")
+    factors = torch.as_tensor(factor, dtype=weight.dtype, device=weight.device).detach()
+    if factors.shape not in ((), (junction.units,)):
+        raise ValueError(
+            f"factor must be one number, or one for each of the {junction.units} units of layer "
+            f"{layer}; got shape {tuple(factors.shape)}"
+        )
+    if not bool((torch.isfinite(factors) & (factors > 0)).all()):
+        raise ValueError(f"factor must be positive and finite; got {factor}")
+    factors = factors.expand(junction.units)
+    with torch.no_grad():
+        weight.mul_(factors.view(-1, *[1] * (weight.ndim - 1)))
+        if junction.first.bias is not None:
+            junction.first.get_parameter("bias").mul_(factors)
+        junction.incoming().div_(factors.view(-1, 1))
+    return changed
+
+
+def permute(model: nn.Module, layer: int, order: Int[Tensor, " units"]) -> nn.Sequential:
+    """A new model with one layer's units in another order, and the same predictions.
+
+    Args:
+        model: An ``nn.Sequential``, also of sequences.
+        layer: Which of its linear and convolutional layers, counted from 0; not the last.
+        order: The old index of each new unit, shape ``(units,)``; ``torch.randperm(units)`` for
+            one by chance.
+
+    Raises:
+        UnsupportedModelError: If what stands between the two layers mixes units or is not known,
+            or the model is no sequence, or the layers' weights are used elsewhere too.
+        ValueError: If there is no such layer, or ``order`` is no permutation of its units.
+    """
+    changed = _copy(model)
+    junction = _junction(changed, layer)
+    for module in junction.between:
+        if not isinstance(module, _BY_UNIT):
+            raise UnsupportedModelError(
+                f"permute needs to know that what stands between layers {layer} and {layer + 1} "
+                f"treats each unit by itself; got {type(module).__name__}"
+            )
+    units = junction.units
+    if sorted(order.tolist()) != list(range(units)):
+        raise ValueError(
+            f"order must hold each of 0 to {units - 1}, the units of layer {layer}, once; got "
+            f"{order.tolist()}"
+        )
+    order = order.to(junction.first.get_parameter("weight").device)
+    with torch.no_grad():
+        for module in (junction.first, *junction.between):
+            # Whatever a module keeps for each unit: weights, biases, running statistics.
+            for part in (*module.parameters(), *module.buffers()):
+                if part.ndim and len(part) == units:
+                    part.copy_(part[order].clone())
+        incoming = junction.incoming()
+        incoming.copy_(incoming[:, :, order].clone())
+    return changed
+
+
+def _copy(model: nn.Module) -> nn.Sequential:
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+        raise UnsupportedModelError(
+            f"expected an nn.Sequential, whose layers follow one another; got "
+            f"{type(model).__name__}"
+        )
+    check_initialized(model)
+    return deepcopy(model)
+
+
+def _modules(model: nn.Sequential) -> Iterator[nn.Module]:
+    """One after another, those of inner sequences in their place."""
+    for module in model:
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            yield from _modules(module)
+        else:
+            yield module
+
+
+def _junction(model: nn.Sequential, layer: int) -> _Junction:
+    modules = list(_modules(model))
+    places = [place for place, module in enumerate(modules) if isinstance(module, _WEIGHTED)]
+    if not 0 <= layer < len(places) - 1:
+        raise ValueError(
+            "expected the index of a linear or convolutional layer with another one behind it, "
+            f"from 0 to {len(places) - 2}; got {layer} of {len(places)} such layers"
+        )
+    first, second = places[layer : layer + 2]
+    junction = _Junction(modules[first], modules[first + 1 : second], modules[second])
+    own = [junction.first, *junction.between, junction.second]
+    _check_alone(own, modules)
+    _check_fit(junction, layer)
+    return junction
+
+
+def _check_alone(own: list[nn.Module], modules: list[nn.Module]) -> None:
+    """Require weights that nothing else uses, and that are what the forward pass uses."""
+    users: dict[int, int] = {}
+    for module in modules:
+        for parameter in module.parameters():
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    for module in own:
+        if any(users[id(parameter)] > 1 for parameter in module.parameters()):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} shares its weights with another layer, and a change for "
+                "one would change the other"
+            )
+        if is_parametrized(module):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} computes its weights from other parameters; remove the "
+                "parametrization first"
+            )
+
+
+def _check_fit(junction: _Junction, layer: int) -> None:
+    """Require that each unit's inputs to the second layer are known."""
+    for module in (junction.first, junction.second):
+        if getattr(module, "groups", 1) != 1:
+            raise UnsupportedModelError(
+                f"layers {layer} and {layer + 1} must be convolutions of one group; got "
+                f"groups={module.groups}"
+            )
+    if isinstance(junction.first, nn.Linear):
+        # Pools would mix its units, and what is kept by channel belongs to places of a sequence.
+        sequence = junction.inputs != junction.units
+        for module in junction.between:
+            by_channel = isinstance(module, _NORMS) or (
+                isinstance(module, nn.PReLU) and module.num_parameters > 1
+            )
+            if isinstance(module, _POOLS) or (sequence and by_channel):
+                raise UnsupportedModelError(
+                    f"behind a linear layer {type(module).__name__} does not treat each of its "
+                    "units by itself"
+                )
+    flat = [module for module in junction.between if isinstance(module, nn.Flatten)]
+    inputs = junction.inputs
+    linear = isinstance(junction.first, nn.Linear), junction.second_is_linear
+    fits = linear[0] == linear[1] and inputs == junction.units
+    if flat and junction.second_is_linear:
+        known = all((m.start_dim, m.end_dim) == (1, -1) for m in flat)
+        fits = known and inputs % junction.units == 0
+    if not fits:
+        raise UnsupportedModelError(
+            f"layer {layer} has {junction.units} units and layer {layer + 1} takes {inputs} "
+            f"inputs; between {type(junction.first).__name__} and "
+            f"{type(junction.second).__name__} lowland follows them if the numbers agree, or "
+            "through Flatten()"
+        )

@@ -1,0 +1,197 @@
+r"""What a solver says, proved or refused without it.
+
+A last layer is a witness if its scores are far enough apart that no rounding could have swapped
+them; where they are not, they are computed again in rational numbers. A Farkas certificate,
+nonnegative weights under which inequalities add up to ``0 > 0``, is never exact in floating point.
+It proves infeasibility if an exact one is close by; that one exists if a linear system is regular
+and its solution stays positive, which norms decide (S. M. Rump, Acta Numerica 19 (2010), section
+10). Where the inequalities are too few for their dimensions to give a square system, rational
+numbers decide again.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lowland.weakness.cone import Cone, Layer, Points
+
+UNIT = 2.0**-53
+"""Half the distance from 1 to the next float: what one rounding may change, relatively."""
+
+
+def sure_classes(layer: Layer, points: Points) -> Int[np.ndarray, " points"]:
+    """The class of the largest score at each point; -1 where rounding could change it.
+
+    Args:
+        layer: Taken to be exact.
+        points: Coordinates, each right to two roundings.
+    """
+    scores = points @ layer.T
+    # Two roundings of a coordinate, one a product, one a sum; generously.
+    error = 2 * (points.shape[1] + 4) * UNIT * (np.abs(points) @ np.abs(layer).T)
+    best = scores.argmax(axis=1)
+    own = np.arange(len(points))
+    others = scores + error
+    others[own, best] = -np.inf
+    sure = scores[own, best] - error[own, best] > others.max(axis=1)
+    return np.where(sure, best, -1)
+
+
+def exact_classes(
+    layer: Layer,
+    raw: Points,
+    center: Float[np.ndarray, " features"],
+    scale: Float[np.ndarray, " f"],
+) -> Int[np.ndarray, " points"]:
+    """The same in rational numbers, from the features themselves; -1 where scores are equal."""
+    rows = [[Fraction(float(v)) for v in row] for row in layer]
+    shift = [Fraction(float(v)) for v in center]
+    size = [Fraction(float(v)) for v in scale]
+    classes = np.full(len(raw), -1)
+    for index, point in enumerate(raw):
+        z = [
+            (Fraction(float(v)) - m) / s for v, m, s in zip(point[:-1], shift, size, strict=True)
+        ] + [Fraction(1)]
+        scores = [sum((a * b for a, b in zip(row, z, strict=True)), Fraction(0)) for row in rows]
+        best = max(scores)
+        if scores.count(best) == 1:
+            classes[index] = scores.index(best)
+    return classes
+
+
+def classifies_training(cone: Cone, layer: Layer) -> bool:
+    """Whether a last layer certainly classifies every training point correctly."""
+    classes = sure_classes(layer, cone.train)
+    open_ = classes < 0
+    if (classes[~open_] != cone.labels[~open_]).any():
+        return False
+    if open_.any():
+        exact = exact_classes(layer, cone.raw_train[open_], cone.center, cone.scale)
+        return bool((exact == cone.labels[open_]).all())
+    return True
+
+
+def certifies(
+    points: Points,
+    raw: Points,
+    own: Int[np.ndarray, " rows"],
+    against: Int[np.ndarray, " rows"],
+    weights: Float[np.ndarray, " rows"],
+) -> bool:
+    r"""Whether ``(W_own - W_against) z > 0`` for all rows certainly has no solution.
+
+    Args:
+        points: ``z`` of each inequality, each coordinate right to two roundings.
+        raw: The features themselves, with the one behind them, exact.
+        own: The class that should win.
+        against: The class that should lose.
+        weights: Positive, close to ones under which the inequalities add up to zero.
+    """
+    if not len(weights) or not (np.isfinite(weights).all() and (weights > 0).all()):
+        return False
+    from scipy.linalg import qr  # noqa: PLC0415 - optional
+
+    equations = _independent_equations(raw, own, against)
+    if len(equations) >= len(weights):
+        return _certifies_exactly(raw, own, against, weights, equations)
+    # Column j holds inequality j times its weight: all factors 1 solve the system approximately.
+    terms = np.zeros((len(equations), len(weights)))
+    for row, (label, coordinate) in enumerate(equations):
+        sign = (own == label).astype(float) - (against == label)
+        terms[row] = sign * points[:, coordinate] * weights
+    _, _, order = qr(terms, mode="economic", pivoting=True)
+    square = terms[:, order[: len(equations)]]
+    try:
+        inverse = np.linalg.inv(square)
+    except np.linalg.LinAlgError:
+        return _certifies_exactly(raw, own, against, weights, equations)
+    size = len(weights) + 8  # roundings on the way of any number below
+    product = np.abs(inverse) @ np.abs(square)
+    defect = np.abs(np.eye(len(square)) - inverse @ square) + 2 * size * UNIT * product
+    residual = np.abs(terms.sum(axis=1)) + 2 * size * UNIT * np.abs(terms).sum(axis=1)
+    contraction = 1.01 * float(defect.sum(axis=1).max())
+    change = 1.01 * float((np.abs(inverse) @ residual).max())
+    # Then the system is regular, and the exact factors differ from 1 by less than 1.
+    if contraction < 1 and change < 1 - contraction:
+        return True
+    return _certifies_exactly(raw, own, against, weights, equations)
+
+
+def _independent_equations(
+    raw: Points, own: Int[np.ndarray, " rows"], against: Int[np.ndarray, " rows"]
+) -> list[tuple[int, int]]:
+    """The pairs (class, coordinate) in which the sum must vanish, less those that follow.
+
+    What an inequality adds to one class it takes from another, so of classes that a coordinate's
+    nonzero entries join, all but one are enough; and features of rectified units are often zero.
+    In shifted coordinates the same holds, since those of the bias are all there.
+    """
+    equations = []
+    found: dict[bytes, list[int]] = {}
+    for coordinate in range(raw.shape[1]):
+        present = raw[:, coordinate] != 0
+        key = present.tobytes()
+        if key not in found:
+            found[key] = _all_but_one(own[present].tolist(), against[present].tolist())
+        equations += [(label, coordinate) for label in found[key]]
+    return equations
+
+
+def _all_but_one(left: list[int], right: list[int]) -> list[int]:
+    """Of each set of joined classes all but one."""
+    parent = {label: label for label in (*left, *right)}
+
+    def root(label: int) -> int:
+        while parent[label] != label:
+            label = parent[label]
+        return label
+
+    for a, b in zip(left, right, strict=True):
+        parent[root(a)] = root(b)
+    return [label for label in parent if parent[label] != label]
+
+
+def _certifies_exactly(
+    raw: Points,
+    own: Int[np.ndarray, " rows"],
+    against: Int[np.ndarray, " rows"],
+    weights: Float[np.ndarray, " rows"],
+    equations: list[tuple[int, int]],
+) -> bool:
+    """The same by elimination in rational numbers: free weights stay, the others follow."""
+    count = len(weights)
+    left, right = own.tolist(), against.tolist()
+    rows = []
+    for label, coordinate in equations:
+        values = raw[:, coordinate].tolist()
+        rows.append(
+            [Fraction(v) * ((left[j] == label) - (right[j] == label)) for j, v in enumerate(values)]
+        )
+    # Small weights first: they follow from the large ones, which absorb what rounding left.
+    solved: list[tuple[int, list[Fraction]]] = []
+    for column in np.argsort(weights).tolist():
+        pivot = next((row for row in rows if row[column]), None)
+        if pivot is None:
+            continue
+        rows.remove(pivot)
+        head = pivot[column]
+        pivot = [value / head for value in pivot]
+        rows = [_less(row, pivot, row[column]) for row in rows]
+        solved = [(index, _less(row, pivot, row[column])) for index, row in solved]
+        solved.append((column, pivot))
+    bound = {index for index, _ in solved}
+    free = {j: Fraction(float(weights[j])) for j in range(count) if j not in bound}
+    if not free:
+        return False
+    return all(
+        -sum((row[j] * value for j, value in free.items()), Fraction(0)) > 0 for _, row in solved
+    )
+
+
+def _less(row: list[Fraction], pivot: list[Fraction], factor: Fraction) -> list[Fraction]:
+    if not factor:
+        return row
+    return [a - factor * b if b else a for a, b in zip(row, pivot, strict=True)]

@@ -26,6 +26,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/exact.py --keep
 	$(BIN)/python benchmarks/deep.py --keep
 	$(BIN)/python benchmarks/training.py --keep
+	$(BIN)/python benchmarks/weakness.py --keep
 
 # The stamp is written last: an interrupted set-up leaves none, and the next run starts afresh.
 $(STAMP): pyproject.toml constraints.txt $(wildcard src/lowland/exact/csrc/*)

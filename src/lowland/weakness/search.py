@@ -90,6 +90,11 @@ def search(cone: Cone) -> Findings:
     return findings
 
 
+def find_layer(cone: Cone) -> Layer | None:
+    """A layer that certainly classifies all training points correctly, if one was found."""
+    return _separate(cone, Findings([], np.zeros((0, 0), int), {}, np.zeros((0, 0), bool)))
+
+
 def note(cone: Cone, findings: Findings, layer: Layer) -> bool:
     """Let a layer settle what it can; whether it certainly classifies the training points."""
     if not np.isfinite(layer).all() or not classifies_training(cone, layer):

@@ -1,0 +1,42 @@
+"""Whether networks are wrong about the same points."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def ensemble_agreement(
+    predictions: Int[Tensor, "networks unseen"], labels: Int[Tensor, " unseen"]
+) -> Float[Tensor, " networks"]:
+    """How many of the others get right what a network gets wrong.
+
+    Args:
+        predictions: Each network's classes of the unseen points.
+        labels: The right ones.
+
+    Returns:
+        For each network, over the unseen points that it gets wrong, the mean fraction of the other
+        networks that get them right; NaN for a network that gets none wrong.
+
+    Raises:
+        ValueError: If there are fewer than two networks, or the numbers of points differ.
+
+    References:
+        arXiv:2605.05209, tables 1 and 2.
+    """
+    if predictions.ndim != 2 or len(predictions) < 2:
+        raise ValueError(
+            "expected predictions of at least two networks, shape (networks, unseen); got "
+            f"{tuple(predictions.shape)}"
+        )
+    if labels.shape != predictions.shape[1:]:
+        raise ValueError(
+            f"labels must hold one class for each of {predictions.shape[1]} unseen points; got "
+            f"shape {tuple(labels.shape)}"
+        )
+    right = (predictions == labels).double()
+    wrong = 1 - right
+    # Where a network is wrong, all that are right are others.
+    others = right.sum(dim=0) / (len(predictions) - 1)
+    return (wrong @ others) / wrong.sum(dim=1)

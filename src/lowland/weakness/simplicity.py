@@ -1,0 +1,24 @@
+"""Norms of a network's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def weight_norm(parameters: Iterable[Tensor], order: float = 2.0) -> float:
+    """The norm of all parameters together, in float64.
+
+    Args:
+        parameters: Such as ``model.parameters()``.
+        order: 2 for the length, 1 for the sum of absolute values.
+
+    Raises:
+        ValueError: If there are no parameters.
+    """
+    parts = [part.detach().double().flatten() for part in parameters]
+    if not parts:
+        raise ValueError("expected at least one parameter, such as model.parameters()")
+    return float(torch.linalg.vector_norm(torch.cat(parts), ord=order))

@@ -164,12 +164,11 @@ def test_what_is_just_inside_or_outside_is_proved_or_left_open(step):
     point = torch.tensor([[1.0 + step]], dtype=torch.float64)
     proxy = pair_proxy(train, torch.tensor([0, 0, 1]), point, 2)
     assert proxy.feasible[0, 0]
-    if abs(step) < 2.0**-30:  # beyond what the solver resolves
-        assert proxy.undecided.tolist() == [[False, True]]
-        assert not proxy.feasible[0, 1]
-    else:
-        assert proxy.feasible[0, 1] == (step > 0)
-        assert not proxy.undecided.any()
+    assert not proxy.undecided[0, 0]
+    if abs(step) > 2.0**-30:  # below, the solver may resolve it or not
+        assert not proxy.undecided[0, 1]
+    assert proxy.feasible[0, 1] == (step > 0 and not proxy.undecided[0, 1])
+    assert proxy.verify()
 
 
 def test_a_feature_that_only_unseen_points_have_frees_them():

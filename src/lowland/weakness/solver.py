@@ -42,6 +42,7 @@ class Program:
             ("threads", 1),
             ("presolve", "off"),  # it would drop the basis of the program before
             ("solver", "simplex"),
+            ("simplex_scale_strategy", 0),  # features come at one scale already
             ("simplex_strategy", 4 if primal else 1),
         ):
             self.model.setOptionValue(name, value)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call, hessian
 
 import lowland
-from lowland.kernels import differentiable_kernels
+from lowland.kernels import differentiable_kernels, is_ordinary
 
 DOUBLE = torch.float64
 NORMS = {
@@ -102,3 +102,17 @@ def test_settings_are_given_back():
         assert not torch.backends.cudnn.enabled
     assert before == (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled)
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_only_pytorchs_own_plain_modules_are_ordinary():
+    plain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(2, 2))
+    assert is_ordinary(plain, nn.CrossEntropyLoss())
+
+    class Own(nn.Linear):
+        pass
+
+    hooked = nn.Linear(2, 2)
+    hooked.register_forward_hook(lambda module, inputs, output: output)
+    others = nn.LayerNorm(2), nn.MultiheadAttention(2, 1), nn.LSTM(2, 2), Own(2, 2), hooked
+    for other in others:
+        assert not is_ordinary(nn.Sequential(nn.Linear(2, 2), other))

@@ -32,6 +32,27 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def is_ordinary(*models: nn.Module) -> bool:
+    """Whether they are made of modules of PyTorch alone whose derivatives are right as they are.
+
+    Then nothing needs to be looked at, operation by operation.
+    """
+    return all(
+        type(module) is getattr(nn, type(module).__name__, None)
+        and type(module).__module__.rpartition(".")[2] in _ORDINARY
+        and not isinstance(module, nn.MultiheadAttention)
+        and not (module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
+        and "forward" not in module.__dict__
+        for model in models
+        for module in model.modules()
+    )
+
+
+_ORDINARY = frozenset(
+    ("activation", "container", "conv", "dropout", "flatten", "linear", "loss", "pooling", "sparse")
+)
+
+
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     # Not by the context manager that PyTorch has: it sets other flags too, some of which warn.

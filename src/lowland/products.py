@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
 
-from lowland.kernels import differentiable_kernels
+from lowland.kernels import differentiable_kernels, is_ordinary
 from lowland.objective import Gradient, Objective, check_finite, not_compiled
 from lowland.passes import frozen_statistics, remember_randomness
 
@@ -102,7 +102,7 @@ def products_with(part: Objective, directions: Sequence[Parts], products: Produc
             found.append(times(near, 1 / step))
             plus_(found[-1], gradient, -1 / step)
         return found
-    with torch.enable_grad(), not_compiled(), differentiable_kernels(part.model):
+    with torch.enable_grad(), not_compiled(), _kernels(part):
         gradient = _gradient(part, part.loss())
         return [_product(part, gradient, direction, wanted=False) for direction in directions]
 
@@ -112,7 +112,7 @@ def _exact(
 ) -> Measured:
     wanted = torch.is_grad_enabled()
     scale = _loss_scale(parts[0].parameters[0].device)
-    with torch.enable_grad(), not_compiled(), differentiable_kernels(parts[0].model):
+    with torch.enable_grad(), not_compiled(), _kernels(parts[0]):
         losses = [part.loss() for part in parts]
         gradients = [
             _gradient(part, scale * loss) for part, loss in zip(parts, losses, strict=True)
@@ -154,9 +154,16 @@ def _carry(value: Tensor, slope: Tensor) -> Tensor:
     return value + (slope - slope.detach())
 
 
+def _kernels(part: Objective) -> AbstractContextManager[None]:
+    if is_ordinary(part.model, part.criterion):
+        return nullcontext()
+    return differentiable_kernels(part.model)
+
+
 def _gradient(part: Objective, loss: Tensor) -> Parts:
     gradient = part.complete(grad(loss, part.parameters, create_graph=True, allow_unused=True))
-    _check_differentiable(gradient)
+    if not is_ordinary(part.model, part.criterion):
+        _check_differentiable(gradient)
     return gradient
 
 

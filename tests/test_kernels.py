@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, hessian
 
-import lowland
+from lowland.dense import dense_hessian
 from lowland.kernels import differentiable_kernels, is_ordinary
 
 DOUBLE = torch.float64
@@ -90,7 +90,7 @@ def test_brute_force_is_right_about_a_transformer():
     flat = torch.cat([part.reshape(-1) for part in gradient])
     v = torch.randn(len(flat), dtype=DOUBLE)
     product = torch.autograd.grad(flat @ v, parameters)
-    matrix = lowland.dense.dense_hessian(model, criterion, x, y)
+    matrix = dense_hessian(model, criterion, x, y)
     torch.testing.assert_close(matrix @ v, torch.cat([part.reshape(-1) for part in product]))
 
 

@@ -184,6 +184,10 @@ def test_settings_that_make_no_sense_are_refused_at_once(kind):
         ValueError, match="unknown method 'x': expected 'auto', 'exact', 'probes' or"
     ):
         kind(BCE, 0.1, method="x")
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator; got 3"):
+        kind(BCE, 0.1, generator=3)
+    with pytest.raises(ValueError, match=r"parameters= must name at least one parameter"):
+        kind(BCE, 0.1, parameters=[])
     with pytest.raises(TypeError, match=r"memory_budget must be a number of bytes.*got '1GB'"):
         kind(BCE, 0.1, memory_budget="1GB")
 

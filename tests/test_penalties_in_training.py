@@ -444,7 +444,7 @@ def test_without_gradients_there_is_a_value():
 @pytest.mark.parametrize("method", ["exact", "probes", "dense"])
 def test_parameters_of_another_model(method):
     model, x, y = build("mlp")
-    for others in ([nn.Linear(2, 2).weight], [model[0].weight, nn.Linear(2, 2).weight], []):
+    for others in ([nn.Linear(2, 2).weight], [model[0].weight, nn.Linear(2, 2).weight]):
         penalty = lowland.HSR(CROSS_ENTROPY, 1.0, method=method, parameters=others)
         with pytest.raises(ValueError, match="parameters= must be trainable parameters of the mod"):
             penalty(model, x, y)

@@ -59,7 +59,8 @@ class CurvaturePenalty(nn.Module, ABC):
         memory_budget: Bytes of temporaries of the closed form.
 
     Raises:
-        TypeError: If the criterion cannot be called, or the weight or the budget is no number.
+        TypeError: If the criterion cannot be called, the weight or the budget is no number, or the
+            generator is none.
         ValueError: If the weight is negative or not finite, or another setting makes no sense.
 
     Notes:
@@ -98,6 +99,11 @@ class CurvaturePenalty(nn.Module, ABC):
         check_settings(probes, products)
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1; got {every!r}")
+        if not (generator is None or isinstance(generator, Generator)):
+            raise TypeError(f"generator must be a torch.Generator; got {generator!r}")
+        subset = None if parameters is None else tuple(parameters)
+        if subset == ():
+            raise ValueError("parameters= must name at least one parameter; got none")
         if not (isinstance(active, tuple) and len(active) == 2 and 0 <= active[0] < active[1]):
             raise ValueError(
                 f"active must be (start, stop), the first call with the penalty and the first "
@@ -109,7 +115,7 @@ class CurvaturePenalty(nn.Module, ABC):
         self.probes, self.products, self.generator = probes, products, generator
         self.unbiased = unbiased
         # Not in a list of nn.Module's own: they are the model's to move and to save.
-        self._subset = None if parameters is None else tuple(parameters)
+        self._subset = subset
         self.every, self.active = every, active
         self.memory_budget = check_budget(memory_budget)
         self.calls = 0

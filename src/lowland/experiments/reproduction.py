@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lowland.jobs import Store
+from lowland.jobs import Pieces, Store, Tensors, run_pieces
 from lowland.pages import data_uri, render
 from lowland.plots import render as render_figure
 from lowland.threads import threads
@@ -191,27 +191,23 @@ def claims_table(claims: Sequence[Claim]) -> pd.DataFrame:
     )
 
 
-@runtime_checkable
-class Subject(Protocol):
+@dataclass(frozen=True)
+class StudyFigure:
     """A figure of a study.
 
     Attributes:
-        number: As in the paper.
+        number: As in the paper, or its place on the page.
         title: A few words.
         caption: What is drawn, in one or two sentences.
+        draw: Makes the figure from the study's results.
         stage: What has to be run for it: the names of stages, separated by spaces.
     """
 
-    @property
-    def number(self) -> int: ...  # noqa: D102
-    @property
-    def title(self) -> str: ...  # noqa: D102
-    @property
-    def caption(self) -> str: ...  # noqa: D102
-    @property
-    def stage(self) -> str: ...  # noqa: D102
-    @property
-    def draw(self) -> Callable[[Any], Figure]: ...  # noqa: D102
+    number: int
+    title: str
+    caption: str
+    draw: Callable[[Any], Figure]
+    stage: str = ""
 
 
 @runtime_checkable
@@ -255,7 +251,7 @@ class Paper:
     load: Callable[[str], Any]
     stages: Collection[str]
     run: Runner
-    figures: Mapping[int, Subject]
+    figures: Mapping[int, StudyFigure]
     report: Report
 
     def needed(self, numbers: Iterable[int]) -> set[str]:
@@ -263,8 +259,31 @@ class Paper:
         return {stage for number in numbers for stage in self.figures[number].stage.split()}
 
 
-def drawing(figure: Subject, study: object) -> Drawing:
+def drawing(figure: StudyFigure, study: object) -> Drawing:
     """A figure of a study's results, drawn."""
     with threads(1):
         svg = render_figure(figure.draw(study), "svg")
     return Drawing(figure.number, figure.title, figure.caption, svg)
+
+
+def run_stage(
+    title: str,
+    pieces: Pieces,
+    store: Store,
+    *,
+    executor: Executor | None,
+    on_progress: Progress | None,
+) -> dict[str, Tensors]:
+    """Compute what is missing of a stage's pieces, and load them all.
+
+    Raises:
+        JobError: If a worker process died.
+    """
+
+    def on_done(done: int) -> None:
+        if on_progress is not None:
+            on_progress(title, done, len(pieces))
+
+    if pieces:
+        run_pieces(pieces, store, executor=executor, on_done=on_done)
+    return {piece: store.load(piece) for piece in pieces}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -19,6 +18,7 @@ from lowland import plots
 from lowland.experiments.flatness.preset import BASELINE, KINDS, Task, Way
 from lowland.experiments.flatness.run import Study
 from lowland.experiments.flatness.tables import Array, multiples, networks, values
+from lowland.experiments.reproduction import StudyFigure
 from lowland.plots import STYLE, plain_log_ticks
 
 COLORS = plots.COLORS | {"sam": "#cc79a7", "adaptive-sam": "#d55e00"}
@@ -32,25 +32,6 @@ PAPER = (36.0, 40.0)
 """The published multiples."""
 
 GAINS = ("average_flatness", "final_accuracy")
-
-
-@dataclass(frozen=True)
-class StudyFigure:
-    """One figure of the study.
-
-    Attributes:
-        number: Its place on the page; the paper has a table.
-        title: A few words.
-        caption: What is drawn, in one or two sentences.
-        draw: Makes the figure from the study's results.
-        stage: Which of :data:`~lowland.experiments.flatness.run.STAGES` it needs.
-    """
-
-    number: int
-    title: str
-    caption: str
-    draw: Callable[[Study], Figure]
-    stage: str
 
 
 def figure_1(study: Study) -> Figure:

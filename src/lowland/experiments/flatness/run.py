@@ -13,9 +13,9 @@ from lowland.experiments.flatness.preset import Preset, Task, Way
 from lowland.experiments.flatness.problem import Source, missing, title
 from lowland.experiments.flatness.train import timing, train
 from lowland.experiments.presets import PresetError
-from lowland.experiments.reproduction import Progress
+from lowland.experiments.reproduction import Progress, run_stage
 from lowland.images import data_folder
-from lowland.jobs import Pieces, Store, Tensors, run_pieces
+from lowland.jobs import Pieces, Store, Tensors
 
 STAGES = ("timing", "training")
 """What can be run by itself."""
@@ -79,21 +79,14 @@ def run_study(
     if not tasks:
         raise PresetError(f"no task can be run: {'; '.join(dict.fromkeys(reasons.values()))}")
 
-    def run(name: str, pieces: Pieces, executor: Executor | None) -> dict[str, Tensors]:
-        def on_done(done: int) -> None:
-            if on_progress is not None:
-                on_progress(name, done, len(pieces))
-
-        if pieces:
-            run_pieces(pieces, store, executor=executor, on_done=on_done)
-        return {piece: store.load(piece) for piece in pieces}
-
+    run = partial(run_stage, store=store, on_progress=on_progress)
     clock, work = {}, {}
     if "timing" in stages:
         # First, one after the other and in this process, so that nothing of ours disturbs them.
-        clock = run("timing steps", _timing_pieces(preset, tasks, source), None)
+        clock = run("timing steps", _timing_pieces(preset, tasks, source), executor=None)
     if "training" in stages:
-        work = run("training networks", _training_pieces(preset, tasks, source), executor)
+        pieces = _training_pieces(preset, tasks, source)
+        work = run("training networks", pieces, executor=executor)
     return Study(
         preset,
         {task.name: title(task, source) for task in tasks},

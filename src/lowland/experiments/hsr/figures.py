@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 
 import matplotlib as mpl
@@ -30,6 +29,7 @@ from lowland.experiments.hsr.landscape import REACH, rise
 from lowland.experiments.hsr.problem import samples
 from lowland.experiments.hsr.run import KINDS, Study
 from lowland.experiments.hsr.sweep import gains, interval
+from lowland.experiments.reproduction import StudyFigure
 from lowland.jobs import Tensors
 from lowland.plots import STYLE, plain_log_ticks
 
@@ -45,25 +45,6 @@ SHADE = "#f4f1e8"
 
 BOUNDARIES = 5  # networks in figure 15
 SHOWN = 100  # samples of either class in each of its panels
-
-
-@dataclass(frozen=True)
-class StudyFigure:
-    """One figure of the study.
-
-    Attributes:
-        number: As in the paper.
-        title: A few words.
-        caption: What is drawn, in one or two sentences.
-        draw: Makes the figure from the study's results.
-        stage: What of :data:`~lowland.experiments.hsr.run.STAGES` it needs.
-    """
-
-    number: int
-    title: str
-    caption: str
-    draw: Callable[[Study], Figure]
-    stage: str = ""
 
 
 def figure_2(study: Study) -> Figure:

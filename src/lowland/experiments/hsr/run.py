@@ -14,8 +14,8 @@ from lowland.experiments.hsr.control import control
 from lowland.experiments.hsr.preset import Preset
 from lowland.experiments.hsr.search import NOTHING, Selection, search, select
 from lowland.experiments.hsr.sweep import sweep
-from lowland.experiments.reproduction import Progress
-from lowland.jobs import Pieces, Store, Tensors, run_pieces
+from lowland.experiments.reproduction import Progress, run_stage
+from lowland.jobs import Pieces, Store, Tensors
 
 KINDS = ("sharp", "flat")
 FITTED = 8  # converged networks whose samples figure 4 looks at
@@ -82,16 +82,7 @@ def run_study(
     Raises:
         JobError: If a worker process died.
     """
-
-    def run(title: str, pieces: Pieces) -> dict[str, Tensors]:
-        def on_done(done: int) -> None:
-            if on_progress is not None:
-                on_progress(title, done, len(pieces))
-
-        if pieces:
-            run_pieces(pieces, store, executor=executor, on_done=on_done)
-        return {name: store.load(name) for name in pieces}
-
+    run = partial(run_stage, store=store, executor=executor, on_progress=on_progress)
     # By itself and first, so that nothing else of ours disturbs its clock.
     timing = {"theory/timing": partial(theory.timing, preset)} if "timing" in stages else {}
     results = run("timing gradients", timing)

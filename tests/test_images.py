@@ -15,6 +15,8 @@ from lowland.images import (
     MissingDataError,
     cifar100,
     data_folder,
+    fashion_mnist,
+    mnist,
     mnist_test,
 )
 
@@ -129,10 +131,11 @@ def idx(array, dims=None, kind=8):
     )
 
 
-def write_mnist(folder, pictures, labels, *, zipped=False, dot=False):
+def write_mnist(folder, pictures, labels, *, part="t10k", zipped=False, dot=False):
     mark = "." if dot else "-"
+    folder.mkdir(exist_ok=True)
     for kind, content in ((f"images{mark}idx3", pictures), (f"labels{mark}idx1", labels)):
-        path = folder / f"t10k-{kind}-ubyte{'.gz' if zipped else ''}"
+        path = folder / f"{part}-{kind}-ubyte{'.gz' if zipped else ''}"
         path.write_bytes(gzip.compress(content) if zipped else content)
 
 
@@ -168,6 +171,20 @@ def test_damaged_files_are_refused(tmp_path, pictures, labels, message):
     write_mnist(tmp_path, pictures, labels)
     with pytest.raises(DataError, match=message):
         mnist_test(tmp_path)
+
+
+def test_mnist_and_its_namesake_are_told_apart_by_the_folder(tmp_path):
+    for place, first in (("fashion-mnist", 0), ("mnist", 2)):
+        for offset, part in enumerate(("train", "t10k")):
+            labels = np.full(2, first + offset, np.uint8)
+            write_mnist(tmp_path / place, idx(PICTURES), idx(labels), part=part)
+    assert [part.y[0].item() for part in fashion_mnist(tmp_path)] == [0, 1]
+    assert [part.y[0].item() for part in mnist(tmp_path)] == [2, 3]
+    assert fashion_mnist(tmp_path / "fashion-mnist")[0].name == "Fashion-MNIST (training images)"
+    with pytest.raises(MissingDataError, match=r"MNIST is not in .*fashion"):
+        mnist(tmp_path / "fashion-mnist")
+    with pytest.raises(MissingDataError, match=r"expected train.*\.gz, in a folder with 'fashion'"):
+        fashion_mnist(tmp_path / "mnist")
 
 
 def test_a_cut_off_gzip_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Images from local files in the formats of their publishers: MNIST and CIFAR-100.
+"""Images from local files in their publishers' formats: MNIST, Fashion-MNIST and CIFAR-100.
 
 Nothing is downloaded, and nothing is unpickled.
 """
@@ -70,18 +70,49 @@ def mnist_test(folder: Path) -> Dataset:
     References:
         Y. LeCun, C. Cortes and C. J. C. Burges, The MNIST database of handwritten digits.
     """
-    images = _idx(_find(folder, "t10k-images-idx3-ubyte"), 3)
-    labels = _idx(_find(folder, "t10k-labels-idx1-ubyte"), 1)
+    return _mnist_part(folder, "MNIST", "test", fashion=False)
+
+
+def mnist(folder: Path) -> tuple[Dataset, Dataset]:
+    """MNIST: 60,000 training and 10,000 test images, as :func:`mnist_test` reads them.
+
+    The training part's files are ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``.
+    """
+    return _mnist_part(folder, "MNIST", "training", fashion=False), mnist_test(folder)
+
+
+def fashion_mnist(folder: Path) -> tuple[Dataset, Dataset]:
+    """Fashion-MNIST: as many images of clothes, in files of the same names as MNIST's.
+
+    They are looked for where a folder's name tells them apart, such as ``fashion-mnist``.
+
+    Raises:
+        MissingDataError: If they are not there.
+        DataError: If they are not IDX files, or do not fit each other.
+
+    References:
+        H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST (arXiv:1708.07747).
+    """
+    train, test = (
+        _mnist_part(folder, "Fashion-MNIST", part, fashion=True) for part in ("training", "test")
+    )
+    return train, test
+
+
+def _mnist_part(folder: Path, name: str, part: str, *, fashion: bool) -> Dataset:
+    prefix = "t10k" if part == "test" else "train"
+    images = _idx(_find(folder, f"{prefix}-images-idx3-ubyte", name, fashion=fashion), 3)
+    labels = _idx(_find(folder, f"{prefix}-labels-idx1-ubyte", name, fashion=fashion), 1)
     if len(images) != len(labels) or len(labels) == 0:
         raise DataError(
-            f"MNIST's files in {str(folder)!r} must hold as many images as labels, and some; got "
+            f"{name}'s files in {str(folder)!r} must hold as many images as labels, and some; got "
             f"{len(images)} and {len(labels)}; get them again"
         )
     if labels.max() > 9:
         raise DataError(
             f"the labels in {str(folder)!r} must be digits from 0 to 9; got {labels.max()}"
         )
-    return _dataset("MNIST (test images)", images, labels, tuple(images.shape[1:]), 10)
+    return _dataset(f"{name} ({part} images)", images, labels, tuple(images.shape[1:]), 10)
 
 
 def cifar100(folder: Path, *, verify: bool = True) -> tuple[Dataset, Dataset]:
@@ -175,14 +206,25 @@ def _cifar_part(name: str, content: bytes) -> Dataset:
     return _dataset("CIFAR-100", table[:, 2:], table[:, 1], _CIFAR_SHAPE, _CIFAR_LABELS[1])
 
 
-def _find(folder: Path, name: str) -> Path:
-    """A file of MNIST's, under one of the names that go round."""
-    for known in (name, name.replace("-idx", ".idx")):
-        for path in (known, f"{known}.gz"):
-            found = sorted(folder.rglob(path))
+def _find(folder: Path, file: str, name: str, *, fashion: bool) -> Path:
+    """A file of MNIST's, or of its namesake's, under one of the names that go round."""
+    for known in (file, file.replace("-idx", ".idx")):
+        for pattern in (known, f"{known}.gz"):
+            found = sorted(
+                path
+                for path in folder.rglob(pattern)
+                if fashion == _says_fashion(folder.name, path.relative_to(folder))
+            )
             if found:
                 return found[0]
-    raise MissingDataError(f"MNIST is not in {str(folder)!r}: expected {name} or {name}.gz")
+    within = ", in a folder with 'fashion' in its name" if fashion else ""
+    raise MissingDataError(
+        f"{name} is not in {str(folder)!r}: expected {file} or {file}.gz{within}"
+    )
+
+
+def _says_fashion(folder: str, path: Path) -> bool:
+    return any("fashion" in part.lower() for part in (folder, *path.parts))
 
 
 def _idx(path: Path, dims: int) -> Bytes:

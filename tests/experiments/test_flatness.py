@@ -15,12 +15,13 @@ from lowland.experiments.flatness import run as run_module
 from lowland.experiments.flatness.claims import judge
 from lowland.experiments.flatness.figures import FIGURES
 from lowland.experiments.flatness.preset import Preset, Task, load_preset
-from lowland.experiments.flatness.problem import Source, samples
+from lowland.experiments.flatness.problem import samples
 from lowland.experiments.flatness.reproduce import PAPER
 from lowland.experiments.flatness.run import Study, run_study
 from lowland.experiments.flatness.tables import listings, networks, summary
 from lowland.experiments.flatness.train import look_steps, train
 from lowland.experiments.presets import PresetError
+from lowland.experiments.sources import Source
 from lowland.jobs import Store
 from lowland.networks import initial_weights
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from lowland.datasets import Dataset, breast_cancer, digits, stratified_splits
+from lowland.datasets import stratified_splits
 from lowland.experiments.flatness.preset import Task
-from lowland.images import FOLDER_VARIABLE, MissingDataError, cifar100, mnist_test
+from lowland.experiments.sources import Source, parts
 from lowland.networks import initial_weights
 
 IMAGES = ("mnist", "cifar-100")
 """Whose pixels stay as they are, so that inputs are about as long as those of other data."""
-
-_DATASETS = {"breast-cancer": breast_cancer, "digits": digits}
 
 
 @dataclass(frozen=True)
@@ -41,19 +37,6 @@ class Samples:
     outputs: int
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where data that no package carries come from.
-
-    Attributes:
-        folder: With their files; None if there is none.
-        verify: Whether CIFAR-100's files have to be the published ones.
-    """
-
-    folder: Path | None = None
-    verify: bool = True
-
-
 def samples(task: Task, seed: int, source: Source) -> Samples:
     """A task's samples, split by the seed unless the data has a test part.
 
@@ -61,18 +44,18 @@ def samples(task: Task, seed: int, source: Source) -> Samples:
         MissingDataError: If its files are not there.
         DataError: If they cannot be used.
     """
-    train, test = _parts(task.data, source)
+    train, test = parts(task.data, source)
     if test is not None:
-        parts = [train.x, train.y, test.x, test.y]
+        split = [train.x, train.y, test.x, test.y]
     elif task.data in IMAGES:
         chosen = train_test_split(
             range(len(train.y)), test_size=task.test_size, stratify=train.y, random_state=seed
         )
-        parts = [values[own] for own in chosen for values in (train.x, train.y)]
+        split = [values[own] for own in chosen for values in (train.x, train.y)]
     else:
         splits = stratified_splits(train, range(seed, seed + 1), test_size=task.test_size)
-        parts = [part[0] for part in (splits.x_train, splits.y_train, splits.x_test, splits.y_test)]
-    single = [part.float() if part.is_floating_point() else part for part in parts]
+        split = [part[0] for part in (splits.x_train, splits.y_train, splits.x_test, splits.y_test)]
+    single = [part.float() if part.is_floating_point() else part for part in split]
     x_train, y_train, x_test, y_test = single
     if len(train.classes) > 2:
         return Samples(x_train, y_train, x_test, y_test, len(train.classes))
@@ -83,32 +66,7 @@ def title(task: Task, source: Source) -> str:
     """Data and network, for people."""
     model = "-".join(map(str, task.hidden))
     network = f"ReLU MLP, {model} hidden units" if model else "logistic regression"
-    return f"{_parts(task.data, source)[0].name}, {network}"
-
-
-def missing(task: Task, source: Source) -> str:
-    """Why a task cannot be run; empty if it can.
-
-    Raises:
-        DataError: If its files are there and cannot be used.
-    """
-    try:
-        _parts(task.data, source)
-    except MissingDataError as error:
-        return str(error)
-    return ""
-
-
-@lru_cache(maxsize=2)
-def _parts(data: str, source: Source) -> tuple[Dataset, Dataset | None]:
-    """The training and the test part; no test part where seeds split the samples."""
-    if data in _DATASETS:
-        return _DATASETS[data](), None
-    if source.folder is None:
-        raise MissingDataError(f"{FOLDER_VARIABLE} names no folder with the files of {data}")
-    if data == "mnist":
-        return mnist_test(source.folder), None
-    return cifar100(source.folder, verify=source.verify)
+    return f"{parts(task.data, source)[0].name}, {network}"
 
 
 def network(task: Task, data: Samples, seed: int) -> nn.Sequential:

@@ -10,10 +10,11 @@ from functools import partial
 import torch
 
 from lowland.experiments.flatness.preset import Preset, Task, Way
-from lowland.experiments.flatness.problem import Source, missing, title
+from lowland.experiments.flatness.problem import title
 from lowland.experiments.flatness.train import timing, train
 from lowland.experiments.presets import PresetError
 from lowland.experiments.reproduction import Progress, run_stage
+from lowland.experiments.sources import Source, missing
 from lowland.images import data_folder
 from lowland.jobs import Pieces, Store, Tensors
 
@@ -74,7 +75,7 @@ def run_study(
         PresetError: If no task can be run.
     """
     source = Source(data_folder(), preset.verify)
-    reasons = {task.name: missing(task, source) for task in preset.tasks}
+    reasons = {task.name: missing(task.data, source) for task in preset.tasks}
     tasks = [task for task in preset.tasks if not reasons[task.name]]
     if not tasks:
         raise PresetError(f"no task can be run: {'; '.join(dict.fromkeys(reasons.values()))}")

@@ -14,12 +14,12 @@ import lowland
 from lowland.experiments.flatness.preset import Preset, Task, Way
 from lowland.experiments.flatness.problem import (
     Samples,
-    Source,
     accuracy,
     criterion,
     network,
     samples,
 )
+from lowland.experiments.sources import Source, stream
 from lowland.jobs import Tensors
 from lowland.penalties import CurvaturePenalty
 from lowland.threads import threads
@@ -32,11 +32,6 @@ PENALTIES: dict[str, type[CurvaturePenalty]] = {
     "hsr": lowland.HSR,
     "hessian-trace": lowland.HessianTrace,
 }
-
-
-def stream(seed: int, kind: int) -> torch.Generator:
-    """Random numbers of one kind for one seed."""
-    return torch.Generator().manual_seed(10 * seed + kind)
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Num
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowland.activations import get_activation
 from lowland.losses import get_loss
@@ -111,3 +111,23 @@ def one_by_one(
         one = slice(index, index + 1)
         own = tuple(layer.clone() for layer in select(weights, one))
         yield own, pick(x, one).clone(), pick(y, one).clone()
+
+
+def as_module(network: SomeWeights, activation: type[nn.Module]) -> nn.Sequential:
+    """One network of an ensemble, as layers of PyTorch's."""
+    modules: list[nn.Module] = []
+    for (weights,) in network:
+        layer = nn.Linear(len(weights) - 1, weights.shape[1], dtype=weights.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(weights[1:].T)
+            layer.bias.copy_(weights[0])
+        modules += [layer, activation()]
+    return nn.Sequential(*modules[:-1])
+
+
+def as_weights(model: nn.Sequential) -> SomeWeights:
+    """The other way round: an ensemble of one."""
+    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+    return tuple(
+        torch.cat([layer.bias.detach()[None], layer.weight.detach().T])[None] for layer in layers
+    )

@@ -70,6 +70,32 @@ def parse(text: str, name: str) -> dict[str, Any]:
         raise PresetError(f"{name!r} is not a TOML file: {error}") from None
 
 
+def task_tables(settings: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The tables ``[[tasks]]`` of a preset's settings, each with a plain ``name`` of its own.
+
+    Raises:
+        PresetError: If there are none, or names are missing, repeated, or no names of files.
+    """
+    found = settings.get("tasks", [])
+    if not isinstance(found, list) or not found or not all(isinstance(t, dict) for t in found):
+        raise PresetError(f"{name!r}: tasks must be a list of tables, [[tasks]], not empty")
+    names = [table.get("name") for table in found]
+    if not all(map(_is_plain, names)) or len(set(names)) < len(names):
+        raise PresetError(
+            f"{name!r}: each task needs a name of its own, of letters, digits and dashes; got "
+            f"{', '.join(map(repr, names))}"
+        )
+    return found
+
+
+def _is_plain(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and bool(name)
+        and all(c.isascii() and (c.isalnum() or c == "-") for c in name)
+    )
+
+
 def check(
     settings: Mapping[str, Any],
     kind: type,

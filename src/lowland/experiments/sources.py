@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lowland.datasets import Dataset, breast_cancer, digits
+from lowland.datasets import CARRIED, Dataset
 from lowland.images import (
     FOLDER_VARIABLE,
     MissingDataError,
@@ -20,8 +20,6 @@ from lowland.images import (
 )
 
 Parts = tuple[Dataset, Dataset | None]
-
-_CARRIED: dict[str, Callable[[], Dataset]] = {"breast-cancer": breast_cancer, "digits": digits}
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ def parts(data: str, source: Source) -> Parts:
         MissingDataError: If its files are not there.
         DataError: If they cannot be used.
     """
-    if data in _CARRIED:
-        return _CARRIED[data](), None
+    if data in CARRIED:
+        return CARRIED[data](), None
     if source.folder is None:
         raise MissingDataError(f"{FOLDER_VARIABLE} names no folder with the files of {data}")
     if data == "mnist":

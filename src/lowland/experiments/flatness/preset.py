@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lowland.experiments.presets import PresetError, Rules, check, parse, preset_text
+from lowland.experiments.presets import PresetError, Rules, check, parse, preset_text, task_tables
 
 PACKAGE = "lowland.experiments.flatness"
 """Where the presets are."""
@@ -150,11 +150,8 @@ def load_preset(name: str) -> Preset:
         PresetError: If there is no such preset, or its settings are not those of :class:`Preset`.
     """
     settings = parse(preset_text(PACKAGE, name), name)
-    found = settings.get("tasks", [])
-    if not isinstance(found, list) or not found or not all(isinstance(t, dict) for t in found):
-        raise PresetError(f"{name!r}: tasks must be a list of tables, [[tasks]], not empty")
     tasks = []
-    for index, entry in enumerate(found, start=1):
+    for index, entry in enumerate(task_tables(settings, name), start=1):
         where = f"{name!r}, task {index}"
         task = Task(**check(entry, Task, RULES, where))
         if task.data not in DATA:
@@ -165,12 +162,6 @@ def load_preset(name: str) -> Preset:
                 f"than 0 for other data; got {task.test_size}"
             )
         tasks.append(task)
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names) or not all(_is_plain(name) for name in names):
-        raise PresetError(
-            f"{name!r}: each task needs a name of its own, of letters, digits and dashes; got "
-            f"{', '.join(map(repr, names))}"
-        )
     rest = {key: value for key, value in settings.items() if key != "tasks"}
     entries = check(rest, Preset, RULES, repr(name), besides=["tasks"])
     weights = list(entries["weights"])
@@ -180,7 +171,3 @@ def load_preset(name: str) -> Preset:
             f"is moderate; got {weights}"
         )
     return Preset(**entries, tasks=tuple(tasks))
-
-
-def _is_plain(name: str) -> bool:
-    return bool(name) and all(c.isascii() and (c.isalnum() or c == "-") for c in name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowland.datasets import stratified_splits
 from lowland.experiments.flatness.preset import Task
 from lowland.experiments.sources import Source, parts
-from lowland.networks import initial_weights
+from lowland.networks import as_module, initial_weights
 
 IMAGES = ("mnist", "cifar-100")
 """Whose pixels stay as they are, so that inputs are about as long as those of other data."""
@@ -72,15 +72,8 @@ def title(task: Task, source: Source) -> str:
 def network(task: Task, data: Samples, seed: int) -> nn.Sequential:
     """A network at its starting point, distributed as PyTorch's own layers are."""
     sizes = [data.x_train.shape[1], *task.hidden, data.outputs]
-    layers: list[nn.Module] = []
-    for weights in initial_weights(range(seed, seed + 1), sizes):
-        bias, matrix = weights[0, 0], weights[0, 1:]
-        layer = nn.Linear(*matrix.shape)
-        with torch.no_grad():
-            layer.weight.copy_(matrix.T)
-            layer.bias.copy_(bias)
-        layers += [layer, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    weights = initial_weights(range(seed, seed + 1), sizes)
+    return as_module(tuple(layer.float() for layer in weights), nn.ReLU)
 
 
 def criterion(data: Samples) -> nn.Module:

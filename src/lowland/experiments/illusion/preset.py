@@ -215,6 +215,7 @@ def _check_task(task: Task, where: str) -> None:
         ),
         ("unseen", (task.kind == "pairs") == (task.unseen > 0), "0 unless kind is pairs, then not"),
         ("joint_unseen", task.joint_unseen <= task.unseen, f"at most unseen, {task.unseen}"),
+        ("rescaled", both or not task.rescaled, "0 unless kind is advantage"),
         ("seeds", not both or task.seeds <= LARGE_SEEDS, f"at most {LARGE_SEEDS}"),
     )
     for key, holds, expected in rules:

@@ -22,8 +22,10 @@ from lowland.experiments.sources import Source, missing
 from lowland.images import data_folder
 from lowland.jobs import Pieces, Store, Tensors
 
-STAGES = ("training", "pairs", "joint", "rescaling", "hsr")
-"""What can be run by itself; pairs, joint and rescaling train the networks that they need."""
+STAGES = ("pairs", "joint", "selection", "advantage", "rescaling", "hsr")
+"""What can be run by itself; each trains the networks that it needs."""
+
+_NEEDS = {"joint": "pairs", "rescaling": "advantage"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,13 @@ class Study:
     rescaled: dict[str, Tensors] = field(default_factory=dict)
     hsr: dict[tuple[str, str], Tensors] = field(default_factory=dict)
 
-    def tasks(self, kind: str) -> list[Task]:
-        """Those of a kind that were run."""
-        return [t for t in self.preset.tasks if t.name in self.titles and t.kind == kind]
+    def tasks(self, kind: str = "") -> list[Task]:
+        """Those of a kind, or of all kinds, that were run."""
+        return [
+            task
+            for task in self.preset.tasks
+            if task.name in self.titles and kind in ("", task.kind)
+        ]
 
 
 def run_study(
@@ -81,9 +87,11 @@ def run_study(
         PresetError: If no task can be run.
     """
     source = Source(data_folder())
-    reasons = {task.name: missing(task.data, source) for task in preset.tasks}
-    tasks = [task for task in preset.tasks if not reasons[task.name]]
-    if not tasks:
+    kinds = {_NEEDS.get(stage, stage) for stage in stages}
+    wanted = [task for task in preset.tasks if task.kind in kinds]
+    reasons = {task.name: missing(task.data, source) for task in wanted}
+    tasks = [task for task in wanted if not reasons[task.name]]
+    if wanted and not tasks:
         raise PresetError(f"no task can be run: {'; '.join(dict.fromkeys(reasons.values()))}")
     run = partial(run_stage, store=store, executor=executor, on_progress=on_progress)
     study = Study(
@@ -92,12 +100,12 @@ def run_study(
         {name: reason for name, reason in reasons.items() if reason},
         labels={task.name: points(task, task.sizes[-1], source).y_test[0] for task in tasks},
     )
-    if {"training", "pairs", "joint", "rescaling"} & set(stages):
+    if tasks:
         done = run("training networks", _training_pieces(preset, tasks, source))
         study = replace(study, trained=_by_regime(preset, tasks, done))
     rest: dict[str, Callable[[], Tensors]] = {}
     if "rescaling" in stages:
-        rest |= _rescaling_pieces(study, tasks, source)
+        rest |= _rescaling_pieces(study, source)
     if "joint" in stages:
         rest |= _joint_pieces(study, source)
     if "pairs" in stages:
@@ -107,7 +115,7 @@ def run_study(
         study,
         pairs=_by_network(study, found, "pairs"),
         joint=_by_network(study, found, "joint"),
-        rescaled=_rescaled(study, tasks, found),
+        rescaled=_rescaled(study, found),
     )
     if "hsr" not in stages or not preset.hsr:
         return study
@@ -221,9 +229,9 @@ def _rescaling_regimes(preset: Preset, task: Task) -> list[Regime]:
     return [regime for regime in preset.regimes(task) if wanted and regime.batch == SMALL]
 
 
-def _rescaling_pieces(study: Study, tasks: list[Task], source: Source) -> Pieces:
+def _rescaling_pieces(study: Study, source: Source) -> Pieces:
     work = {}
-    for task in tasks:
+    for task in study.tasks("advantage"):
         for regime in _rescaling_regimes(study.preset, task):
             found = study.trained[regime.name]
             layers = [found[f"weights_{place}"] for place in range(len(task.hidden) + 1)]
@@ -235,9 +243,9 @@ def _rescaling_pieces(study: Study, tasks: list[Task], source: Source) -> Pieces
     return work
 
 
-def _rescaled(study: Study, tasks: list[Task], found: dict[str, Tensors]) -> dict[str, Tensors]:
+def _rescaled(study: Study, found: dict[str, Tensors]) -> dict[str, Tensors]:
     tables = {}
-    for task in tasks:
+    for task in study.tasks("advantage"):
         for regime in _rescaling_regimes(study.preset, task):
             prefix = f"rescaling/{regime.name}/"
             parts = [part for name, part in found.items() if name.startswith(prefix)]

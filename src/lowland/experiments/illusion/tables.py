@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -55,9 +55,7 @@ _PARTS = ("weights_", "features_", "predictions")
 def networks(study: Study) -> pd.DataFrame:
     """One row a network: where it belongs, what it got right, and every measure."""
     rows = []
-    for task in study.preset.tasks:
-        if task.name not in study.titles:
-            continue
+    for task in study.tasks():
         agreement = _agreement(study, task)
         for regime in study.preset.regimes(task):
             found = study.trained[regime.name]
@@ -118,9 +116,7 @@ def asked(study: Study, table: pd.DataFrame, task: Task) -> Iterator[tuple[int, 
 def correlations(study: Study) -> pd.DataFrame:
     """One row for each measure of a task, a size and a regime: its correlation with accuracy."""
     table, rows = networks(study), []
-    for task in study.preset.tasks:
-        if task.name not in study.titles:
-            continue
+    for task in study.tasks():
         for size, part in asked(study, table, task):
             groups = {"all": part}
             if task.large_batch:
@@ -202,8 +198,3 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
     if study.hsr:
         result |= {"hsr": hsr_networks(study), "hsr_correlations": hsr_correlations(study)}
     return result
-
-
-def means(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Mean and standard error over seeds, by size and batch."""
-    return table.groupby(["size", "batch"], sort=False)[list(names)].agg(["mean", "sem"])

@@ -91,6 +91,22 @@ def flatness_aware(
     _reproduce("flatness-aware", preset, figure=figure, out=out, jobs=jobs, scheduler=scheduler)
 
 
+@reproduce.command()
+def illusion(
+    preset: Preset = "quick",
+    figure: Figures = None,
+    out: Out = None,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """Are flat minima an illusion?, arXiv:2605.05209: sharpness against weakness, every claim.
+
+    MNIST and Fashion-MNIST are read from the folder that LOWLAND_DATA names. Stopped at any point,
+    the same command goes on from there; once finished, it draws again.
+    """
+    _reproduce("illusion", preset, figure=figure, out=out, jobs=jobs, scheduler=scheduler)
+
+
 def _reproduce(
     study: str,
     preset: str,
@@ -156,6 +172,7 @@ def _reproduce(
 _MODULES = {
     "hsr": "lowland.experiments.hsr.reproduce",
     "flatness-aware": "lowland.experiments.flatness.reproduce",
+    "illusion": "lowland.experiments.illusion.reproduce",
 }
 
 

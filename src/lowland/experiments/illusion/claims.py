@@ -116,7 +116,7 @@ def _selection(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]
 
 def _advantage(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
     parts = dict(asked(study, table, task))
-    each = {size: _gain(part) for size, part in parts.items()}
+    each = {size: advantage(part) for size, part in parts.items()}
     shown = ", ".join(
         f"{plus_minus(100 * gain, 100 * error)} at {size:,}"
         for size, (gain, error, _) in each.items()
@@ -163,7 +163,7 @@ def _advantage(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]
             )
 
 
-def _gain(part: pd.DataFrame) -> tuple[float, float, float]:
+def advantage(part: pd.DataFrame) -> tuple[float, float, float]:
     """How far large batches are ahead in test accuracy, its standard error, and Welch's p."""
     small, large = (part[part["batch"] == name]["accuracy"].to_numpy() for name in (SMALL, LARGE))
     error = math.hypot(*(float(stats.sem(values)) for values in (small, large)))

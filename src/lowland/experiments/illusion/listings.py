@@ -1,0 +1,179 @@
+"""The tables of the page: ours, with the paper's beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from lowland.experiments.illusion.claims import rise
+from lowland.experiments.illusion.preset import LARGE, SMALL, Task
+from lowland.experiments.illusion.published import published
+from lowland.experiments.illusion.run import Study
+from lowland.experiments.illusion.tables import (
+    ASKED,
+    HSR_MEASURES,
+    MEASURES,
+    asked,
+    correlation,
+    hsr_correlation,
+    hsr_networks,
+    networks,
+)
+from lowland.experiments.reproduction import Listing
+from lowland.pages import number, plus_minus
+
+BRACKETS = "In brackets the middle 95 % of bootstrap samples of networks."
+
+
+def listings(study: Study) -> list[Listing]:
+    """One for each task, then the rescalings, then the HSR study's networks."""
+    table = networks(study)
+    found = [
+        *(_correlations(study, table, task) for kind in ASKED for task in study.tasks(kind)),
+        *(_advantage(study, table, task) for task in study.tasks("advantage")),
+        *_rescalings(study),
+    ]
+    return [*found, _hsr(study)] if study.hsr else found
+
+
+def _correlations(study: Study, table: pd.DataFrame, task: Task) -> Listing:
+    rows = []
+    for size, part in asked(study, table, task):
+        told = published(task, size)
+        for measure in ASKED[task.kind]:
+            if measure in part and part[measure].notna().any():
+                place = [f"{size:,}"] if len(task.sizes) > 1 else []
+                ours = str(correlation(study, part, measure))
+                rows.append((MEASURES[measure], *place, ours, told.of(measure)))
+    header = ["measure", *(["n"] if len(task.sizes) > 1 else []), "with test accuracy", "published"]
+    return Listing(
+        f"{task.name}: {study.titles[task.name]}",
+        f"Spearman's rank correlation with test accuracy. {BRACKETS} {_facts(study, table, task)}",
+        header,
+        rows,
+    )
+
+
+def _facts(study: Study, table: pd.DataFrame, task: Task) -> str:
+    """What the networks are, in sentences."""
+    own = table[table["task"] == task.name]
+    learnt = int((own["learnt"] >= study.preset.enough).sum())
+    units = "-".join(map(str, task.hidden))
+    facts = (
+        f"{len(own)} networks with {units} hidden units, {learnt} of which learnt all of their "
+        f"training points; test accuracy {100 * own['accuracy'].min():.1f} to "
+        f"{100 * own['accuracy'].max():.1f} %, mean {100 * own['accuracy'].mean():.1f} %; Hessian "
+        f"trace {number(own['trace'].min())} to {number(own['trace'].max())}."
+    )
+    if "pair_proxy" in own and own["pair_proxy"].notna().any():
+        proxies = own["pair_proxy"].dropna()
+        facts += (
+            f" Pair proxy {proxies.min():.0f} to {proxies.max():.0f} of {10 * task.unseen:,}, "
+            f"{own['undecided'].sum():.0f} pairs undecided."
+        )
+    if task.joint_unseen and "joint_r_hat" in own:
+        poor = int((own["joint_r_hat"] > 1.05).sum())
+        facts += (
+            f" Joint weakness: the logarithm of the effective number of labelings of "
+            f"{task.joint_unseen} unseen points; R-hat above 1.05 for {poor} of "
+            f"{int(own['joint_r_hat'].notna().sum())} networks."
+        )
+    return facts
+
+
+def _advantage(study: Study, table: pd.DataFrame, task: Task) -> Listing:
+    rows = []
+    for size, part in asked(study, table, task):
+        told = published(task, size)
+        sides = [part[part["batch"] == name] for name in (SMALL, LARGE)]
+        accuracy = [_mean(100 * side["accuracy"]) for side in sides]
+        gain = 100 * (sides[1]["accuracy"].mean() - sides[0]["accuracy"].mean())
+        rows.append(
+            (
+                f"{size:,}",
+                *accuracy,
+                f"{gain:+.2f}",
+                " / ".join(_mean(side["trace"]) for side in sides),
+                " / ".join(f"{side['epochs'].median():.0f}" for side in sides),
+                *(
+                    (*(f"{v:g}" for v in told.accuracy), told.gain, _slash(told.trace))
+                    if told.accuracy
+                    else ("",) * 4
+                ),
+            )
+        )
+    return Listing(
+        f"{task.name}: the advantage of a batch size",
+        f"Mean test accuracy of {task.seeds} networks a regime in per cent, with standard errors; "
+        "the Hessian trace and the median number of epochs with small / large batches. The last "
+        "columns are the paper's.",
+        (
+            *("n", "small", "large", "large − small", "trace", "epochs"),  # noqa: RUF001
+            *("small, paper", "large, paper", "difference, paper", "trace, paper"),
+        ),
+        rows,
+    )
+
+
+def _mean(values: pd.Series[float]) -> str:
+    return plus_minus(values.mean(), stats.sem(values))
+
+
+def _slash(values: tuple[float, ...]) -> str:
+    return " / ".join(f"{value:g}" for value in values)
+
+
+def _rescalings(study: Study) -> Iterator[Listing]:
+    for name, found in study.rescaled.items():
+        rows = []
+        trace = found["trace"].numpy()
+        for kind, ratio in enumerate(rise(found)):
+            layer, factor = found["layer"][0, kind].item(), found["factor"][0, kind].item()
+            before = factor == 1
+            rows.append(
+                (
+                    "as trained" if before else f"layer {layer + 1:g} × {factor:g}",  # noqa: RUF001
+                    number(float(np.exp(np.log(trace[:, kind]).mean()))),
+                    "1" if before else number(float(ratio)),
+                    f"{100 * found['accuracy'][:, kind].mean():.2f}",
+                    f"{found['patterns_1'][:, kind].mean():.1f}",
+                    f"{found['patterns_2'][:, kind].mean():.1f}",
+                    f"{found['changed'][:, kind].sum():.0f}",
+                )
+            )
+        yield Listing(
+            f"{name.split('-small')[0].replace('/0', '/').replace('/', ', n = ')}: rescaled",
+            f"{len(trace)} networks with small batches, one layer multiplied and the next divided: "
+            "geometric mean of the Hessian trace, and of its multiples; means of the rest.",
+            (
+                *("rescaling", "Hessian trace", "multiple", "test accuracy, %"),
+                *("patterns, layer 1", "patterns, layer 2", "predictions changed"),
+            ),
+            rows,
+        )
+
+
+def _hsr(study: Study) -> Listing:
+    table = hsr_networks(study)
+    methods = list(dict.fromkeys(table["method"]))
+    rows = []
+    for measure, title in HSR_MEASURES.items():
+        each = [
+            hsr_correlation(study, table[table["method"] == method], measure, together=False)
+            for method in methods
+        ]
+        whole = hsr_correlation(study, table, measure, together=True)
+        rows.append((title, *map(str, (whole, *each))))
+    return Listing(
+        "The HSR study's networks: sharpness, weakness, and test F1",
+        f"Spearman's rank correlation with macro F1 on the test samples, {len(table)} networks "
+        f"from sharp and flat seeds. {BRACKETS} Networks from one seed by several methods hang "
+        "together: of all of them seeds are drawn, and there is no p-value. The classes overlap, "
+        "so that the pair proxy is that of the labels which the network itself gives to its "
+        f"training points, over {study.preset.hsr_unseen:,} test points.",
+        ("measure", "all", *methods),
+        rows,
+    )

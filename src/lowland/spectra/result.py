@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lowland.frames import DataFrame, frame
 from lowland.spectra.solve import Density
 from lowland.spectra.surface import Parts, Surface
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from pandas import DataFrame
-else:  # both are optional; annotations are looked at in the tests
-    Axes = DataFrame = Any
+else:  # optional; annotations are looked at in the tests
+    Axes = Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +96,7 @@ class Spectrum:
         Raises:
             ImportError: Without pandas, ``pip install 'lowland[cli]'``.
         """
-        try:
-            import pandas as pd  # noqa: PLC0415 - optional
-        except ImportError as error:
-            raise ImportError(
-                f"to_frame needs pandas ({error}): pip install 'lowland[cli]'"
-            ) from error
-        return pd.DataFrame(
+        return frame(
             {
                 "rank": self.ranks.numpy(),
                 "eigenvalue": self.eigenvalues.numpy(),

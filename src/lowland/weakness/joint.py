@@ -6,19 +6,14 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lowland.frames import DataFrame, frame
 from lowland.weakness.cone import Cone, build_cone
 from lowland.weakness.polytope import Polytope, analytic_center, billiard, split_r_hat
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-else:  # optional; annotations are looked at in the tests
-    DataFrame = Any
 
 _CONVERGED = 1.05  # the largest split R-hat that passes
 _OUTSIDE = (
@@ -64,14 +59,8 @@ class JointWeakness:
         Raises:
             ImportError: Without pandas, ``pip install 'lowland[cli]'``.
         """
-        try:
-            import pandas as pd  # noqa: PLC0415 - optional
-        except ImportError as error:
-            raise ImportError(
-                f"to_frame needs pandas ({error}): pip install 'lowland[cli]'"
-            ) from error
         labelings = [" ".join(map(str, row)) for row in self.labelings.tolist()]
-        return pd.DataFrame({"labeling": labelings, "share": self.shares.numpy()})
+        return frame({"labeling": labelings, "share": self.shares.numpy()})
 
 
 def joint_weakness(

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lowland.frames import DataFrame, frame
 from lowland.weakness.cone import Cone, build_cone
 from lowland.weakness.search import Findings, Proof, proves, search
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-else:  # optional; annotations are looked at in the tests
-    DataFrame = Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,13 +148,7 @@ class PairProxy:
         Raises:
             ImportError: Without pandas, ``pip install 'lowland[cli]'``.
         """
-        try:
-            import pandas as pd  # noqa: PLC0415 - optional
-        except ImportError as error:
-            raise ImportError(
-                f"to_frame needs pandas ({error}): pip install 'lowland[cli]'"
-            ) from error
-        return pd.DataFrame(
+        return frame(
             {
                 "unseen": range(len(self.feasible)),
                 "feasible": self.feasible.sum(dim=1).numpy(),

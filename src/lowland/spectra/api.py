@@ -40,14 +40,14 @@ _LEAST = 9  # parameters, for the few vectors that each iteration keeps
 class _Settings:
     k: int | None
     which: Which
-    density: bool
-    method: Method
-    tolerance: float
-    trace_probes: int
-    density_probes: int
-    density_steps: int
-    restarts: int
-    seed: int
+    density: bool = False
+    method: Method = "auto"
+    tolerance: float = 1e-5
+    trace_probes: int = 30
+    density_probes: int = 10
+    density_steps: int = 64
+    restarts: int = 300
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -181,15 +181,7 @@ def layer_spectra(
     data: Any,
     k: int = 1,
     which: Which = "LA",
-    *,
-    density: bool = False,
-    method: Method = "auto",
-    tolerance: float = 1e-5,
-    trace_probes: int = 30,
-    density_probes: int = 10,
-    density_steps: int = 64,
-    restarts: int = 300,
-    seed: int = 0,
+    **settings: Any,
 ) -> dict[str, Spectrum]:
     """The spectrum of each layer's diagonal block of the Hessian: all other layers held fixed.
 
@@ -198,19 +190,13 @@ def layer_spectra(
     eigenvalue exceeds the whole one's.
 
     Args:
-        model: As for :func:`lowland.spectrum`, like all other arguments.
+        model: As for :func:`lowland.spectrum`.
         criterion: The loss.
         data: The data set.
         k: How many eigenvalues of each block; of smaller blocks all.
         which: ``"LA"``, ``"SA"`` or ``"both"``.
-        density: Each block's density, too.
-        method: Chosen for each block by its own size if ``"auto"``.
-        tolerance: See :func:`lowland.spectrum`.
-        trace_probes: See :func:`lowland.spectrum`.
-        density_probes: See :func:`lowland.spectrum`.
-        density_steps: See :func:`lowland.spectrum`.
-        restarts: See :func:`lowland.spectrum`.
-        seed: See :func:`lowland.spectrum`.
+        **settings: All others of :func:`lowland.spectrum`, for each block. The method ``"auto"``
+            goes by the block's own size.
 
     Returns:
         A spectrum for each layer, by its name in the model, in the model's order.
@@ -227,23 +213,12 @@ def layer_spectra(
         >>> {name: layer.dim for name, layer in layers.items()}
         {'0': 16, '2': 10}
     """
-    settings = _Settings(
-        k,
-        which,
-        density,
-        method,
-        tolerance,
-        trace_probes,
-        density_probes,
-        density_steps,
-        restarts,
-        seed,
-    )
-    with _prepared(model, criterion, data, seed) as surface:
+    chosen = _Settings(k, which, **settings)
+    with _prepared(model, criterion, data, chosen.seed) as surface:
         result = {}
         for name, names in _layers(surface.names).items():
             block = surface.within(names)
-            result[name] = _measure(block, replace(settings, k=min(k, block.dim)))
+            result[name] = _measure(block, replace(chosen, k=min(k, block.dim)))
         return result
 
 

@@ -402,6 +402,8 @@ def test_a_block_of_fewer_parameters_gives_all_of_its_eigenvalues():
     assert {name: len(layer.eigenvalues) for name, layer in found.items()} == {
         "0": 17, "2": 17, "4": 15,
     }  # fmt: skip
+    everything = lowland.layer_spectra(model, CE, (x, y), k=None)
+    assert [len(layer.eigenvalues) for layer in everything.values()] == [20, 24, 15]
 
 
 # Along a line
@@ -629,6 +631,7 @@ def test_arguments_out_of_range():
     fails(ValueError, "unknown which 'LM': expected one of 'LA', 'SA', 'both'", which="LM")
     fails(ValueError, "unknown method 'exact': expected one of 'auto'", method="exact")
     fails(ValueError, "k must be at least 1, or None", k=0)
+    fails(TypeError, r"k must be a whole number, or None for all eigenvalues; got 2\.5", k=2.5)
     fails(ValueError, "k must be at most 59, the number of trainable parameters; got 60", k=60)
     fails(ValueError, "Lanczos gives fewer .* got k=59", k=59, method="lanczos")
     fails(ValueError, "Lanczos gives fewer .* got k=30", k=30, which="both", method="lanczos")

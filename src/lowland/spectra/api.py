@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -58,6 +59,10 @@ class _Settings:
                 raise ValueError(
                     f"unknown {name} {value!r}: expected one of {', '.join(map(repr, known))}"
                 )
+        if not isinstance(self.k, Integral | None):
+            raise TypeError(
+                f"k must be a whole number, or None for all eigenvalues; got {self.k!r}"
+            )
         if self.k is not None and self.k < 1:
             raise ValueError(f"k must be at least 1, or None for all eigenvalues; got {self.k}")
         if not 0 < self.tolerance < 1:
@@ -125,7 +130,8 @@ def spectrum(
 
     Raises:
         ImportError: Without ``pip install 'lowland[spectrum]'``.
-        TypeError: If the data has another form, or the criterion returns no tensor.
+        TypeError: If the data has another form, the criterion returns no tensor, or ``k`` is no
+            whole number.
         ValueError: If an argument is out of range, ``k`` exceeds the number of parameters, there is
             no trainable parameter, a layer is in training mode and behaves otherwise there, the
             data is empty, not finite, or other in each pass, the loss is not a finite scalar or has
@@ -179,7 +185,7 @@ def layer_spectra(
     model: nn.Module,
     criterion: Callable[..., Any],
     data: Any,
-    k: int = 1,
+    k: int | None = 1,
     which: Which = "LA",
     **settings: Any,
 ) -> dict[str, Spectrum]:
@@ -193,7 +199,7 @@ def layer_spectra(
         model: As for :func:`lowland.spectrum`.
         criterion: The loss.
         data: The data set.
-        k: How many eigenvalues of each block; of smaller blocks all.
+        k: How many eigenvalues of each block, None for all; of smaller blocks all.
         which: ``"LA"``, ``"SA"`` or ``"both"``.
         **settings: All others of :func:`lowland.spectrum`, for each block. The method ``"auto"``
             goes by the block's own size.
@@ -218,7 +224,7 @@ def layer_spectra(
         result = {}
         for name, names in _layers(surface.names).items():
             block = surface.within(names)
-            result[name] = _measure(block, replace(chosen, k=min(k, block.dim)))
+            result[name] = _measure(block, replace(chosen, k=k and min(k, block.dim)))
         return result
 
 

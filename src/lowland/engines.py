@@ -22,6 +22,9 @@ from lowland.products import Products
 
 Method = Literal["auto", "exact", "probes", "dense"]
 
+# Where the closed form does not cover a model.
+Fallback = Literal["probes", "dense"]
+
 # Above this many parameters brute force takes minutes rather than seconds; it must be asked for.
 DENSE_LIMIT = 2048
 
@@ -134,20 +137,8 @@ def hessian_moments(
         if isinstance(took, Setup):
             result = took.moments(memory_budget=memory_budget, unbiased=unbiased, moments=moments)
             return replace(result, method="exact")
-        if took == "dense":
-            if unbiased:
-                raise UnsupportedModelError(
-                    "unbiased=True needs the closed form or probes, which see some samples apart "
-                    "from others; brute force sees their mean alone"
-                )
-            result = dense_moments(unwrap(model), criterion, x, y, moments=moments)
-            return replace(result, method="dense")
-        if moments != 2:
-            raise UnsupportedModelError(
-                "moments=4 needs the closed form or brute force: probes estimate two moments; use "
-                "method='exact' or method='dense'"
-            )
-        result = probe_moments(
+        return without_closed_form(
+            took,
             model,
             criterion,
             x,
@@ -157,8 +148,54 @@ def hessian_moments(
             generator=generator,
             parameters=chosen,
             unbiased=unbiased,
+            moments=moments,
         )
-        return replace(result, method="probes")
+
+
+def without_closed_form(
+    took: Fallback,
+    model: nn.Module,
+    criterion: nn.Module,
+    x: Any,
+    y: Any,
+    *,
+    probes: int,
+    products: Products,
+    generator: Generator | None,
+    parameters: Iterable[Tensor] | None,
+    unbiased: bool,
+    moments: Literal[2, 4] = 2,
+) -> HessianMoments:
+    """The moments by brute force or by probes; arguments as for :func:`hessian_moments`.
+
+    Raises:
+        UnsupportedModelError: If the engine cannot do what is asked.
+    """
+    if took == "dense":
+        if unbiased:
+            raise UnsupportedModelError(
+                "unbiased=True needs the closed form or probes, which see some samples apart "
+                "from others; brute force sees their mean alone"
+            )
+        result = dense_moments(unwrap(model), criterion, x, y, moments=moments)
+    elif moments != 2:
+        raise UnsupportedModelError(
+            "moments=4 needs the closed form or brute force: probes estimate two moments; use "
+            "method='exact' or method='dense'"
+        )
+    else:
+        result = probe_moments(
+            model,
+            criterion,
+            x,
+            y,
+            probes=probes,
+            products=products,
+            generator=generator,
+            parameters=parameters,
+            unbiased=unbiased,
+        )
+    return replace(result, method=took)
 
 
 def check_method(method: str) -> None:
@@ -183,7 +220,7 @@ def choose(
     probes: int,
     dense_limit: int,
     linear: bool = False,
-) -> Setup | Literal["probes", "dense"]:
+) -> Setup | Fallback:
     """The engine for a method; of the closed form what it has read.
 
     Args:

@@ -13,14 +13,12 @@ import torch.distributed
 from torch import Generator, Tensor, nn
 from torch.autograd import grad
 
-from lowland.dense import dense_moments
-from lowland.engines import Method, check_method, choose
-from lowland.errors import UnsupportedModelError
+from lowland.engines import Fallback, Method, check_method, choose, without_closed_form
 from lowland.exact.api import Setup
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments
-from lowland.objective import data_parallel, only, scalar_loss, unwrap
-from lowland.probes import check_settings, loss_and_moments, probe_moments
+from lowland.objective import data_parallel, only, scalar_loss
+from lowland.probes import check_settings, loss_and_moments
 from lowland.products import Products
 from lowland.validation import check_budget, is_number
 
@@ -170,14 +168,8 @@ class CurvaturePenalty(nn.Module, ABC):
                 self.took = "exact"
                 return self._exact(took)
             self.took = took
-            if took == "dense":
-                if self.unbiased:
-                    raise UnsupportedModelError(
-                        "unbiased=True needs the closed form or probes; brute force sees the "
-                        "samples' mean alone"
-                    )
-                return dense_moments(unwrap(model), self.criterion, x, y)
-            return probe_moments(
+            return without_closed_form(
+                took,
                 model,
                 self.criterion,
                 x,
@@ -185,8 +177,8 @@ class CurvaturePenalty(nn.Module, ABC):
                 probes=self.probes,
                 products=self.products,
                 generator=self.generator,
-                unbiased=self.unbiased,
                 parameters=parameters,
+                unbiased=self.unbiased,
             )
 
     def extra_repr(self) -> str:
@@ -212,7 +204,7 @@ class CurvaturePenalty(nn.Module, ABC):
     def _exact(self, setup: Setup) -> HessianMoments:
         return setup.moments(memory_budget=self.memory_budget, unbiased=self.unbiased)
 
-    def _choose(self, model: nn.Module, x: Any, y: Any) -> Setup | str:
+    def _choose(self, model: nn.Module, x: Any, y: Any) -> Setup | Fallback:
         return choose(
             model,
             self.criterion,

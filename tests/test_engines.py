@@ -50,6 +50,50 @@ def test_auto_estimates_large_models_beyond_the_closed_form(data):
     assert (found.dim, found.method) == (51, "dense")
 
 
+class Recurrent(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.layer = nn.LSTM(3, 2, 2, dropout=dropout)
+        self.head = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0])
+
+
+class Attentive(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.layer = nn.MultiheadAttention(3, 1, dropout=dropout)
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.head(self.layer(x, x, x)[0])
+
+
+def normalized(*, keep):
+    return shallow(lambda: nn.BatchNorm1d(4, track_running_stats=keep))
+
+
+@pytest.mark.parametrize(
+    ("steady", "unsteady"),
+    [
+        (Recurrent(0.0), Recurrent(0.1)),
+        (Attentive(0.0), Attentive(0.1)),
+        (normalized(keep=False), normalized(keep=True)),
+        (shallow(lambda: nn.AlphaDropout(0.0)), shallow(lambda: nn.AlphaDropout(0.1))),
+    ],
+)
+def test_auto_estimates_layers_that_are_other_in_each_call_alone(steady, unsteady, data, generator):
+    x, y = data[0], data[1].unsqueeze(1)
+    found = lowland.hessian_moments(steady.double(), BCE, x, y)
+    assert found.method == "dense"
+    estimate = lowland.hessian_moments(steady, BCE, x, y, "probes", probes=200, generator=generator)
+    assert (estimate.trace_sq - found.trace_sq).abs() < 4 * estimate.stderr[1]
+    for training, method in ((True, "probes"), (False, "dense")):
+        model = unsteady.double().train(training)
+        assert lowland.hessian_moments(model, BCE, x, y).method == method
+
+
 def test_auto_estimates_where_the_closed_form_is_dearer():
     model = nn.Sequential(nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh())
     model.append(nn.Linear(128, 10))

@@ -7,8 +7,6 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Generator, Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from lowland.dense import dense_moments
 from lowland.errors import UnsupportedModelError
@@ -17,6 +15,7 @@ from lowland.exact.modules import read
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import data_parallel, only, unwrap
+from lowland.passes import unsteady
 from lowland.probes import loader_moments, probe_moments
 from lowland.products import Products
 
@@ -257,12 +256,5 @@ def choose(
         if method == "exact" or linear or setup.relative_cost() <= worth:
             return setup
     dim = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return "dense" if dim <= dense_limit and _is_fixed(model) else "probes"
-
-
-def _is_fixed(model: nn.Module) -> bool:
-    """Whether brute force takes the model: it draws nothing at random and keeps no statistics."""
-    return not any(
-        module.training and isinstance(module, _NormBase | _DropoutNd | nn.RNNBase)
-        for module in model.modules()
-    )
+    # Brute force differentiates one function, without side effects.
+    return "dense" if dim <= dense_limit and not any(map(unsteady, model.modules())) else "probes"

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -65,6 +66,20 @@ def frozen_statistics(*models: nn.Module) -> Iterator[None]:
         for module, buffers in hidden.items():
             for name, buffer in buffers.items():
                 setattr(module, name, buffer)
+
+
+def unsteady(module: nn.Module) -> str | None:
+    """What makes a layer's next call another function than this one; None for nothing."""
+    if not module.training:
+        return None
+    if isinstance(module, _NormBase) and module.track_running_stats:
+        return "updates its running statistics"
+    rate = 0.0
+    if isinstance(module, _DropoutNd):
+        rate = module.p
+    elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        rate = module.dropout
+    return "draws random numbers" if rate > 0 else None
 
 
 def remember_randomness(

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from lowland.dense import untouched
 from lowland.objective import mass
+from lowland.passes import unsteady
 from lowland.spectra.data import Weighed, as_batches, checked, digest
 
 Parts = dict[str, Tensor]
@@ -228,14 +227,10 @@ def check_mode(model: nn.Module) -> None:
         ValueError: Naming the first that does.
     """
     for name, module in model.named_modules():
-        if not module.training:
-            continue
-        drops = isinstance(module, _DropoutNd | nn.RNNBase) and _rate(module) > 0
-        if drops or (isinstance(module, _NormBase) and module.track_running_stats):
+        if what := unsteady(module):
             raise ValueError(
-                f"layer {name!r} of the model, {module}, is in training mode, where it "
-                f"{'draws random numbers' if drops else 'updates its running statistics'} in each "
-                "call, so the loss has no one Hessian; call model.eval() first"
+                f"layer {name!r} of the model, {module}, is in training mode, where it {what} in "
+                "each call, so the loss has no one Hessian; call model.eval() first"
             )
 
 
@@ -294,11 +289,6 @@ def _check_loss(loss: object, criterion: object) -> None:
             f"the loss is {float(loss.detach())}, so it has no Hessian; look at the model's "
             "parameters and outputs first"
         )
-
-
-def _rate(module: nn.Module) -> float:
-    rate = module.dropout if isinstance(module, nn.RNNBase) else module.p
-    return float(rate)  # type: ignore[arg-type]
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

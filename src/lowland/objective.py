@@ -153,15 +153,10 @@ def objective(
     """The loss as a function of the given parameters, or of all that are trainable.
 
     Raises:
-        ValueError: If there are none, or as :func:`check_subset`.
+        ValueError: As :func:`trainable` and :func:`check_subset`.
     """
     model = unwrap(model)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise ValueError(
-            "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "
-            "those whose curvature you want"
-        )
+    named = trainable(model)
     if parameters is not None:
         wanted = check_subset(model, parameters)
         named = {name: p for name, p in named.items() if id(p) in wanted}
@@ -173,6 +168,21 @@ def objective(
         if id(p) in chosen and p is not None
     ]
     return Objective(model, criterion, x, y, list(named), list(named.values()), places)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are not frozen, by name.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    named: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(
+            "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "
+            "those whose curvature you want"
+        )
+    return named
 
 
 def check_subset(model: nn.Module, parameters: Iterable[Tensor]) -> set[int]:
@@ -249,16 +259,22 @@ def not_compiled() -> Iterator[None]:
 
 
 def scalar_loss(criterion: nn.Module, output: Any, y: Any) -> Tensor:
-    """``criterion(output, y)``, with ``(samples,)`` targets for one output a sample.
-
-    PyTorch would broadcast them to ``(samples, samples)``.
-    """
-    if isinstance(criterion, nn.BCEWithLogitsLoss | nn.MSELoss) and isinstance(y, Tensor):
-        if y.ndim + 1 == output.ndim and output.shape[-1] == 1:
-            y = y.unsqueeze(-1)
-        y = y.to(output.dtype)
-    loss: Tensor = criterion(output, y)
+    """``criterion(output, y)``, with targets as :func:`as_target` makes them."""
+    loss: Tensor = criterion(output, as_target(criterion, output, y))
     return loss
+
+
+def as_target(criterion: object, output: Any, y: Any) -> Any:
+    """Targets for a criterion on numbers: of the output's type, and of its shape if it is one.
+
+    ``(samples,)`` means one target per sample as everywhere in the library; PyTorch would broadcast
+    it to ``(samples, samples)``.
+    """
+    if not (isinstance(criterion, nn.BCEWithLogitsLoss | nn.MSELoss) and isinstance(y, Tensor)):
+        return y
+    if y.ndim + 1 == output.ndim and output.shape[-1] == 1:
+        y = y.unsqueeze(-1)
+    return y.to(output.dtype)
 
 
 def mass(criterion: object, y: Tensor) -> Tensor | float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowland.objective import mass
+from lowland.objective import as_target, mass
 from lowland.validation import check_tensor, check_values
 
 
@@ -95,24 +95,11 @@ class Weighed(nn.Module):
 
     def forward(self, output: Any, y: Tensor) -> Any:
         """What a batch adds to the loss."""
-        loss = self.criterion(output, _as_target(self.criterion, output, y))
+        loss = self.criterion(output, as_target(self.criterion, output, y))
         if isinstance(self.total, float) and self.total == 1.0:
             return loss
         share = torch.as_tensor(mass(self.criterion, y) / self.total)
         return loss * share.to(loss.device, loss.dtype)
-
-
-def _as_target(criterion: object, output: Any, y: Tensor) -> Tensor:
-    """Targets for a criterion on numbers: of the output's type, and of its shape if it is one.
-
-    ``(samples,)`` means one target per sample as everywhere in the library; PyTorch would broadcast
-    it to ``(samples, samples)``.
-    """
-    if not isinstance(criterion, nn.BCEWithLogitsLoss | nn.MSELoss):
-        return y
-    if y.ndim + 1 == output.ndim and output.shape[-1] == 1:
-        y = y.unsqueeze(-1)
-    return y.to(output.dtype)
 
 
 def _kind(value: object) -> str:

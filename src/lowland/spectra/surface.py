@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowland.dense import untouched
-from lowland.objective import mass
+from lowland.objective import mass, trainable
 from lowland.passes import unsteady
 from lowland.spectra.data import Weighed, as_batches, checked, digest
 
@@ -172,7 +172,7 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
             devices, a layer draws random numbers or updates statistics, the data is empty, not
             finite or other in each pass, or the loss is no finite scalar with a graph.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = trainable(model)
     _check_parameters(named)
     check_mode(model)
     if getattr(criterion, "reduction", "mean") not in ("mean", "sum"):
@@ -249,11 +249,6 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _check_parameters(named: Mapping[str, Tensor]) -> None:
-    if not named:
-        raise ValueError(
-            "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "
-            "those whose curvature you want"
-        )
     kinds = {f"{str(p.dtype).removeprefix('torch.')} on {p.device}" for p in named.values()}
     if len(kinds) > 1:
         raise ValueError(

@@ -303,11 +303,16 @@ def check_finite(value: Tensor, what: str) -> None:
     Raises:
         ValueError: If there is one.
     """
-    half = torch.is_autocast_enabled(value.device.type) and (
-        torch.get_autocast_dtype(value.device.type) == torch.float16
-    )
-    if value.device.type == "cpu" and not half and not bool(value.isfinite().all()):
+    looked_at = value.device.type == "cpu" and not half_autocast(value.device)
+    if looked_at and not bool(value.isfinite().all()):
         raise ValueError(
             f"{what} is not finite: look for NaN or infinity in the data and the parameters, or "
             "lower the learning rate if training diverges"
         )
+
+
+def half_autocast(device: torch.device) -> bool:
+    """Whether autocast is on with float16, whose short exponent overflows and underflows."""
+    return torch.is_autocast_enabled(device.type) and (
+        torch.get_autocast_dtype(device.type) == torch.float16
+    )

@@ -30,7 +30,7 @@ from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
 
 from lowland.kernels import differentiable_kernels, is_ordinary
-from lowland.objective import Gradient, Objective, check_finite, not_compiled
+from lowland.objective import Gradient, Objective, check_finite, half_autocast, not_compiled
 from lowland.passes import frozen_statistics, remember_randomness
 
 Products = Literal["exact", "finite"]
@@ -429,11 +429,8 @@ def _averaged(parts: list[Parts], average: Average | None) -> list[Parts]:
 
 
 def _loss_scale(device: torch.device) -> float:
-    """Under 16-bit autocast with a short exponent small gradients would vanish on the way."""
-    half = torch.is_autocast_enabled(device.type) and (
-        torch.get_autocast_dtype(device.type) == torch.float16
-    )
-    return 1024.0 if half else 1.0
+    """Small gradients would vanish on the way where the exponent is short."""
+    return 1024.0 if half_autocast(device) else 1.0
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

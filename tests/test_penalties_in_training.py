@@ -267,6 +267,16 @@ def test_under_autocast_the_gradient_is_about_that_of_single_precision(name, pro
     assert error(*grads) < (0.1 if products == "exact" else 1e-6)
 
 
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.BCEWithLogitsLoss()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_targets_keep_their_digits(dtype, criterion):
+    model, x, _ = build("mlp", dtype=torch.float32)
+    y = torch.rand(len(x), 2)
+    penalty = lowland.FlatnessAware(criterion, 0.0, method="probes")
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(penalty.loss(model, x, y), criterion(model(x), y))
+
+
 def test_small_gradients_do_not_vanish_in_half_precision():
     model, x, y = build("mlp", samples=512, dtype=torch.float32)
 

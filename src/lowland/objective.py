@@ -265,7 +265,9 @@ def scalar_loss(criterion: nn.Module, output: Any, y: Any) -> Tensor:
 
 
 def as_target(criterion: object, output: Any, y: Any) -> Any:
-    """Targets for a criterion on numbers: of the output's type, and of its shape if it is one.
+    """Targets for a criterion on numbers: of the output's shape if it is one, and of its type.
+
+    Not of 16 bits, though: autocast computes the loss in single precision, which targets have.
 
     ``(samples,)`` means one target per sample as everywhere in the library; PyTorch would broadcast
     it to ``(samples, samples)``.
@@ -274,7 +276,7 @@ def as_target(criterion: object, output: Any, y: Any) -> Any:
         return y
     if y.ndim + 1 == output.ndim and output.shape[-1] == 1:
         y = y.unsqueeze(-1)
-    return y.to(output.dtype)
+    return y.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def mass(criterion: object, y: Tensor) -> Tensor | float:

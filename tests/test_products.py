@@ -397,3 +397,17 @@ def test_products_that_are_not_finite():
     x = y = torch.ones(1, 1).double()
     with pytest.raises(ValueError, match="product with a direction, in weight, is not finite"):
         measured(model, x, y, directions_for(model, 1, None), criterion=Root())
+
+
+def test_finite_products_whose_length_is_not():
+    model = nn.Linear(1, 1, bias=False)
+
+    class Steep(nn.Module):
+        def forward(self, output, y):
+            return 5e24 * (output - y).square().sum()
+
+    x = torch.ones(1, 1)
+    directions = directions_for(model, 1, None)
+    trace, square = measured(model, x, x, directions, criterion=Steep())
+    torch.testing.assert_close(trace, torch.tensor([1e25]))
+    assert not square.isfinite().any()

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.parallel import DistributedDataParallel
+
+from lowland.kernels import is_ordinary
 
 Gradient = tuple[Tensor, list[Tensor]]
 
@@ -42,6 +45,11 @@ class Objective:
     def dim(self) -> int:
         """``P``, the number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    @cached_property
+    def is_ordinary(self) -> bool:
+        """Whether model and criterion are, by :func:`lowland.kernels.is_ordinary`."""
+        return is_ordinary(self.model, self.criterion)
 
     def loss(self) -> Tensor:
         """The loss, with a graph to the parameters.
@@ -297,20 +305,25 @@ def mass(criterion: object, y: Tensor) -> Tensor | float:
 
 
 def check_finite(value: Tensor, what: str) -> None:
-    """Refuse NaN and infinity.
-
-    Only on a processor: elsewhere the look would make the host wait for the device. Not in half
-    precision either, where ``GradScaler`` takes care of overflows.
+    """Refuse NaN and infinity, where :func:`may_look`.
 
     Raises:
         ValueError: If there is one.
     """
-    looked_at = value.device.type == "cpu" and not half_autocast(value.device)
-    if looked_at and not bool(value.isfinite().all()):
+    if may_look(value.device) and not bool(value.isfinite().all()):
         raise ValueError(
             f"{what} is not finite: look for NaN or infinity in the data and the parameters, or "
             "lower the learning rate if training diverges"
         )
+
+
+def may_look(device: torch.device) -> bool:
+    """Whether values are looked at.
+
+    Only on a processor: elsewhere the look would make the host wait for the device. Not in half
+    precision either, where ``GradScaler`` takes care of overflows.
+    """
+    return device.type == "cpu" and not half_autocast(device)
 
 
 def half_autocast(device: torch.device) -> bool:

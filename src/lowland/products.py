@@ -29,8 +29,15 @@ from torch import Tensor, nn
 from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
 
-from lowland.kernels import differentiable_kernels, is_ordinary
-from lowland.objective import Gradient, Objective, check_finite, half_autocast, not_compiled
+from lowland.kernels import differentiable_kernels
+from lowland.objective import (
+    Gradient,
+    Objective,
+    check_finite,
+    half_autocast,
+    may_look,
+    not_compiled,
+)
 from lowland.passes import frozen_statistics, remember_randomness
 
 Products = Literal["exact", "finite"]
@@ -72,7 +79,7 @@ def measure(
         disposable: The directions may be written over, which saves their memory once.
 
     Returns:
-        The loss; of each direction :math:`v^T H v` and :math:`\\lVert Hv \rVert^2`. All three carry
+        The loss; of each direction :math:`v^T H v` and :math:`\lVert Hv \rVert^2`. All three carry
         gradients if gradients are enabled. With several processes the values of the two forms are
         those of all samples, and the gradients those of one process's share, to be averaged as the
         loss's are.
@@ -155,14 +162,14 @@ def _carry(value: Tensor, slope: Tensor) -> Tensor:
 
 
 def _kernels(part: Objective) -> AbstractContextManager[None]:
-    if is_ordinary(part.model, part.criterion):
+    if part.is_ordinary:
         return nullcontext()
     return differentiable_kernels(part.model)
 
 
 def _gradient(part: Objective, loss: Tensor) -> Parts:
     gradient = part.complete(grad(loss, part.parameters, create_graph=True, allow_unused=True))
-    if not is_ordinary(part.model, part.criterion):
+    if not part.is_ordinary:
         _check_differentiable(gradient)
     return gradient
 
@@ -203,8 +210,9 @@ def _product(part: Objective, gradient: Parts, direction: Parts, *, wanted: bool
         )
     except RuntimeError as error:  # NotImplementedError is one
         raise RuntimeError(_NOT_TWICE.format(error)) from error
-    for name, each in zip(part.names, product, strict=True):
-        check_finite(each.detach(), f"the Hessian's product with a direction, in {name},")
+    if may_look(product[0].device) and not norm(product).isfinite():
+        for name, each in zip(part.names, product, strict=True):
+            check_finite(each.detach(), f"the Hessian's product with a direction, in {name},")
     return list(product)
 
 

@@ -161,6 +161,18 @@ def test_layers_in_training_mode_are_pointed_to():
     assert lowland.hessian_moments(model.eval(), nn.MSELoss(), x, y).dim == 22
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_the_look_beforehand_leaves_random_numbers_alone(device):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 1)).to(device)
+    x, y = torch.randn(9, 3, device=device), torch.randn(9, 1, device=device)
+    torch.manual_seed(0)
+    expected = torch.rand(5, device=device)
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match=r"call model\.eval\(\) first"):
+        dense_hessian(model, MSE, x, y)
+    assert torch.equal(torch.rand(5, device=device), expected)
+
+
 def test_a_loss_without_a_graph_is_no_flat_one(data):
     class Accuracy(nn.Module):
         def forward(self, output, y):

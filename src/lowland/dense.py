@@ -64,7 +64,8 @@ def dense_hessian(
 
     # Once as users call it: what is wrong then is said by PyTorch itself, or by us, without a word
     # of derivatives; and a loss without a graph would have a Hessian of zeros.
-    with torch.enable_grad(), frozen_statistics(model), remember_randomness()():
+    again = remember_randomness({p.device for p in target.parameters})
+    with torch.enable_grad(), frozen_statistics(model), again():
         target.loss()
 
     def loss_of(flat: Tensor) -> Tensor:

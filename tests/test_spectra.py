@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from any_models import Attention, Recurrent
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -14,26 +15,6 @@ from lowland.spectra import solve
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 METHODS = ["dense", "lanczos"]
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(4, 2, 6, 0.1, "gelu", batch_first=True)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.layer(x).mean(1))
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.LSTM(3, 3, batch_first=True)
-        self.head = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.head(self.layer(x)[0][:, -1])
 
 
 def mlp():
@@ -52,8 +33,8 @@ def cnn():
 MODELS = {
     "mlp": (mlp, (3,)),
     "cnn": (cnn, (1, 6, 6)),
-    "transformer": (Attention, (5, 4)),
-    "lstm": (Recurrent, (4, 3)),
+    "transformer": (lambda: nn.Sequential(Attention(), nn.Linear(2, 3)), (4,)),
+    "lstm": (lambda: nn.Sequential(Recurrent(), nn.Linear(2, 3)), (4,)),
 }
 
 

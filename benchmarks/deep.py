@@ -7,14 +7,13 @@ The result is printed and kept in benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 from itertools import pairwise
 
 import torch
 from page import keep
-from timing import interleaved, median_ratio, seconds
+from timing import exponent, interleaved, median_ratio, seconds
 from torch import Tensor, nn
 from torch.autograd import grad
 
@@ -129,12 +128,9 @@ def scaling(rounds: int) -> str:
         few = max(3, min(rounds, 200_000 // samples))
         job = {"ours": lambda case=case: case.ours("parameters")}
         medians.append(statistics.median(interleaved(job, rounds=few)["ours"]))
-    slope = statistics.linear_regression(
-        [math.log(n) for n in SCALING], [math.log(t) for t in medians]
-    ).slope
     return (
         f"Time against n from {SCALING[0]:,} to {SCALING[-1]:,} ({'→'.join(map(str, widths))}, "
-        f'order "parameters"): exponent **{slope:.2f}** (reach: ≤ 1.05), '
+        f'order "parameters"): exponent **{exponent(SCALING, medians):.2f}** (reach: ≤ 1.05), '
         + ", ".join(f"{t * 1e3:.1f} ms" for t in medians)
         + "."
     )

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 from page import keep
-from timing import interleaved, median_ratio, seconds
+from timing import exponent, interleaved, median_ratio, seconds
 from torch import Tensor, nn
 
 import lowland
@@ -202,15 +202,10 @@ def scaling(rounds: int) -> str:
         case = Case(samples, 2, 10)
         few = max(3, min(rounds, 3_000_000 // samples))
         medians.append(statistics.median(interleaved({"ours": case.ours}, rounds=few)["ours"]))
-    logs = [(math.log(n), math.log(t)) for n, t in zip(SCALING, medians, strict=True)]
-    mean_n, mean_t = (sum(column) / len(logs) for column in zip(*logs, strict=True))
-    slope = sum((n - mean_n) * (t - mean_t) for n, t in logs) / sum(
-        (n - mean_n) ** 2 for n, _ in logs
-    )
     peaks = [peak_mebibytes(samples) for samples in SCALING]
     return (
         f"Time against n from {SCALING[0]:,} to {SCALING[-1]:,} (2 inputs, 10 hidden): exponent "
-        f"**{slope:.2f}** (reach: ≤ 1.05), "
+        f"**{exponent(SCALING, medians):.2f}** (reach: ≤ 1.05), "
         + ", ".join(f"{t * 1e3:.2f} ms" for t in medians)
         + "; peak memory beyond the data "
         + ", ".join(f"{peak:.1f} MiB" for peak in peaks)

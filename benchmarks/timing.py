@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def seconds(job: Callable[[], object]) -> float:
@@ -28,3 +29,10 @@ def interleaved(jobs: dict[str, Callable[[], object]], *, rounds: int) -> dict[s
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     """The median of the ratios taken round by round."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:
+    """Of the power of the size that the time grows with."""
+    return statistics.linear_regression(
+        [math.log(size) for size in sizes], [math.log(each) for each in times]
+    ).slope

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -157,13 +157,8 @@ def costs(names: list[str], rounds: int) -> list[str]:
     heads = [
         name if (reach := JOBS[name].reach) is None else f"{name} (≤ {reach})" for name in names
     ]
-    lines = [
-        f"| network | P | a plain step, ms | {' | '.join(heads)} |",
-        "| --- | --- | --- |" + " --- |" * len(names),
-    ]
-    for label, build in NETWORKS.items():
-        torch.manual_seed(0)
-        network = build()
+    lines = table("network", "P", "a plain step, ms", *heads)
+    for label, network in networks():
         # One network for all jobs: a training has one too, and its caches hold no other.
         jobs = {"plain": plain(network)} | {name: JOBS[name].build(network) for name in names}
         times = interleaved(jobs, rounds=rounds)
@@ -179,18 +174,23 @@ def costs(names: list[str], rounds: int) -> list[str]:
 
 def peaks(names: list[str]) -> list[str]:
     """Peak memory: what a step allocates on top of parameters, momentum and data, and these."""
-    lines = [
-        f"| network | a plain step, MiB | {' | '.join(names)} |",
-        "| --- | --- |" + " --- |" * len(names),
-    ]
-    for label, build in NETWORKS.items():
-        torch.manual_seed(0)
-        network = build()
+    lines = table("network", "a plain step, MiB", *names)
+    for label, network in networks():
         held = sum(2 * p.nbytes for p in network.model.parameters()) + network.x.nbytes
         alone = held + _allocated(plain(network))
         ratios = [f"{(held + _allocated(JOBS[name].build(network))) / alone:.2f}" for name in names]
         lines.append(f"| {label} | {alone / 2**20:.1f} | {' | '.join(ratios)} |")
     return lines
+
+
+def table(*heads: str) -> list[str]:
+    return [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+
+
+def networks() -> Iterator[tuple[str, Network]]:
+    for label, build in NETWORKS.items():
+        torch.manual_seed(0)
+        yield label, build()
 
 
 def _allocated(step: Step) -> int:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -50,48 +52,37 @@ def test_auto_estimates_large_models_beyond_the_closed_form(data):
     assert (found.dim, found.method) == (51, "dense")
 
 
-class Recurrent(nn.Module):
-    def __init__(self, dropout):
-        super().__init__()
-        self.layer = nn.LSTM(3, 2, 2, dropout=dropout)
-        self.head = nn.Linear(2, 1)
-
+class Recurrent(nn.LSTM):
     def forward(self, x):
-        return self.head(self.layer(x)[0])
+        return super().forward(x)[0]
 
 
-class Attentive(nn.Module):
-    def __init__(self, dropout):
-        super().__init__()
-        self.layer = nn.MultiheadAttention(3, 1, dropout=dropout)
-        self.head = nn.Linear(3, 1)
-
+class Attentive(nn.MultiheadAttention):
     def forward(self, x):
-        return self.head(self.layer(x, x, x)[0])
-
-
-def normalized(*, keep):
-    return shallow(lambda: nn.BatchNorm1d(4, track_running_stats=keep))
+        return super().forward(x, x, x)[0]
 
 
 @pytest.mark.parametrize(
-    ("steady", "unsteady"),
+    ("layer", "setting", "steady", "unsteady"),
     [
-        (Recurrent(0.0), Recurrent(0.1)),
-        (Attentive(0.0), Attentive(0.1)),
-        (normalized(keep=False), normalized(keep=True)),
-        (shallow(lambda: nn.AlphaDropout(0.0)), shallow(lambda: nn.AlphaDropout(0.1))),
+        (partial(Recurrent, 4, 4, 2), "dropout", 0.0, 0.1),
+        (partial(Attentive, 4, 1), "dropout", 0.0, 0.1),
+        (nn.AlphaDropout, "p", 0.0, 0.1),
+        (partial(nn.BatchNorm1d, 4), "track_running_stats", False, True),
     ],
 )
-def test_auto_estimates_layers_that_are_other_in_each_call_alone(steady, unsteady, data, generator):
+def test_auto_estimates_layers_that_are_other_in_each_call_alone(
+    layer, setting, steady, unsteady, data, generator
+):
     x, y = data[0], data[1].unsqueeze(1)
-    found = lowland.hessian_moments(steady.double(), BCE, x, y)
+    model = shallow(partial(layer, **{setting: steady}))
+    found = lowland.hessian_moments(model, BCE, x, y)
     assert found.method == "dense"
-    estimate = lowland.hessian_moments(steady, BCE, x, y, "probes", probes=200, generator=generator)
+    estimate = lowland.hessian_moments(model, BCE, x, y, "probes", probes=200, generator=generator)
     assert (estimate.trace_sq - found.trace_sq).abs() < 4 * estimate.stderr[1]
-    for training, method in ((True, "probes"), (False, "dense")):
-        model = unsteady.double().train(training)
-        assert lowland.hessian_moments(model, BCE, x, y).method == method
+    model = shallow(partial(layer, **{setting: unsteady}))
+    assert lowland.hessian_moments(model, BCE, x, y).method == "probes"
+    assert lowland.hessian_moments(model.eval(), BCE, x, y).method == "dense"
 
 
 def test_auto_estimates_where_the_closed_form_is_dearer():

@@ -154,3 +154,34 @@ def test_estimates_carry_their_standard_errors():
     errors = torch.tensor(0.1), torch.tensor(0.2)
     assert HessianMoments(2, torch.ones(()), torch.ones(()), errors).stderr is errors
     assert HessianMoments(2, torch.ones(()), torch.ones(())).stderr is None
+
+
+@pytest.mark.parametrize(
+    ("moments", "shown"),
+    [
+        (
+            HessianMoments(3, torch.tensor(1.23456789), torch.tensor(2.0)),
+            "HessianMoments(dim=3, trace=1.23457, trace_sq=2)",
+        ),
+        (
+            HessianMoments(
+                3,
+                torch.tensor(1.5, requires_grad=True),
+                torch.tensor(2.0),
+                (torch.tensor(0.25), torch.tensor(math.nan)),
+                method="probes",
+            ),
+            "HessianMoments(dim=3, trace=1.5, trace_sq=2, stderr=(0.25, nan), method='probes')",
+        ),
+        (
+            HessianMoments(3, torch.arange(6000.0).view(2, 3000), torch.ones(2, 3000)),
+            "HessianMoments(dim=3, ensemble=(2, 3000), trace=0 to 5999, trace_sq=1 to 1)",
+        ),
+        (
+            HessianMoments(3, torch.ones(0), torch.ones(0)),
+            "HessianMoments(dim=3, ensemble=(0,), trace=none, trace_sq=none)",
+        ),
+    ],
+)
+def test_print_shows_a_line(moments, shown):
+    assert repr(moments) == shown

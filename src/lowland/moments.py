@@ -67,6 +67,18 @@ class HessianMoments:
                 f"higher must have the shape {tuple(self.trace.shape)} of trace; got {shapes}"
             )
 
+    def __repr__(self) -> str:
+        """In one line, with standard errors where they are known; of an ensemble its ends."""
+        shown = [f"dim={self.dim}"]
+        if self.trace.ndim:
+            shown.append(f"ensemble={tuple(self.trace.shape)}")
+        shown += [f"trace={_short(self.trace)}", f"trace_sq={_short(self.trace_sq)}"]
+        if self.stderr is not None:
+            shown.append(f"stderr=({', '.join(map(_short, self.stderr))})")
+        if self.method is not None:
+            shown.append(f"method={self.method!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @property
     def mean(self) -> Tensor:
         """The mean eigenvalue ``m``."""
@@ -148,6 +160,14 @@ class HessianMoments:
         # Where four moments are NaN, fmax and fmin keep to two; rounding cannot swap the ends.
         four_low = torch.fmin(torch.fmax(low, four_low), high)
         return four_low, torch.maximum(torch.fmin(high, four_high), four_low)
+
+
+def _short(values: Tensor) -> str:
+    """A number; of several the smallest and the largest."""
+    if not values.numel():
+        return "none"
+    ends = [f"{end.item():.6g}" for end in values.detach().aminmax()]
+    return " to ".join(ends if values.ndim else ends[:1])
 
 
 def check_number(moments: int) -> None:

@@ -203,6 +203,15 @@ def test_an_optimizer_in_place_of_its_class_is_refused():
         lowland.SAM([p], torch.optim.SGD([p], lr=0.1), lr=0.1)
 
 
+def test_an_optimizer_that_takes_gradients_of_its_own_is_refused():
+    p = nn.Parameter(torch.ones(1))
+    torch.optim.LBFGS([p])  # PyTorch wraps the step of a class that is in use
+    with pytest.raises(
+        TypeError, match=r"LBFGS calls a closure.*SGD or AdamW, or LBFGS with a pen"
+    ):
+        lowland.SAM([p], torch.optim.LBFGS, lr=0.1)
+
+
 def test_steps_out_of_order_are_refused():
     p = nn.Parameter(torch.ones(1))
     sam = lowland.SAM([p], torch.optim.SGD, lr=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -56,7 +57,8 @@ class SAM(Optimizer):
 
     Raises:
         ValueError: If ``rho`` or ``eta`` is negative or not finite.
-        TypeError: If ``base_optimizer`` is not a class of optimizers.
+        TypeError: If ``base_optimizer`` is not a class of optimizers, or its steps need a closure,
+            as those of ``torch.optim.LBFGS``.
 
     Notes:
         A step costs two gradients. Learning rate schedulers and checkpoints treat it like any other
@@ -86,6 +88,14 @@ class SAM(Optimizer):
             raise TypeError(
                 "base_optimizer must be a class such as torch.optim.SGD, whose settings follow as "
                 f"keywords; got {base_optimizer!r}"
+            )
+        closure = signature(base_optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            name = base_optimizer.__name__
+            raise TypeError(
+                f"base_optimizer must step by the gradients at hand; {name} calls a closure for "
+                "others, several times a step: use SAM with torch.optim.SGD or AdamW, or "
+                f"{name} with a penalty such as lowland.HSR"
             )
         super().__init__(params, {"rho": rho, "adaptive": adaptive, "eta": eta})
         for group in self.param_groups:

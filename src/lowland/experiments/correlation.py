@@ -57,8 +57,8 @@ def spearman(x: Array, y: Array, *, resamples: int, clusters: Array | None = Non
     if len(x) < FEWEST or not np.ptp(x) or not np.ptp(y):
         return Correlation(math.nan, math.nan, math.nan, math.nan, len(x))
     test = stats.spearmanr(x, y)
-    drawn = _draws(len(x), resamples, None if clusters is None else clusters[whole])
-    low, high = np.nanquantile([_rho(x[own], y[own]) for own in drawn], [0.025, 0.975])
+    drawn = _resampled(np.stack([x, y]), resamples, None if clusters is None else clusters[whole])
+    low, high = np.nanquantile(_rho(drawn[0], drawn[1]), [0.025, 0.975])
     p = test.pvalue if clusters is None else math.nan
     return Correlation(float(test.statistic), float(p), float(low), float(high), len(x))
 
@@ -72,26 +72,43 @@ def lead(
     if len(x) < FEWEST:
         return math.nan, math.nan, math.nan
 
-    def difference(own: NDArray[np.intp]) -> float:
-        return abs(_rho(x[own], y[own])) - abs(_rho(rival[own], y[own]))
+    def difference(rows: Array) -> Array:
+        margin: Array = np.abs(_rho(rows[0], rows[2])) - np.abs(_rho(rows[1], rows[2]))
+        return margin
 
-    drawn = _draws(len(x), resamples, None if clusters is None else clusters[whole])
-    low, high = np.nanquantile([difference(own) for own in drawn], [0.025, 0.975])
-    return difference(np.arange(len(x))), float(low), float(high)
-
-
-def _rho(x: Array, y: Array) -> float:
-    """Of a sample, in which one value may be all there is."""
-    ranks = stats.rankdata(np.stack([x, y]), axis=1)
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    size = np.linalg.norm(ranks, axis=1)
-    return float(ranks[0] @ ranks[1] / size.prod()) if size.all() else math.nan
+    rows = np.stack([x, rival, y])
+    drawn = _resampled(rows, resamples, None if clusters is None else clusters[whole])
+    low, high = np.nanquantile(difference(drawn), [0.025, 0.975])
+    return difference(rows[:, None]).item(), float(low), float(high)
 
 
-def _draws(count: int, resamples: int, clusters: Array | None) -> list[NDArray[np.intp]]:
+def _rho(x: Array, y: Array) -> Array:
+    """Of each row, without the entries that are no number; NaN where a side does not vary."""
+    ranks = []
+    for side in (x, y):
+        rank = stats.rankdata(side, axis=1, nan_policy="omit")
+        rank -= np.nanmean(rank, axis=1, keepdims=True)
+        ranks.append(np.nan_to_num(rank))
+    first, second = ranks
+    size = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    with np.errstate(invalid="ignore"):  # no correlation where nothing varies
+        rho: Array = (first * second).sum(1) / size
+    return rho
+
+
+def _resampled(rows: Array, resamples: int, clusters: Array | None) -> Array:
+    """Bootstrap samples of columns, or of clusters of them: ``(rows, resamples, columns)``.
+
+    Samples of clusters are filled up with NaN to one length.
+    """
     random = np.random.default_rng(0)
     if clusters is None:
-        return list(random.integers(0, count, (resamples, count)))
-    members = [np.flatnonzero(clusters == own) for own in np.unique(clusters)]
-    chosen = random.integers(0, len(members), (resamples, len(members)))
-    return [np.concatenate([members[own] for own in row]) for row in chosen]
+        return rows[:, random.integers(0, rows.shape[1], (resamples, rows.shape[1]))]
+    names, own = np.unique(clusters, return_inverse=True)
+    largest = np.bincount(own).max()
+    table = np.full((len(rows), len(names), largest), np.nan)
+    for index in range(len(names)):
+        members = rows[:, own == index]
+        table[:, index, : members.shape[1]] = members
+    chosen = random.integers(0, len(names), (resamples, len(names)))
+    return table[:, chosen].reshape(len(rows), resamples, -1)

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lowland import plots
@@ -31,6 +32,7 @@ from lowland.experiments.illusion.tables import (
 )
 from lowland.experiments.reproduction import StudyFigure
 from lowland.plots import STYLE, plain_log_ticks
+from lowland.training import METHODS
 
 SHARP, WEAK, PALE, INK = "#d55e00", "#0072b2", "#bdbdbd", "#000000"
 """Sharpness is drawn in one color throughout, what rescaling cannot move in another."""
@@ -38,8 +40,9 @@ SHARP, WEAK, PALE, INK = "#d55e00", "#0072b2", "#bdbdbd", "#000000"
 COLORS = dict.fromkeys(("trace", "bound", "lambda_max"), SHARP) | dict.fromkeys(
     ("l2_norm", "l1_norm"), "#4d4d4d"
 )
-BATCH = {SMALL: (SHARP, "o"), LARGE: (WEAK, "s")}
+BATCH = {SMALL: ("#009e73", "o"), LARGE: ("#cc79a7", "s")}
 METHOD_COLORS = plots.COLORS | {"a-sam": "#cc79a7"}
+METHOD_TITLES = {name: method.title for name, method in METHODS.items()} | {"a-sam": "A-SAM"}
 METHOD_MARKERS = plots.MARKERS | {"a-sam": "v"}
 
 WIDTH, HEIGHT = 3.3, 3.0  # inches of a panel
@@ -48,6 +51,10 @@ WIDTH, HEIGHT = 3.3, 3.0  # inches of a panel
 def color(measure: str) -> str:
     """Of a measure, in every figure."""
     return COLORS.get(measure, WEAK)
+
+
+def _label(title: str) -> str:
+    return title.replace("λ_max", r"$\lambda_{\max}$")
 
 
 def figure_1(study: Study) -> Figure:
@@ -60,7 +67,7 @@ def figure_1(study: Study) -> Figure:
             lines = [
                 (measure, correlation(study, part, measure), told.rho.get(measure))
                 for measure in ASKED[task.kind]
-                if measure in part and part[measure].notna().any()
+                if measure in part and part[measure].nunique() > 1
             ]
             title = f"{task.name}, n = {size:,}" if task.kind == "advantage" else task.name
             groups.append((title, lines))
@@ -78,7 +85,7 @@ def figure_1(study: Study) -> Figure:
                 if told_rho is not None:
                     ax.plot(told_rho, place, "D", color=INK, markerfacecolor="none", markersize=6)
                 ticks.append(place)
-                names.append(MEASURES[measure])
+                names.append(_label(MEASURES[measure]))
                 place += 1
         ax.set(xlim=(-1.03, 1.03), ylim=(place, -1), xlabel="rank correlation ρ with test accuracy")
         ax.axvline(0, color=INK, linewidth=0.8)
@@ -99,6 +106,8 @@ def figure_1(study: Study) -> Figure:
                 label="the paper's",
             ),
         ]
+        if all(told_rho is None for _, lines in groups for *_, told_rho in lines):
+            handles.pop()
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
@@ -146,7 +155,7 @@ def _cloud(ax: Axes, part: pd.DataFrame, measure: str, title: str) -> None:
         markeredgewidth=0,
     )
     ax.set_title(title, fontsize=9)
-    ax.set_xlabel(MEASURES[measure])
+    ax.set_xlabel(_label(MEASURES[measure]))
 
 
 def figure_4(study: Study) -> Figure:
@@ -236,7 +245,7 @@ def figure_5(study: Study) -> Figure:
                         label=f"{batch} batches",
                     )
                 ax.set_title(str(correlation(study, part, measure)), fontsize=9)
-                ax.set_xlabel(MEASURES[measure])
+                ax.set_xlabel(_label(MEASURES[measure]))
             row[0].set_ylabel(f"{task.name}, n = {size:,}\ntest accuracy, %")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
@@ -266,12 +275,20 @@ def figure_6(study: Study) -> Figure:
                     label=f"Hessian trace, layer {layer + 1} rescaled",
                 )
             for key, marker, title in (
-                ("accuracy", "D", "test accuracy"),
-                ("patterns_2", "^", "unseen patterns"),
+                ("patterns_2", "o", "unseen patterns"),
+                ("accuracy", "x", "test accuracy"),
             ):
                 values = found[key].numpy()
                 kept = (values / values[:, :1]).mean(0)
-                ax.plot(factors, kept, marker, color=WEAK, markersize=4, label=title)
+                ax.plot(
+                    factors,
+                    kept,
+                    marker,
+                    color=WEAK,
+                    markersize=8 if marker == "o" else 5,
+                    markerfacecolor="none",
+                    label=title,
+                )
             task, rest = name.split("/")
             ax.set(xscale="log", yscale="log", xlabel="factor")
             ax.set_title(f"{task}, n = {int(rest.split('-')[0]):,}", fontsize=9)
@@ -308,10 +325,12 @@ def figure_7(study: Study) -> Figure:
                     markerfacecolor=METHOD_COLORS[method] if kind == "sharp" else "none",
                 )
             ax.set_title(str(hsr_correlation(study, table, measure, together=True)), fontsize=9)
-            ax.set_xlabel(HSR_MEASURES[measure])
+            ax.set_xlabel(_label(HSR_MEASURES[measure]))
             if measure == "lambda_max":
                 ax.set_xscale("log")
                 plain_log_ticks(ax)
+            else:
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0, 0].set_ylabel("macro F1 on test samples")
         handles = [
             Line2D(
@@ -321,7 +340,7 @@ def figure_7(study: Study) -> Figure:
                 marker=METHOD_MARKERS[name],
                 linewidth=0,
                 markerfacecolor=METHOD_COLORS[name] if kind == "sharp" else "none",
-                label=f"{name}, {kind} seeds",
+                label=f"{METHOD_TITLES[name]}, {kind} seeds",
             )
             for kind in dict.fromkeys(table["kind"])
             for name in dict.fromkeys(table["method"])

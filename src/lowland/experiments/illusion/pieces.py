@@ -143,6 +143,7 @@ def hsr(preset: HsrPreset, controlled: Tensors, unseen: int) -> Tensors:
         name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]
     }
     return table | {
+        "seed": controlled["seed"],
         "lambda_max": values[:, -1].clone(),
         "trace": moments.trace,
         "bound": moments.upper,

@@ -20,6 +20,7 @@ from lowland.experiments.illusion.tables import (
     hsr_correlation,
     hsr_networks,
     networks,
+    varies,
 )
 from lowland.experiments.reproduction import Claim
 from lowland.jobs import Tensors
@@ -74,7 +75,7 @@ def _correlates(study: Study, part: pd.DataFrame, task: Task, measure: str, *, s
 def _pairs(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
     told = published(task, task.sizes[0])
     ((_, part),) = asked(study, table, task)
-    if "pair_proxy" not in part:
+    if not varies(part, "pair_proxy"):
         return
     for measure, sign in (("pair_proxy", 1), ("trace", -1)):
         yield _correlates(study, part, task, measure, sign=sign)
@@ -87,7 +88,7 @@ def _pairs(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
         f"|ρ| larger by {margin:+.2f} [{low:+.2f}, {high:+.2f}]",
         holds=low > 0,
     )
-    if "joint" in part and part["joint"].notna().any():
+    if varies(part, "joint"):
         joint, proxy = (part[name].to_numpy(np.float64) for name in ("joint", "pair_proxy"))
         margin, low, high = lead(joint, proxy, values["accuracy"], resamples=study.preset.resamples)
         yield _claim(

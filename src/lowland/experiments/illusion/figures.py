@@ -29,6 +29,7 @@ from lowland.experiments.illusion.tables import (
     hsr_correlation,
     hsr_networks,
     networks,
+    varies,
 )
 from lowland.experiments.reproduction import StudyFigure
 from lowland.plots import STYLE, plain_log_ticks
@@ -67,7 +68,7 @@ def figure_1(study: Study) -> Figure:
             lines = [
                 (measure, correlation(study, part, measure), told.rho.get(measure))
                 for measure in ASKED[task.kind]
-                if measure in part and part[measure].nunique() > 1
+                if varies(part, measure)
             ]
             title = f"{task.name}, n = {size:,}" if task.kind == "advantage" else task.name
             groups.append((title, lines))
@@ -128,15 +129,13 @@ def _scatters(study: Study, kind: str, measures: Sequence[str]) -> Figure:
     tasks = study.tasks(kind)
     parts = {task.name: next(asked(study, table, task))[1] for task in tasks}
     shown = [
-        measure
-        for measure in measures
-        if any(measure in part and part[measure].notna().any() for part in parts.values())
+        measure for measure in measures if any(varies(part, measure) for part in parts.values())
     ]
     with _panels(len(tasks), len(shown)) as (figure, axes):
         for row, task in zip(axes, tasks, strict=True):
             part = parts[task.name]
             for ax, measure in zip(row, shown, strict=True):
-                if measure not in part or part[measure].isna().all():
+                if not varies(part, measure):
                     ax.set_axis_off()
                     continue
                 _cloud(ax, part, measure, str(correlation(study, part, measure)))

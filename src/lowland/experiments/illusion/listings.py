@@ -21,6 +21,7 @@ from lowland.experiments.illusion.tables import (
     hsr_correlation,
     hsr_networks,
     networks,
+    varies,
 )
 from lowland.experiments.reproduction import Listing
 from lowland.pages import number, plus_minus
@@ -44,7 +45,7 @@ def _correlations(study: Study, table: pd.DataFrame, task: Task) -> Listing:
     for size, part in asked(study, table, task):
         told = published(task, size)
         for measure in ASKED[task.kind]:
-            if measure in part and part[measure].notna().any():
+            if varies(part, measure):
                 place = [f"{size:,}"] if len(task.sizes) > 1 else []
                 ours = str(correlation(study, part, measure))
                 rows.append((MEASURES[measure], *place, ours, told.of(measure)))
@@ -68,7 +69,7 @@ def _facts(study: Study, table: pd.DataFrame, task: Task) -> str:
         f"{100 * own['accuracy'].max():.1f} %, mean {100 * own['accuracy'].mean():.1f} %; Hessian "
         f"trace {number(own['trace'].min())} to {number(own['trace'].max())}."
     )
-    if "pair_proxy" in own and own["pair_proxy"].notna().any():
+    if varies(own, "pair_proxy"):
         proxies = own["pair_proxy"].dropna()
         facts += (
             f" Pair proxy {proxies.min():.0f} to {proxies.max():.0f} of {10 * task.unseen:,}, "

@@ -113,6 +113,11 @@ def asked(study: Study, table: pd.DataFrame, task: Task) -> Iterator[tuple[int, 
         yield size, own[own["size"] == size]
 
 
+def varies(part: pd.DataFrame, measure: str) -> bool:
+    """Whether a measure was taken, and tells networks apart."""
+    return measure in part and bool(part[measure].max() > part[measure].min())
+
+
 def correlations(study: Study) -> pd.DataFrame:
     """One row for each measure of a task, a size and a regime: its correlation with accuracy."""
     table, rows = networks(study), []
@@ -123,7 +128,7 @@ def correlations(study: Study) -> pd.DataFrame:
                 groups |= {name: part[part["batch"] == name] for name in (SMALL, LARGE)}
             for batch, group in groups.items():
                 for measure in ASKED[task.kind]:
-                    if measure in group and group[measure].notna().any():
+                    if varies(group, measure):
                         found = correlation(study, group, measure)
                         key = {"task": task.name, "size": size, "batch": batch}
                         rows.append({**key, "measure": measure, **vars(found)})

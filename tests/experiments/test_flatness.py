@@ -1,4 +1,4 @@
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -6,6 +6,7 @@ import pytest
 import torch
 from jaxtyping import config
 from pagecheck import Page
+from presetfile import toml
 from torch import nn
 from typer.testing import CliRunner
 
@@ -40,20 +41,6 @@ def study(tmp_path_factory):
         patch.setattr(config, "jaxtyping_disable", True)  # as installed
         patch.delenv("LOWLAND_DATA", raising=False)
         return study_of(PRESET, tmp_path_factory.mktemp("study"))
-
-
-def toml(preset):
-    def value(entry):
-        if isinstance(entry, tuple):
-            return list(entry)
-        return str(entry).lower() if isinstance(entry, bool) else repr(entry)
-
-    def lines(table):
-        return "".join(f"{key} = {value(entry)}\n" for key, entry in table.items())
-
-    settings = asdict(preset)
-    tasks = settings.pop("tasks")
-    return lines(settings) + "".join(f"[[tasks]]\n{lines(task)}" for task in tasks)
 
 
 # Presets

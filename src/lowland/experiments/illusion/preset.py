@@ -164,7 +164,7 @@ _MAYBE_ZERO = (
 RULES = Rules(
     least={"seeds": 5, "resamples": 100, "joint_chains": 2, "joint_samples": 4, "hidden": 2}
     | dict.fromkeys(_MAYBE_ZERO, 0),
-    most={"enough": 1.0, "seeds": LARGE_SEEDS * 1000},
+    most={"enough": 1.0},
     positive=("learning_rates", "large_learning_rates", "factors", "second_factors", "enough"),
     repeats=("hidden", "learning_rates", "large_learning_rates"),
     empty=("large_learning_rates", "factors", "second_factors"),

@@ -115,7 +115,11 @@ def _gradient(weights: Weights, x: Inputs, y: Targets) -> tuple[Tensor, ...]:
     return grad(mean_loss(leaves, x, y, activation=ACTIVATION, loss=LOSS).sum(), leaves)
 
 
-def _batch(x: Inputs, y: Targets, chosen: Int[Tensor, "networks batch"]) -> tuple[Inputs, Targets]:
+def _batch(
+    x: Float[Tensor, "#networks samples inputs"],
+    y: Int[Tensor, "#networks samples"],
+    chosen: Int[Tensor, "networks batch"],
+) -> tuple[Float[Tensor, "networks batch inputs"], Int[Tensor, "networks batch"]]:
     """Some samples of each network, in its own order."""
     if len(x) == 1:
         return x[0, chosen], y[0, chosen]

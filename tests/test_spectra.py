@@ -387,6 +387,83 @@ def test_a_block_of_fewer_parameters_gives_all_of_its_eigenvalues():
     assert [len(layer.eigenvalues) for layer in everything.values()] == [20, 24, 15]
 
 
+# Relative to the parameters
+
+
+def relative(model):
+    """``|theta|``, flat."""
+    return torch.cat([p.detach().abs().reshape(-1) for p in model.parameters()])
+
+
+def homogeneous():
+    """A convolutional network that can be rescaled, without a unit that is never active."""
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.LeakyReLU(),
+        nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_adaptive_spectrum_is_that_of_the_scaled_matrix(name, method):
+    model, x, y = case(name)
+    scale = relative(model)
+    matrix = brute_force(model, CE, x, y) * scale * scale[:, None]
+    expected = descending(matrix)
+    found = lowland.spectrum(
+        model, CE, (x, y), k=3, which="both", method=method, tolerance=1e-8, adaptive=True
+    )
+    size = float(expected.abs().max())
+    assert found.adaptive
+    torch.testing.assert_close(
+        found.eigenvalues, expected[found.ranks - 1], rtol=0, atol=1e-8 * size
+    )
+    room = 4 * found.trace_stderr + 1e-10 * size
+    assert abs(found.trace - float(matrix.trace())) <= room
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adaptive_sharpness_stays_under_rescaling(method):
+    model = homogeneous()
+    x, y = torch.randn(30, 1, 6, 6, dtype=torch.float64), torch.arange(30) % 3
+    by_unit = 3 ** torch.linspace(-2, 2, 5, dtype=torch.float64)
+    changed = lowland.rescale(lowland.rescale(model, 0, 7.0), 2, by_unit)
+
+    def measure(model, *, adaptive):
+        found = lowland.spectrum(
+            model, CE, (x, y), k=3, method=method, tolerance=1e-9, adaptive=adaptive
+        )
+        return torch.tensor([*found.eigenvalues, found.trace])
+
+    torch.testing.assert_close(
+        measure(changed, adaptive=True), measure(model, adaptive=True), rtol=1e-9, atol=0
+    )
+    plain = measure(changed, adaptive=False) / measure(model, adaptive=False)
+    assert ((plain > 2) | (plain < 0.5)).all()
+
+
+def test_an_adaptive_eigenvector_is_the_step_that_raises_the_loss_most():
+    model, x, y = case("transformer")
+    found = lowland.spectrum(model, CE, (x, y), k=2, which="both", adaptive=True)
+    for index, value in enumerate(found.eigenvalues):
+        left, middle, right = found.along(index, [-1e-3, 0.0, 1e-3])
+        assert float(left - 2 * middle + right) / 1e-6 == pytest.approx(float(value), abs=2e-5)
+        step = flat(found.eigenvectors[index]) / relative(model)
+        assert float(torch.linalg.vector_norm(step[relative(model) > 0])) == pytest.approx(1)
+
+
+def test_adaptive_spectra_of_layers_are_those_of_the_blocks():
+    model, x, y = case()
+    scale = relative(model)
+    matrix = brute_force(model, CE, x, y) * scale * scale[:, None]
+    found = lowland.layer_spectra(model, CE, (x, y), adaptive=True)
+    first = descending(matrix[:20, :20])[:1]
+    torch.testing.assert_close(found["0"].eigenvalues, first, rtol=1e-9, atol=0)
+    traces = sum(layer.trace for layer in found.values())
+    assert traces == pytest.approx(float(matrix.trace()))
+
+
 # Along a line
 
 
@@ -704,9 +781,19 @@ def test_a_figure_of_the_spectrum(density, method):
     ax.figure.canvas.draw()
     title = ax.get_title(loc="left")
     assert "59 parameters" in title
+    assert "theta" not in title
     assert ("±" in title) == (method == "lanczos")
     assert ax.get_yscale() == ("log" if density else "linear")
     assert found.plot(ax) is ax
+    plt.close(ax.figure)
+
+
+def test_a_figure_says_that_a_spectrum_is_adaptive():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    model, x, y = case()
+    ax = lowland.spectrum(model, CE, (x, y), k=1, adaptive=True).plot()
+    ax.figure.canvas.draw()
+    assert "theta" in ax.get_title(loc="left")
     plt.close(ax.figure)
 
 

@@ -49,6 +49,7 @@ class _Settings:
     density_steps: int = 64
     restarts: int = 300
     seed: int = 0
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -95,6 +96,7 @@ def spectrum(
     density_steps: int = 64,
     restarts: int = 300,
     seed: int = 0,
+    adaptive: bool = False,
 ) -> Spectrum:
     r"""The spectrum of the Hessian of a trained model's loss, in its trainable parameters.
 
@@ -124,6 +126,8 @@ def spectrum(
         density_steps: Products that each of them takes: the nodes of its quadrature.
         restarts: Of Lanczos, before it gives up.
         seed: Of the start vectors and the probes. No global generator is touched.
+        adaptive: The spectrum of :math:`D H D` with :math:`D = \mathrm{diag}(|\theta|)` instead:
+            curvature in steps relative to each parameter (see the notes).
 
     Returns:
         The eigenvalues with residuals and eigenvectors, the trace, and the density if asked for.
@@ -149,11 +153,27 @@ def spectrum(
 
         ReLU and the like have second derivatives almost everywhere, and those are what is used.
 
+        With ``adaptive=True`` the largest eigenvalue is the adaptive sharpness of Kwon et al. to
+        second order, element-wise, with the 2-norm and without a constant added to the weights: at
+        a critical point
+
+        .. math:: \max_{\lVert D^{-1} \epsilon \rVert_2 \le \rho} L(\theta + \epsilon) - L(\theta)
+            = \tfrac12 \rho^2 \lambda_1(D H D) + O(\rho^3),
+
+        and the trace, :math:`\sum_i \theta_i^2 H_{ii}`, gives the mean over
+        :math:`\epsilon \sim N(0, \rho^2 D^2)` in the same way, that of Andriushchenko et al. Both
+        have the unit of the loss, and stay where rescaling keeps the predictions
+        (:func:`lowland.rescale`): that maps :math:`\theta` to :math:`A \theta` with a positive
+        diagonal A, hence H to :math:`A^{-1} H A^{-1}` and D to :math:`A D`.
+
     References:
         R. B. Lehoucq, D. C. Sorensen and C. Yang, ARPACK Users' Guide, SIAM (1998), which SciPy's
         ``eigsh`` follows; M. Hutchinson, Communications in Statistics: Simulation and Computation
         18 (1989), for the trace; V. Papyan, Journal of Machine Learning Research 21 (2020), for
-        the density. The operators and the last two are those of curvlinops.
+        the density. The operators and the last two are those of curvlinops. J. Kwon et al., ASAM,
+        ICML 2021 (arXiv:2102.11600), and M. Andriushchenko et al., A modern look at the
+        relationship between sharpness and generalization, ICML 2023 (arXiv:2302.07011), for
+        adaptive sharpness.
 
     Example:
         >>> import torch, lowland
@@ -176,8 +196,9 @@ def spectrum(
         density_steps,
         restarts,
         seed,
+        adaptive,
     )
-    with _prepared(model, criterion, data, seed) as surface:
+    with _prepared(model, criterion, data, settings) as surface:
         return _measure(surface, settings)
 
 
@@ -220,7 +241,7 @@ def layer_spectra(
         {'0': 16, '2': 10}
     """
     chosen = _Settings(k, which, **settings)
-    with _prepared(model, criterion, data, chosen.seed) as surface:
+    with _prepared(model, criterion, data, chosen) as surface:
         result = {}
         for name, names in _layers(surface.names).items():
             block = surface.within(names)
@@ -230,11 +251,11 @@ def layer_spectra(
 
 @contextmanager
 def _prepared(
-    model: nn.Module, criterion: Callable[..., Any], data: Any, seed: int
+    model: nn.Module, criterion: Callable[..., Any], data: Any, settings: _Settings
 ) -> Iterator[Surface]:
     need_curvlinops()
-    surface = survey(model, criterion, data)
-    with seeded(surface.device, seed), untouched(model), differentiable_kernels(model):
+    surface = replace(survey(model, criterion, data), adaptive=settings.adaptive)
+    with seeded(surface.device, settings.seed), untouched(model), differentiable_kernels(model):
         yield surface
 
 
@@ -283,7 +304,7 @@ def _measure(surface: Surface, settings: _Settings) -> Spectrum:
         ranks=pairs.ranks,
         tolerance=pairs.tolerance,
         eigenvectors=[
-            surface.unflatten(vector.to(operator.device, operator.dtype))
+            surface.unflatten(surface.scaled(vector.to(operator.device, operator.dtype)))
             for vector in pairs.vectors.T
         ],
         trace=trace,

@@ -85,4 +85,5 @@ def _draw_density(spectrum: Spectrum, density: Density, ax: Axes) -> None:
 
 def _title(spectrum: Spectrum) -> str:
     error = "" if spectrum.method == "dense" else f" ± {spectrum.trace_stderr:.2g}"
-    return f"{spectrum.dim:,} parameters,  Tr H = {spectrum.trace:.4g}{error}"
+    matrix = r"|\theta|\,H\,|\theta|" if spectrum.adaptive else "H"
+    return rf"{spectrum.dim:,} parameters,  $\mathrm{{Tr}}\,{matrix}$ = {spectrum.trace:.4g}{error}"

@@ -27,7 +27,7 @@ class Spectrum:
     Attributes:
         dim: ``P``, the number of trainable parameters.
         eigenvalues: Descending, shape ``(k,)``, float64 on the CPU. Its unit is that of the loss
-            over that of a parameter squared.
+            over that of a parameter squared; of the loss where the spectrum is adaptive.
         residuals: ``|H v - lambda v|`` of each, shape ``(k,)``: within that distance of an
             eigenvalue given here there is one of ``H``.
         ranks: Which eigenvalue of all each is, shape ``(k,)``: 1 is the largest, ``P`` the
@@ -35,7 +35,8 @@ class Spectrum:
         tolerance: What the residuals are held to. For ``"lanczos"`` the argument of that name
             times the spectrum's largest magnitude; for ``"dense"`` rounding.
         eigenvectors: One for each eigenvalue: tensors by the parameters' names in the model and of
-            their shapes, of length 1 together, and without a sign of their own.
+            their shapes, of length 1 together, and without a sign of their own. Where the spectrum
+            is adaptive, the step ``|theta| v`` in the parameters, with ``v`` of length 1.
         trace: ``Tr H``.
         trace_stderr: Its standard error; zero where the trace is exact.
         density: The density of all eigenvalues, None unless it was asked for.
@@ -54,6 +55,11 @@ class Spectrum:
     density: Density | None = field(repr=False)
     method: Literal["dense", "lanczos"]
     surface: Surface = field(repr=False)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it is the spectrum of ``D H D`` with ``D = diag(|theta|)``."""
+        return self.surface.adaptive
 
     def along(
         self,

@@ -35,6 +35,7 @@ class Surface:
         batches: The data, in as many passes as it takes.
         names: Of the parameters that are looked at; all others are constants.
         state: All parameters and buffers as they were.
+        adaptive: Whether curvature is measured in steps relative to the parameters.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Surface:
     batches: Iterable[Any]
     names: tuple[str, ...]
     state: Parts
+    adaptive: bool = False
 
     @property
     def parameters(self) -> Parts:
@@ -72,6 +74,10 @@ class Surface:
         parts = flat.split([part.numel() for part in like.values()])
         return {n: new.view_as(old) for (n, old), new in zip(like.items(), parts, strict=True)}
 
+    def scaled(self, flat: Float[Tensor, " parameters"]) -> Float[Tensor, " parameters"]:
+        """The step that a vector stands for: times ``|theta|`` if it is relative to these."""
+        return flat * self.flatten(self.parameters).abs() if self.adaptive else flat
+
     @torch.no_grad()
     def loss(self, parts: Mapping[str, Tensor]) -> float:
         """``L`` with other values of the parameters that are looked at; the model stays as it is.
@@ -92,14 +98,14 @@ class Surface:
         return total
 
     def operator(self) -> Any:
-        """``v -> H v`` by curvlinops, at the parameters that the model has now.
+        """``v -> H v`` by curvlinops, at the parameters that the model has now; or ``D H D v``.
 
         Raises:
             ImportError: If it is not installed.
         """
         linear = need_curvlinops()
         named = dict(self.model.named_parameters())
-        return linear.HessianLinearOperator(
+        hessian = linear.HessianLinearOperator(
             _Anchored(self.model, [named[name] for name in self.names]),
             _WithAnchor(self.criterion),
             [named[name] for name in self.names],
@@ -108,6 +114,27 @@ class Surface:
             num_data=1,  # the criterion knows
             batch_size_fn=lambda _: 1,
         )
+        if not self.adaptive:
+            return hessian
+        return _Relative(hessian, self.flatten(self.parameters).abs())
+
+
+class _Relative:
+    """``D H D`` with ``D = diag(d)``, with as much of an operator as is asked of it here.
+
+    Args:
+        operator: ``H``.
+        scale: ``d``.
+    """
+
+    def __init__(self, operator: Any, scale: Float[Tensor, " parameters"]) -> None:
+        self.operator, self.scale = operator, scale
+        self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        scale = self.scale.view(-1, *[1] * (vectors.ndim - 1))
+        result: Tensor = scale * (self.operator @ (scale * vectors))
+        return result
 
 
 class _Anchored(nn.Module):

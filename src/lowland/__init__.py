@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lowland import exact, weakness
+    from lowland.auditing import Audit, audit
     from lowland.engines import hessian_moments
     from lowland.errors import UnsupportedModelError
     from lowland.moments import HessianMoments
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Audit": "auditing",
     "HSR": "penalties",
     "SAM": "optimizers",
     "FlatnessAware": "penalties",
@@ -23,6 +25,7 @@ _HOMES = {
     "HessianTrace": "penalties",
     "Spectrum": "spectra",
     "UnsupportedModelError": "errors",
+    "audit": "auditing",
     "hessian_moments": "engines",
     "layer_spectra": "spectra",
     "permute": "symmetry",
@@ -33,11 +36,13 @@ _HOMES = {
 __all__ = [
     "HSR",
     "SAM",
+    "Audit",
     "FlatnessAware",
     "HessianMoments",
     "HessianTrace",
     "Spectrum",
     "UnsupportedModelError",
+    "audit",
     "exact",
     "hessian_moments",
     "layer_spectra",

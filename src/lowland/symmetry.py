@@ -153,14 +153,29 @@ def permute(model: nn.Module, layer: int, order: Int[Tensor, " units"]) -> nn.Se
     return changed
 
 
+def weighted_layers(model: nn.Module) -> list[nn.Module]:
+    """A sequence's linear and convolutional layers, in the order in which ``layer`` counts them.
+
+    Raises:
+        UnsupportedModelError: If the model is no sequence.
+    """
+    return [module for module in _modules(_sequence(model)) if isinstance(module, _WEIGHTED)]
+
+
 def _copy(model: nn.Module) -> nn.Sequential:
+    sequence = _sequence(model)
+    check_initialized(sequence)
+    return deepcopy(sequence)
+
+
+def _sequence(model: nn.Module) -> nn.Sequential:
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         raise UnsupportedModelError(
             f"expected an nn.Sequential, whose layers follow one another; got "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}: write the network as one, nn.Sequential(nn.Linear(...), "
+            "nn.ReLU(), ...), and load its weights"
         )
-    check_initialized(model)
-    return deepcopy(model)
+    return model
 
 
 def _modules(model: nn.Sequential) -> Iterator[nn.Module]:

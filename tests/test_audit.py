@@ -335,7 +335,7 @@ def test_sharpness_that_stays_is_not_said_to_move(audited):
     audit = changed(audited, **still | {"trace": (2.0, 2.0, 2.1)})
     assert audit.verdict.startswith("Sharpness (trace) moves by up to 5 % between")
     audit = changed(audited, **still | {"trace": (-1.0, 2.0, 3.5)})
-    assert audit.verdict.startswith("Sharpness (trace) moves from -1 to 3.5 between")
+    assert audit.verdict.startswith("Sharpness (trace -1 to 3.5) moves between")
     assert math.isnan(audit.change("trace"))
 
 
@@ -542,6 +542,7 @@ def test_a_figure_of_many_factors_and_of_what_is_not_positive(audited):
     assert len(figure.axes[0].get_xticks()) < len(factors)
     left = changed(audited, trace=(-1.0, 2.0, 3.0)).plot().axes[0]
     assert len(left.get_legend().get_texts()) == 4
+    assert "Tr" in left.get_legend().get_title().get_text()
 
 
 @pytest.mark.gpu

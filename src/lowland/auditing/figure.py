@@ -55,25 +55,29 @@ def _draw_scales(audit: Audit, ax: Axes) -> None:
     from lowland.plots import plain_log_ticks  # noqa: PLC0415 - optional
 
     ax.axhline(1, color=_INK, linewidth=0.8)
+    drawn = []
     for measure in audit.measures:
         row = audit.values[measure.name]
         if measure.invariant or not min(row) > 0:
             continue
         color, marker, line = _LINES[measure.name]
+        drawn.append(measure.symbol)
         ax.plot(
             audit.factors,
             [value / row[audit.base] for value in row],
             color=color,
             marker=marker,
             linestyle=line,
-            markersize=5,
+            markersize=8 if measure.name == "lambda_max" else 5,  # the bound often covers it
             linewidth=1.6,
             label=measure.symbol,
         )
     ax.set_yscale("log")
     plain_log_ticks(ax)
     ax.set_title("Sharpness and norms, relative to factor 1")
-    ax.legend(loc="best")
+    missing = [m.symbol for m in audit.measures if not m.invariant and m.symbol not in drawn]
+    # On a logarithmic scale there is no place for them.
+    ax.legend(loc="best", title=f"not positive: {', '.join(missing)}" if missing else None)
 
 
 def _draw_invariants(audit: Audit, ax: Axes) -> None:
@@ -104,8 +108,9 @@ def _draw_invariants(audit: Audit, ax: Axes) -> None:
                     fontsize=8,
                 )
         moves = not audit.stays(measure.name)
+        kept = max(row) if measure.is_change else row[audit.base]
         ax.annotate(
-            change(audit, measure) if moves else shown(measure, row[audit.base]),
+            change(audit, measure) if moves else shown(measure, kept),
             (1.02, place),
             xycoords=("axes fraction", "data"),
             va="center",

@@ -124,12 +124,13 @@ def _of_sharpness(audit: Audit, moved: list[Measure]) -> str:
         )
     changes = [audit.change(m.name) for m in moved]
     low, high = (number(float(f"{value:.3g}")) for value in (min(changes), max(changes)))
-    if any(map(isnan, changes)):
-        by = _listed([f"from {change(audit, m)}" for m in moved])
+    names = [measure.title for measure in moved]
+    if any(map(isnan, changes)):  # a ratio says nothing of what changes its sign
+        names, by = [f"{m.title} {change(audit, m)}" for m in moved], ""
     elif max(changes) < _SMALL:
-        by = f"by up to {100 * (max(changes) - 1):.2g} %"
+        by = f"by up to {100 * (max(changes) - 1):.2g} % "
     else:
-        by = f"by a factor of {high}" if low == high else f"by factors of {low} to {high}"
+        by = f"by a factor of {high} " if low == high else f"by factors of {low} to {high} "
     predictions = audit.values.get("predictions")
     kept = (
         "without one prediction changing"
@@ -137,7 +138,7 @@ def _of_sharpness(audit: Audit, moved: list[Measure]) -> str:
         else "without an output changing beyond rounding"
     )
     return (
-        f"sharpness ({_listed([m.title for m in moved])}) moves {by} between factors "
+        f"sharpness ({_listed(names)}) moves {by}between factors "
         f"{audit.factors[0]:g} and {audit.factors[-1]:g} {kept}: its absolute value says nothing "
         "about this network against another one."
     )

@@ -224,7 +224,7 @@ def test_what_needs_classes_is_left_out_with_a_reason(criterion, y, missing):
     assert not names & set(audit.values)
     assert "Left out: " in str(audit)
     assert audit.stays("k_free")
-    assert "pair proxy" not in audit.verdict
+    assert "pair proxy" not in audit.verdict.lower()
     with pytest.raises(KeyError, match="was not measured"):
         audit.change("pair_proxy")
 
@@ -337,6 +337,22 @@ def test_sharpness_that_stays_is_not_said_to_move(audited):
     audit = changed(audited, **still | {"trace": (-1.0, 2.0, 3.5)})
     assert audit.verdict.startswith("Sharpness (trace -1 to 3.5) moves between")
     assert math.isnan(audit.change("trace"))
+
+
+def test_counts_at_a_limit_are_not_said_to_tell_networks_apart(audited):
+    assert audited.limits == {"patterns": 9, "k_free": 9, "pair_proxy": 27}
+    audit = changed(audited, k_free=(0, 0, 0), patterns=(9, 9, 9), pair_proxy=(27, 27, 27))
+    before, after = audit.verdict.split("compare networks by those")
+    assert "Adaptive largest eigenvalue, adaptive trace and free parameters stay: " in before
+    assert "(9), free regions k_free (0) and pair proxy (27) stay too, but at a limit" in after
+    assert not any(audited.saturated(measure.name) for measure in audited.measures)
+
+
+def test_the_pair_proxy_can_be_left_out():
+    model, x, y, unseen = case()
+    audit = lowland.audit(model, CE, x, y, unseen, factors=FEW, pairs=False)
+    assert audit.left_out == {"pair_proxy": "pairs=False"}
+    assert "pair_proxy" not in audit.values
 
 
 def test_layers_that_are_frozen_leave_sharpness_alone():

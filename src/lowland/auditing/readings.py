@@ -57,6 +57,7 @@ class Bench:
         x: Training inputs.
         y: Training targets.
         x_unseen: Further inputs.
+        with_pairs: Whether the pair proxy is wanted.
         probes: Of traces that are estimated.
         seed: Of these, the same for all networks.
         left_out: Why a measure could not be taken, by its name.
@@ -69,6 +70,7 @@ class Bench:
     x: Tensor
     y: Tensor
     x_unseen: Tensor
+    with_pairs: bool
     probes: int
     seed: int
     left_out: dict[str, str] = field(default_factory=dict)
@@ -171,6 +173,9 @@ class Bench:
             return values
         last = weighted_layers(model)[-1]
         values["free_parameters"] = free_parameters(own, len(last.get_parameter("weight")), further)
+        if not self.with_pairs:
+            self.left_out["pair_proxy"] = "pairs=False"
+            return values
         labels = self._labels(train.outputs)
         if labels is None or labels.numel() != len(own):
             self.left_out["pair_proxy"] = (
@@ -178,15 +183,18 @@ class Bench:
                 "or nn.BCEWithLogitsLoss with one logit and labels 0 and 1"
             )
             return values
-        # One logit is the difference of two: the same points can be separated.
-        classes = max(2, train.outputs.shape[-1] if train.outputs.ndim > 1 else 1)
         kept = self._counts(labels).flatten()
         labels = labels.flatten()[kept].long()
         try:
-            values["pair_proxy"] = self._pairs(own[kept], labels, further, classes)
+            values["pair_proxy"] = self._pairs(own[kept], labels, further, _classes(train))
         except ImportError as error:
             self.left_out["pair_proxy"] = str(error)
         return values
+
+    def limits(self, unseen: Forward) -> Values:
+        """As much as counts can come to on the unseen points, whatever the network."""
+        points = float(len(unseen.hidden))
+        return {"patterns": points, "k_free": points, "pair_proxy": points * _classes(unseen)}
 
     def predicted(self, outputs: Tensor) -> Tensor | None:
         """The classes that outputs stand for, None if they stand for none."""
@@ -234,6 +242,12 @@ class Bench:
             )
         self.pairs.append((own, further, float(found.count)))
         return float(found.count)
+
+
+def _classes(forward: Forward) -> int:
+    """How many; one logit is the difference of two: the same points can be separated."""
+    outputs = forward.outputs
+    return max(2, outputs.shape[1] if outputs.ndim > 1 else 1)
 
 
 _NO_CLASSES = (

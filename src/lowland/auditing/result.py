@@ -32,6 +32,7 @@ class Audit:
         factors: Ascending, with 1 among them.
         values: Of each measure, by its name, one number a factor.
         stderr: Standard errors of those that are estimates.
+        limits: As much as counts can come to on so many unseen points, by their names.
         left_out: Why a measure is missing, by its name.
         notes: What else a reader should know.
     """
@@ -46,6 +47,7 @@ class Audit:
     factors: tuple[float, ...]
     values: dict[str, tuple[float, ...]] = field(repr=False)
     stderr: dict[str, tuple[float, ...]] = field(repr=False)
+    limits: dict[str, float]
     left_out: dict[str, str]
     notes: tuple[str, ...]
 
@@ -98,6 +100,15 @@ class Audit:
         room = max(self.tolerance, LANCZOS) if by_lanczos else self.tolerance
         size = 1.0 if measure.is_change else max(map(abs, row))
         return [abs(value - row[self.base]) <= room * size for value in row]
+
+    def saturated(self, name: str) -> bool:
+        """Whether a count is zero or as large as the unseen points allow.
+
+        Raises:
+            KeyError: If that measure was not taken.
+        """
+        row = self._row(name)
+        return name in self.limits and set(row) in ({0.0}, {self.limits[name]})
 
     @property
     def verdict(self) -> str:

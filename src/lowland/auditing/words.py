@@ -101,6 +101,8 @@ def verdict(audit: Audit) -> str:
     moved = [m for m in audit.measures if m.kind == "sharpness" and not audit.stays(m.name)]
     broken = [m for m in audit.measures if m.invariant and not audit.stays(m.name)]
     held = [m for m in audit.measures if m.kind in COMPARABLE and audit.stays(m.name)]
+    mute = [measure for measure in held if audit.saturated(measure.name)]
+    held = [measure for measure in held if measure not in mute]
     parts = [_of_sharpness(audit, moved)]
     if broken:
         parts.append(_of_broken(audit, broken))
@@ -112,6 +114,12 @@ def verdict(audit: Audit) -> str:
             "same way and not rescaled."
             if moved
             else ", too."
+        )
+    if mute:
+        listed = _listed([f"{m.title} ({shown(m, audit.values[m.name][0])})" for m in mute])
+        parts.append(
+            f"{listed} stay{'s' if len(mute) == 1 else ''} too, but at a limit, zero or as many as "
+            "the unseen points allow: no differences between networks show there."
         )
     return " ".join(part[0].upper() + part[1:] for part in parts)
 

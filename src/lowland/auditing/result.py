@@ -9,12 +9,12 @@ import torch
 
 from lowland.auditing.measures import MEASURES, Measure
 from lowland.auditing.readings import LANCZOS
+from lowland.frames import DataFrame, frame
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
-else:  # both are optional; annotations are looked at in the tests
-    DataFrame = Figure = Any
+else:  # optional; annotations are looked at in the tests
+    Figure = Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +126,6 @@ class Audit:
         Raises:
             ImportError: Without pandas, ``pip install 'lowland[cli]'``.
         """
-        try:
-            import pandas as pd  # noqa: PLC0415 - optional
-        except ImportError as error:
-            raise ImportError(
-                f"to_frame needs pandas ({error}): pip install 'lowland[cli]'"
-            ) from error
         unknown = (float("nan"),) * len(self.factors)
         rows = [
             (self.layer, factor, measure.name, measure.kind, measure.unit, value, error)
@@ -144,7 +138,7 @@ class Audit:
             )
         ]
         columns = ["layer", "factor", "measure", "kind", "unit", "value", "stderr"]
-        return pd.DataFrame(rows, columns=columns)
+        return frame(dict(zip(columns, zip(*rows, strict=True), strict=True)))
 
     def plot(self) -> Figure:
         """What moves with the factor, on logarithmic scales, beside what stays.

@@ -27,6 +27,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/deep.py --keep
 	$(BIN)/python benchmarks/training.py --keep
 	$(BIN)/python benchmarks/weakness.py --keep
+	$(BIN)/python benchmarks/illusion.py --keep
 
 # The stamp is written last: an interrupted set-up leaves none, and the next run starts afresh.
 $(STAMP): pyproject.toml constraints.txt $(wildcard src/lowland/exact/csrc/*)

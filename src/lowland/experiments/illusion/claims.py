@@ -28,6 +28,8 @@ from lowland.pages import number, p_value, plus_minus
 from lowland.significance import SIGNIFICANCE
 
 FIGURES_OF = {"pairs": 2, "selection": 3, "advantage": 4}
+_VERBS = {1: "rises", -1: "falls"}
+
 ORDERS = 10.0
 """A trace that has moved by more has moved by orders of magnitude."""
 
@@ -62,10 +64,9 @@ def _signed(found: Correlation, sign: int) -> bool:
 def _correlates(study: Study, part: pd.DataFrame, task: Task, measure: str, *, sign: int) -> Claim:
     told = published(task, task.sizes[0])
     found = correlation(study, part, measure)
-    word = "higher" if sign > 0 else "lower"
     return _claim(
         task,
-        f"networks of a larger {MEASURES[measure]} have a {word} test accuracy",
+        f"test accuracy {_VERBS[sign]} with the {MEASURES[measure]}",
         told.of(measure),
         f"{found}, {found.count} networks",
         holds=_signed(found, sign),
@@ -153,11 +154,10 @@ def _advantage(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]
                 f"{name} batches alone {correlation(study, own, measure)}"
                 for name, own in part.groupby("batch", sort=False)
             )
-            word = "higher" if sign > 0 else "lower"
             yield _claim(
                 task,
-                f"n = {size:,}, both regimes: a larger {MEASURES[measure]} goes with a {word} test "
-                "accuracy",
+                f"n = {size:,}, both regimes: test accuracy {_VERBS[sign]} with the "
+                f"{MEASURES[measure]}",
                 told[size].of(measure),
                 f"{found}; {within}",
                 holds=_signed(found, sign),

@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from page import keep
@@ -44,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, workers(PROCESSES) as executor:
         store = Store.open(Path(folder), preset.to_dict())
         study = run_study(preset, store, stages=["pairs"], executor=executor, on_progress=tell)
-    trained, measured = (after - before for before, after in zip(clock, clock[1:], strict=False))
+    trained, measured = (after - before for before, after in pairwise(clock))
     pairs = study.pairs[task.name]
     count = int(pairs["count"].isfinite().sum())
     report = (

@@ -350,7 +350,7 @@ def test_the_hsr_studys_networks_join(study):
     table = hsr_networks(study)
     assert set(table["kind"]) == {"sharp", "flat"}
     assert table["macro_f1"].between(0, 1).all()
-    assert judge(study)[-1].where == "figure 7"
+    assert judge(study)[-1].figure == 7
 
 
 @pytest.mark.parametrize("number", FIGURES)
@@ -414,7 +414,7 @@ def test_claims_hold_where_the_papers_shape_is_there():
     claims = judge(made_up(lambda trace, proxy: 0.7 + 0.1 * proxy - 0.05 * trace))
     assert [claim.holds for claim in claims] == [True, True, True]
     assert claims[0].published == "ρ = +0.374, p = 0.00012"
-    assert claims[0].where == "figure 2"
+    assert claims[0].where == "tables 4 and 5"
     assert "60 networks" in claims[0].found
 
 

@@ -29,7 +29,7 @@ class Claim:
         published: The paper's number, if it gives one.
         found: Ours, with the test that decides.
         holds: Whether it holds here.
-        place: Where in the paper it stands if in no figure.
+        place: Where in the paper it stands, unless it is in a figure of the same number.
     """
 
     figure: int | None
@@ -37,12 +37,12 @@ class Claim:
     published: str
     found: str
     holds: bool
-    place: str = "text"
+    place: str = ""
 
     @property
     def where(self) -> str:
         """Where in the paper it stands."""
-        return self.place if self.figure is None else f"figure {self.figure}"
+        return self.place or ("text" if self.figure is None else f"figure {self.figure}")
 
     @property
     def verdict(self) -> str:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd import grad
 
-from lowland.networks import Inputs, Targets, Weights, logits, mean_loss, one_by_one, pick, select
+from lowland.networks import Inputs, Targets, Weights, logits, one_by_one, pick, select
 
-ACTIVATION = "relu"
-LOSS = "ce"
+ACTIVATION, LOSS = "relu", "ce"
+"""Of all networks of the study."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def descend(
         for chosen in order.split(how.batch, dim=1):
             # A batch of all samples needs no order.
             data = (own_x, own_y) if chosen.shape[1] == count else _batch(own_x, own_y, chosen)
-            for layer, slope in zip(moving, _gradient(moving, *data), strict=True):
-                layer.sub_(slope, alpha=rate)
+            _step(moving, *data, rate)
         if (epoch + 1) % how.every and epoch + 1 < how.epochs:
             continue
         learnt = accuracy(moving, own_x, own_y)
@@ -110,9 +108,30 @@ def predictions(weights: Weights, x: Inputs) -> Int[Tensor, "networks samples"]:
         return torch.cat(each)
 
 
-def _gradient(weights: Weights, x: Inputs, y: Targets) -> tuple[Tensor, ...]:
-    leaves = tuple(layer.detach().requires_grad_() for layer in weights)
-    return grad(mean_loss(leaves, x, y, activation=ACTIVATION, loss=LOSS).sum(), leaves)
+def _step(
+    weights: Weights,
+    x: Float[Tensor, "#networks batch inputs"],
+    y: Int[Tensor, "#networks batch"],
+    rate: float,
+) -> None:
+    """One step down the mean cross-entropy of a batch, in place.
+
+    By hand, since autograd would fill and add several tensors of the size of all weights.
+    """
+    values = [x.expand(len(weights[0]), -1, -1)]
+    for layer in weights[:-1]:
+        values.append(torch.baddbmm(layer[:, :1], values[-1], layer[:, 1:]).relu_())
+    scores = torch.baddbmm(weights[-1][:, :1], values[-1], weights[-1][:, 1:])
+    slope = scores.softmax(2)
+    own = y.expand(len(slope), -1)[..., None]
+    slope.scatter_add_(2, own, slope.new_full((), -1.0).expand(own.shape))
+    slope /= x.shape[1]
+    for depth in reversed(range(len(weights))):
+        layer, below = weights[depth], values[depth]
+        passed = slope @ layer[:, 1:].mT * (below > 0) if depth else slope
+        layer[:, 1:].baddbmm_(below.mT, slope, alpha=-rate)
+        layer[:, 0].sub_(slope.sum(1), alpha=rate)
+        slope = passed
 
 
 def _batch(

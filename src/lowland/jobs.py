@@ -21,6 +21,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from safetensors import SafetensorError
@@ -120,11 +121,18 @@ def _settings(path: Path) -> dict[str, Any]:
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     names = [name for name in wanted | found if found.get(name) != wanted.get(name)]
     if names:
-        changes = ", ".join(f"{n} is {found.get(n)!r} there, {wanted.get(n)!r} now" for n in names)
+        changes = ", ".join(
+            f"{n} is {_short(found.get(n))} there, {_short(wanted.get(n))} now" for n in names
+        )
         raise JobError(
             f"{str(folder)!r} holds a run with other settings ({changes}); choose another folder, "
             "or remove that one"
         )
+
+
+def _short(setting: object) -> str:
+    """A setting as people read it; of whole tables the beginning."""
+    return shorten(repr(setting), 60, placeholder=" ...")
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

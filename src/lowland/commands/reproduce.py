@@ -55,7 +55,7 @@ Jobs = Annotated[
 Scheduler = Annotated[
     str | None,
     typer.Option(
-        metavar="ADDRESS", help="Of a Dask cluster that computes instead (lowland[cluster])."
+        metavar="ADDRESS", help=r"Of a Dask cluster that computes instead (lowland\[cluster])."
     ),
 ]
 

@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 
 from lowland.weakness import pair_proxy
 from lowland.weakness.cone import build_cone
-from lowland.weakness.search import Proof, proves
+from lowland.weakness.findings import Findings, Proof
 
 
 def rows(z, labels, classes):
@@ -182,14 +182,15 @@ def test_a_false_certificate_is_refused():
     train, labels, unseen = problem(2, 3, 2, 30, 10)
     proxy = ask(train, labels, unseen, 3)
     cone = build_cone(torch.as_tensor(train), torch.as_tensor(labels), torch.as_tensor(unseen), 3)
+    proves = Findings(cone).proves
     (pair, proof), *_ = proxy.findings.proofs.items()
-    assert proves(cone, proof, pair)
-    assert not proves(cone, Proof(proof.point[1:], proof.against[1:], proof.weight[1:]), pair)
-    assert not proves(cone, Proof(proof.point, proof.against, proof.weight * 0), pair)
+    assert proves(proof, pair)
+    assert not proves(Proof(proof.point[1:], proof.against[1:], proof.weight[1:]), pair)
+    assert not proves(Proof(proof.point, proof.against, proof.weight * 0), pair)
     swapped = Proof(proof.point, (proof.against + 1) % 3, proof.weight)
-    assert not proves(cone, swapped, pair)
+    assert not proves(swapped, pair)
     for feasible in np.argwhere(proxy.feasible.numpy()):
-        assert not proves(cone, proof, tuple(feasible.tolist()))
+        assert not proves(proof, tuple(feasible.tolist()))
 
 
 def test_certificates_hold_in_rational_numbers():

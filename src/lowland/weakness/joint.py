@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowland.frames import DataFrame, frame
 from lowland.weakness.cone import Cone, build_cone
+from lowland.weakness.findings import Findings
 from lowland.weakness.polytope import Polytope, analytic_center, billiard, split_r_hat
 
 _CONVERGED = 1.05  # the largest split R-hat that passes
@@ -162,7 +163,7 @@ def _slice(
     Coordinates are those of the training points' scores, in a basis that the generator chooses
     among these: they are the same whatever the features' own coordinates were.
     """
-    from lowland.weakness.search import find_layer  # noqa: PLC0415 - needs HiGHS
+    from lowland.weakness.programs import find_layer  # noqa: PLC0415 - needs HiGHS
 
     train, unseen = torch.from_numpy(cone.train), torch.from_numpy(cone.unseen)
     left, sizes, right = torch.linalg.svd(train, full_matrices=False)
@@ -177,7 +178,7 @@ def _slice(
             "infinite; leave out features that are constant over the training points, or these "
             "unseen points"
         )
-    layer = find_layer(cone)
+    layer = find_layer(Findings(cone))
     if layer is None:
         raise ValueError(
             "no last layer was found that classifies all training points correctly, so there is "

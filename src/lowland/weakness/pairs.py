@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lowland.frames import DataFrame, frame
-from lowland.weakness.cone import Cone, build_cone
-from lowland.weakness.search import Findings, Proof, proves, search
+from lowland.weakness.cone import build_cone
+from lowland.weakness.findings import Findings, Proof
+from lowland.weakness.search import search
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,6 @@ class PairProxy:
     feasible: Bool[Tensor, "unseen classes"] = field(repr=False)
     undecided: Bool[Tensor, "unseen classes"] = field(repr=False)
     separable: bool | None
-    cone: Cone = field(repr=False)
     findings: Findings = field(repr=False)
 
     @property
@@ -105,9 +105,9 @@ class PairProxy:
             )
         layer = self.findings.layers[index]
         return Witness(
-            weight=torch.from_numpy(layer[:, :-1] / self.cone.scale),
+            weight=torch.from_numpy(layer[:, :-1] / self.findings.cone.scale),
             bias=torch.from_numpy(layer[:, -1].copy()),
-            center=torch.from_numpy(self.cone.center),
+            center=torch.from_numpy(self.findings.cone.center),
         )
 
     def certificate(self, unseen: int, label: int) -> Certificate:
@@ -133,14 +133,7 @@ class PairProxy:
         Witnesses by bounds on all roundings, or in rational numbers; certificates by the existence
         of an exact one close by. :func:`pair_proxy` has done so on the way.
         """
-        from lowland.weakness.verify import classifies_training  # noqa: PLC0415 - needs SciPy
-
-        proofs = self.findings.proofs.items()
-        if self.findings.refutation is not None:
-            return proves(self.cone, self.findings.refutation, None)
-        return all(classifies_training(self.cone, layer) for layer in self.findings.layers) and all(
-            proves(self.cone, proof, pair) for pair, proof in proofs
-        )
+        return self.findings.hold()
 
     def to_frame(self) -> DataFrame:
         """A row for each unseen point: ``unseen``, ``feasible`` (how many classes), ``undecided``.
@@ -197,13 +190,11 @@ def pair_proxy(
     References:
         arXiv:2605.05209, tables 4 and 5.
     """
-    cone = build_cone(features_train, y_train, features_unseen, num_classes)
-    findings = search(cone)
+    findings = search(build_cone(features_train, y_train, features_unseen, num_classes))
     return PairProxy(
         feasible=torch.from_numpy(np.asarray(findings.witness >= 0)),
-        undecided=torch.from_numpy(findings.undecided),
+        undecided=torch.from_numpy(findings.open),
         separable=findings.separable,
-        cone=cone,
         findings=findings,
     )
 

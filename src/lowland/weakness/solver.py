@@ -34,7 +34,7 @@ def highs() -> ModuleType:
 class Program:
     """A linear program in HiGHS that keeps its basis while rows, columns and costs change."""
 
-    def __init__(self, *, primal: bool) -> None:
+    def __init__(self) -> None:
         self._module = highs()
         self.model: Any = self._module.Highs()
         for name, value in (
@@ -43,7 +43,7 @@ class Program:
             ("presolve", "off"),  # it would drop the basis of the program before
             ("solver", "simplex"),
             ("simplex_scale_strategy", 0),  # features come at one scale already
-            ("simplex_strategy", 4 if primal else 1),
+            ("simplex_strategy", 1),
         ):
             self.model.setOptionValue(name, value)
 

@@ -14,30 +14,32 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from lowland.weakness.cone import Cone, Layer, Points
+
+Layers = Float[np.ndarray, "layers classes coordinates"]
 
 UNIT = 2.0**-53
 """Half the distance from 1 to the next float: what one rounding may change, relatively."""
 
 
-def sure_classes(layer: Layer, points: Points) -> Int[np.ndarray, " points"]:
-    """The class of the largest score at each point; -1 where rounding could change it.
+def sure_classes(layers: Layers, points: Points) -> Int[np.ndarray, "layers points"]:
+    """Each layer's class of the largest score at each point; -1 where rounding could change it.
 
     Args:
-        layer: Taken to be exact.
+        layers: Taken to be exact.
         points: Coordinates, each right to two roundings.
     """
-    scores = points @ layer.T
+    scores = points @ layers.transpose(0, 2, 1)
     # Two roundings of a coordinate, one a product, one a sum; generously.
-    error = 2 * (points.shape[1] + 4) * UNIT * (np.abs(points) @ np.abs(layer).T)
-    best = scores.argmax(axis=1)
-    own = np.arange(len(points))
+    error = np.abs(points) @ np.abs(layers).transpose(0, 2, 1)
+    error *= 2 * (points.shape[1] + 4) * UNIT
+    best = scores.argmax(axis=2)[:, :, None]
     others = scores + error
-    others[own, best] = -np.inf
-    sure = scores[own, best] - error[own, best] > others.max(axis=1)
-    return np.where(sure, best, -1)
+    np.put_along_axis(others, best, -np.inf, axis=2)
+    least = np.take_along_axis(scores - error, best, axis=2)[:, :, 0]
+    return np.where(least > others.max(axis=2), best[:, :, 0], -1)
 
 
 def exact_classes(
@@ -62,16 +64,15 @@ def exact_classes(
     return classes
 
 
-def classifies_training(cone: Cone, layer: Layer) -> bool:
-    """Whether a last layer certainly classifies every training point correctly."""
-    classes = sure_classes(layer, cone.train)
-    open_ = classes < 0
-    if (classes[~open_] != cone.labels[~open_]).any():
-        return False
-    if open_.any():
-        exact = exact_classes(layer, cone.raw_train[open_], cone.center, cone.scale)
-        return bool((exact == cone.labels[open_]).all())
-    return True
+def classifies_training(cone: Cone, layers: Layers) -> Bool[np.ndarray, " layers"]:
+    """Of each layer whether it certainly classifies every training point correctly."""
+    classes = sure_classes(layers, cone.train)
+    right: Bool[np.ndarray, " layers"] = ((classes == cone.labels) | (classes < 0)).all(axis=1)
+    for index in np.flatnonzero(right & (classes < 0).any(axis=1)):
+        open_ = classes[index] < 0
+        exact = exact_classes(layers[index], cone.raw_train[open_], cone.center, cone.scale)
+        right[index] = bool((exact == cone.labels[open_]).all())
+    return right
 
 
 def certifies(
@@ -80,6 +81,8 @@ def certifies(
     own: Int[np.ndarray, " rows"],
     against: Int[np.ndarray, " rows"],
     weights: Float[np.ndarray, " rows"],
+    *,
+    exactly: bool,
 ) -> bool:
     r"""Whether ``(W_own - W_against) z > 0`` for all rows certainly has no solution.
 
@@ -89,14 +92,26 @@ def certifies(
         own: The class that should win.
         against: The class that should lose.
         weights: Positive, close to ones under which the inequalities add up to zero.
+        exactly: Whether to go on in rational numbers where norms do not decide.
     """
     if not len(weights) or not (np.isfinite(weights).all() and (weights > 0).all()):
         return False
+    equations = _independent_equations(raw, own, against)
+    if len(equations) < len(weights) and _regular(points, own, against, weights, equations):
+        return True
+    return exactly and _certifies_exactly(raw, own, against, weights, equations)
+
+
+def _regular(
+    points: Points,
+    own: Int[np.ndarray, " rows"],
+    against: Int[np.ndarray, " rows"],
+    weights: Float[np.ndarray, " rows"],
+    equations: list[tuple[int, int]],
+) -> bool:
+    """Whether some of the weights certainly solve the equations, near by, the others unchanged."""
     from scipy.linalg import qr  # noqa: PLC0415 - optional
 
-    equations = _independent_equations(raw, own, against)
-    if len(equations) >= len(weights):
-        return _certifies_exactly(raw, own, against, weights, equations)
     # Column j holds inequality j times its weight: all factors 1 solve the system approximately.
     terms = np.zeros((len(equations), len(weights)))
     for row, (label, coordinate) in enumerate(equations):
@@ -107,7 +122,7 @@ def certifies(
     try:
         inverse = np.linalg.inv(square)
     except np.linalg.LinAlgError:
-        return _certifies_exactly(raw, own, against, weights, equations)
+        return False
     size = len(weights) + 8  # roundings on the way of any number below
     product = np.abs(inverse) @ np.abs(square)
     defect = np.abs(np.eye(len(square)) - inverse @ square) + 2 * size * UNIT * product
@@ -115,9 +130,7 @@ def certifies(
     contraction = 1.01 * float(defect.sum(axis=1).max())
     change = 1.01 * float((np.abs(inverse) @ residual).max())
     # Then the system is regular, and the exact factors differ from 1 by less than 1.
-    if contraction < 1 and change < 1 - contraction:
-        return True
-    return _certifies_exactly(raw, own, against, weights, equations)
+    return contraction < 1 and change < 1 - contraction
 
 
 def _independent_equations(

@@ -48,10 +48,32 @@ class Cone:
         """Features and the bias."""
         return int(self.train.shape[1])
 
-    def inequalities(self) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
-        """Of each inequality of the training points the point and the class it is against."""
+    def inequalities(
+        self, label: int | None = None
+    ) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
+        """Of each inequality the training point and the class that it is against.
+
+        Those of an unseen point in the class ``label`` follow behind, with -1 for the point.
+        """
         point, against = np.nonzero(self.labels[:, None] != np.arange(self.classes))
-        return point, against
+        if label is None:
+            return point, against
+        rivals = np.flatnonzero(np.arange(self.classes) != label)
+        return np.append(point, np.full(len(rivals), -1)), np.append(against, rivals)
+
+
+def difference_rows(
+    points: Points, own: Int[np.ndarray, " points"], against: Int[np.ndarray, " p"], classes: int
+) -> Float[np.ndarray, "points unknowns"]:
+    """``(W_own - W_against) z`` as rows in the weights of all classes but the last.
+
+    Adding the same to all classes changes no difference, so that the last one's may be zero.
+    """
+    rows = np.zeros((len(points), classes, points.shape[1]))
+    index = np.arange(len(points))
+    rows[index, own] = points
+    rows[index, against] = -points
+    return rows[:, :-1].reshape(len(points), -1)
 
 
 def build_cone(
@@ -89,7 +111,8 @@ def build_cone(
     check_labels(y_train, num_classes)
     train, unseen = (_float64(part) for part in (features_train, features_unseen))
     center = train.mean(axis=0)
-    spread = np.maximum(np.abs(train - center).max(axis=0), np.abs(unseen - center).max(axis=0))
+    spread, wider = (np.abs(part - center).max(axis=0) for part in (train, unseen))
+    spread = np.where(spread > 0, spread, wider)
     _, exponent = np.frexp(np.where(spread > 0, spread, 1.0))
     scale = np.ldexp(1.0, exponent)
     return Cone(

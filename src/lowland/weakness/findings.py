@@ -122,13 +122,18 @@ class Findings:
         point: Int[np.ndarray, " rows"],
         against: Int[np.ndarray, " rows"],
         weights: Float[np.ndarray, " rows"],
+        *,
+        exactly: bool = True,
     ) -> bool:
-        """Prove a pair infeasible, or None for all, by a solver's weights; whether it worked."""
+        """Prove a pair infeasible, or None for all, by a solver's weights; whether it worked.
+
+        With ``exactly`` in rational numbers where floats do not suffice, which takes time.
+        """
         largest = float(weights.max(initial=0.0))
-        for exactly, threshold in product((False, True), _THRESHOLDS):
-            kept = weights > threshold * largest
-            proof = Proof(point[kept], against[kept], weights[kept])
-            if not self.proves(proof, pair, exactly=exactly):
+        kept = {(k := weights > threshold * largest).tobytes(): k for threshold in _THRESHOLDS}
+        for rational, mask in product((False, True)[: 1 + exactly], kept.values()):
+            proof = Proof(point[mask], against[mask], weights[mask])
+            if not self.proves(proof, pair, exactly=rational):
                 continue
             if pair is None:
                 self.refutation, self.separable = proof, False

@@ -17,9 +17,7 @@ from lowland.weakness.findings import Findings
 from lowland.weakness.polytope import Polytope, analytic_center, billiard, split_r_hat
 
 _CONVERGED = 1.05  # the largest split R-hat that passes
-_OUTSIDE = (
-    1e-9  # distance from the training points' affine hull, of scaled features, beyond rounding
-)
+_OUTSIDE = 1e-9  # relative distance from the training points' affine hull beyond rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +167,8 @@ def _slice(
     left, sizes, right = torch.linalg.svd(train, full_matrices=False)
     rank = int((sizes > sizes[0] * max(train.shape) * torch.finfo(sizes.dtype).eps).sum())
     left, right = left[:, :rank], right[:rank]
-    outside = (unseen - unseen @ right.T @ right).abs().amax(dim=1) > _OUTSIDE
+    size = unseen.abs().amax(dim=1)  # at least 1
+    outside = (unseen - unseen @ right.T @ right).abs().amax(dim=1) > _OUTSIDE * size
     if bool(outside.any()):
         count = int(outside.sum())
         raise ValueError(

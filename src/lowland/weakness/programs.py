@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from lowland.weakness.cone import Cone, Layer
+from lowland.weakness.cone import Cone, Layer, difference_rows
 from lowland.weakness.findings import Findings, Pair
 from lowland.weakness.solver import Program
 
@@ -31,12 +31,10 @@ def refute(findings: Findings, pair: Pair, point: Points, against: Points) -> No
         findings.refute(pair, point, against, program.values()[1:])
 
 
-def decide(findings: Findings, pair: Pair) -> None:
-    """Settle a pair by all inequalities, if floating point can."""
-    point, against = findings.cone.inequalities()
-    rivals = np.flatnonzero(np.arange(findings.cone.classes) != pair[1])
-    point, against = np.append(point, np.full(len(rivals), -1)), np.append(against, rivals)
-    _settle(findings, pair, point, against)
+def decide(findings: Findings, pair: Pair) -> bool:
+    """Settle a pair by all inequalities, if the solver can; whether it did."""
+    _settle(findings, pair, *findings.cone.inequalities(pair[1]))
+    return not findings.open[pair]
 
 
 def _settle(findings: Findings, pair: Pair | None, point: Points, against: Points) -> Layer | None:
@@ -62,8 +60,7 @@ def _program(
     r"""The dual of ``max t``, ``(W_y - W_k) z >= t``, ``t <= 1``, and its rows.
 
     It is ``min tau`` over ``lambda >= 0`` with ``sum lambda (e_y - e_k) z = 0`` and
-    ``sum lambda + tau = 1``: 1 where there is a layer, else 0. Only classes that occur are in it,
-    and of these all but the last: adding the same to all changes no difference.
+    ``sum lambda + tau = 1``: 1 where there is a layer, else 0. Only classes that occur are in it.
     """
     own, points = cone.labels[point], cone.train[point]
     if pair is not None:
@@ -71,10 +68,7 @@ def _program(
         points = np.where((point < 0)[:, None], cone.unseen[pair[0]], points)
     classes, place = np.unique(np.concatenate([own, against]), return_inverse=True)
     count = len(point)
-    blocks = np.zeros((count, len(classes), cone.coordinates))
-    blocks[np.arange(count), place[:count]] = points
-    blocks[np.arange(count), place[count:]] = -points
-    rows = blocks[:, :-1].reshape(count, -1)
+    rows = difference_rows(points, place[:count], place[count:], len(classes))
     unknowns = rows.shape[1]
     program = Program()
     right = np.append(np.zeros(unknowns), 1.0)

@@ -16,10 +16,13 @@ from lowland.weakness.barrier import Interior
 from lowland.weakness.cone import Cone, Layer
 from lowland.weakness.findings import Findings
 from lowland.weakness.programs import decide, find_layer, refute
+from lowland.weakness.refine import refine
 
+_PATIENCE = 20  # pairs in a row that nothing settles, before all others are given up
 _TOGETHER = 64  # pairs: what some find out saves the next ones
-_STEPS = 14
+_STEPS = 40
 _DOUBT = 0.02  # share of negative weights below which the others are worth a program
+_SURE = 1e-6  # and below which no step will help
 
 
 def search(cone: Cone) -> Findings:
@@ -28,9 +31,12 @@ def search(cone: Cone) -> Findings:
     start = find_layer(findings)
     if start is not None:
         _walk(findings, start)
+        futile = 0
         for unseen, label in np.argwhere(findings.open).tolist():
-            if findings.open[unseen, label]:
-                decide(findings, (unseen, label))
+            if findings.open[unseen, label] and futile < _PATIENCE:
+                pair = unseen, label
+                settled = decide(findings, pair) or refine(findings, pair, start)
+                futile = 0 if settled else futile + 1
     return findings
 
 
@@ -48,9 +54,10 @@ def _walk(findings: Findings, start: Layer) -> None:
                 break
             attempts, closest, weights = interior.step(attempts)
             findings.note(closest)
-            going = findings.open[attempts.unseen, attempts.label]
-            stuck = going & (weights.doubt() < _DOUBT)
-            for index in np.flatnonzero(stuck).tolist():
-                pair = int(attempts.unseen[index]), int(attempts.label[index])
-                refute(findings, pair, *weights.support(index))
-            attempts = attempts.only(going & ~stuck)
+            doubt = weights.doubt()
+            pairs = list(zip(attempts.unseen.tolist(), attempts.label.tolist(), strict=True))
+            for index in np.flatnonzero(doubt < _DOUBT).tolist():
+                if findings.open[pairs[index]]:
+                    refute(findings, pairs[index], *weights.support(index))
+            going = doubt >= _SURE
+            attempts = attempts.only(going & findings.open[attempts.unseen, attempts.label])

@@ -158,16 +158,96 @@ def test_a_point_on_the_boundary_is_infeasible():
     assert crossed.separable is False
 
 
-@pytest.mark.parametrize("step", [2.0**-24, -(2.0**-24), 2.0**-40, -(2.0**-40)])
-def test_what_is_just_inside_or_outside_is_proved_or_left_open(step):
-    train = torch.tensor([[0.0], [1.0], [3.0]]).double()
-    point = torch.tensor([[1.0 + step]], dtype=torch.float64)
+@pytest.mark.parametrize("side", [1, -1])
+@pytest.mark.parametrize("bits", [24, 40, 52])
+@pytest.mark.parametrize("offset", [0.0, 0.25])
+def test_what_is_just_inside_or_outside_is_proved(side, bits, offset):
+    train = torch.tensor([[0.0], [1.0], [3.0]]).double() + offset
+    point = torch.tensor([[1.0 + offset]], dtype=torch.float64) + side * 2.0**-bits
     proxy = pair_proxy(train, torch.tensor([0, 0, 1]), point, 2)
-    assert proxy.feasible[0, 0]
-    assert not proxy.undecided[0, 0]
-    if abs(step) > 2.0**-30:  # below, the solver may resolve it or not
-        assert not proxy.undecided[0, 1]
-    assert proxy.feasible[0, 1] == (step > 0 and not proxy.undecided[0, 1])
+    assert proxy.feasible.tolist() == [[True, side > 0]]
+    assert not proxy.undecided.any()
+    assert proxy.verify()
+
+
+@given(problems, st.integers(0, 2**32 - 1))
+def test_next_to_training_points_proofs_do_not_depend_on_how_close(drawn, seed):
+    train, labels, _, classes = drawn
+    train = np.round(8 * train)
+    if ask(train, labels, train, classes).separable is False:
+        return
+    direction = np.random.default_rng(seed).integers(-2, 3, train.shape)
+    # On this grid both steps are exact, and no border of the cone lies between them.
+    near, nearer = (
+        ask(train, labels, train + 2.0**-bits * direction, classes) for bits in (26, 28)
+    )
+    settled = ~(near.undecided | nearer.undecided)
+    assert settled.double().mean() > 0.9
+    assert torch.equal(near.feasible[settled], nearer.feasible[settled])
+
+
+def degenerate():
+    """Problems as they go wrong, with what they must agree with."""
+    train, labels, unseen = problem(4, 4, 3, 40, 12)
+    change = np.array([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, -2.0], [0.0, 0.0, 1.0, 1.0]])
+    grid, grid_unseen = np.round(8 * train), np.round(8 * unseen)
+    single = np.float32
+    return {
+        "training points twice": (
+            (np.tile(train, (2, 1)), np.tile(labels, 2), unseen),
+            (train, labels, unseen),
+        ),
+        "a feature that is zero": (
+            (np.pad(train, ((0, 0), (0, 1))), labels, np.pad(unseen, ((0, 0), (0, 1)))),
+            (train, labels, unseen),
+        ),
+        "features that depend on one another": (
+            (grid @ change, labels, grid_unseen @ change),
+            (grid, labels, grid_unseen),
+        ),
+        "single precision far from zero": (
+            (single(train + 1e6), labels, single(unseen + 1e6)),
+            (single(train + 1e6) - 1e6, labels, single(unseen + 1e6) - 1e6),
+        ),
+        "features at other scales than in training": (
+            (1e-8 * train, labels, unseen),
+            (train, labels, 1e8 * unseen),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(degenerate()))
+def test_degenerate_features_change_nothing(name):
+    given_, plain = (ask(*part, 4) for part in degenerate()[name])
+    assert given_.separable is plain.separable
+    assert not given_.undecided.any()
+    assert torch.equal(given_.feasible, plain.feasible)
+    assert 0 < given_.count < given_.total
+    assert given_.verify()
+
+
+def test_training_points_keep_their_classes():
+    train, labels, _ = problem(5, 4, 3, 40, 1)
+    proxy = ask(train, labels, train, 4)
+    assert torch.equal(proxy.feasible, torch.nn.functional.one_hot(torch.tensor(labels), 4).bool())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 6])
+def test_classes_with_one_point_or_none_are_open(classes):
+    train = np.eye(3)[:2]
+    proxy = ask(train, np.arange(2), np.random.default_rng(0).standard_normal((5, 3)), classes)
+    assert proxy.separable
+    assert not proxy.undecided.any()
+    # Three features and a bias leave a point outside the hull of two others free.
+    assert proxy.count == proxy.total
+
+
+def test_out_of_the_hull_by_rounding_is_left_open_in_bounded_time():
+    train, labels, unseen = problem(6, 3, 2, 30, 40)
+    change = np.array([[1.0, 0.0, 0.3], [0.0, 1.0, 0.7]])
+    proxy = ask(train @ change, labels, unseen @ change, 3)
+    plain = ask(train, labels, unseen, 3)
+    assert torch.equal(proxy.feasible & plain.feasible, plain.feasible)
     assert proxy.verify()
 
 

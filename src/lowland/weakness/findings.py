@@ -14,7 +14,7 @@ from lowland.weakness.verify import certifies, classifies_training, exact_classe
 Layers = Float[np.ndarray, "layers classes coordinates"]
 Pair = tuple[int, int]
 
-_THRESHOLDS = (1e-9, 1e-6, 1e-13)  # of the largest weight: below may be a solver's zero
+_THRESHOLDS = (1e-9, 1e-6, 1e-13, 0.0)  # of the largest weight: below may be a solver's zero
 
 
 @dataclass(frozen=True, eq=False)

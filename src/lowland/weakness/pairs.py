@@ -71,7 +71,9 @@ class PairProxy:
         feasible: Whether some last layer classifies all training points correctly and puts the
             unseen point into the class.
         undecided: Pairs that neither a witness nor a certificate settled; not counted as feasible.
-            Expect none.
+            Expect none, unless points lie within about 1e-12, relatively, of a border without
+            lying on it: as do those that rounding moved off a border, or out of the hull of
+            features that depend on one another up to rounding.
         separable: Whether any last layer classifies all training points correctly; None if that
             was not settled. If there is none, no pair is feasible.
     """
@@ -174,7 +176,8 @@ def pair_proxy(
 
     Every answer is proved: a feasible pair by a layer whose scores no rounding could swap, an
     infeasible one by Farkas' lemma. A pair that floating point cannot decide either way is
-    ``undecided`` instead of guessed.
+    ``undecided`` instead of guessed. What lies that close to a border takes longer; after 20 such
+    pairs in a row that stay undecided, so do all that are left.
 
     Args:
         features_train: The last hidden layer's outputs at the training points.

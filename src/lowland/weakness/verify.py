@@ -151,21 +151,22 @@ def _independent_equations(
         present = raw[:, coordinate] != 0
         key = present.tobytes()
         if key not in found:
-            found[key] = _all_but_one(own[present].tolist(), against[present].tolist())
+            joined = zip(own[present].tolist(), against[present].tolist(), strict=True)
+            found[key] = _all_but_one(set(joined))
         equations += [(label, coordinate) for label in found[key]]
     return equations
 
 
-def _all_but_one(left: list[int], right: list[int]) -> list[int]:
+def _all_but_one(joined: set[tuple[int, int]]) -> list[int]:
     """Of each set of joined classes all but one."""
-    parent = {label: label for label in (*left, *right)}
+    parent = {label: label for two in joined for label in two}
 
     def root(label: int) -> int:
         while parent[label] != label:
             label = parent[label]
         return label
 
-    for a, b in zip(left, right, strict=True):
+    for a, b in joined:
         parent[root(a)] = root(b)
     return [label for label in parent if parent[label] != label]
 

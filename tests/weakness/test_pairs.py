@@ -182,8 +182,17 @@ def test_next_to_training_points_proofs_do_not_depend_on_how_close(drawn, seed):
         ask(train, labels, train + 2.0**-bits * direction, classes) for bits in (26, 28)
     )
     settled = ~(near.undecided | nearer.undecided)
-    assert settled.double().mean() > 0.9
     assert torch.equal(near.feasible[settled], nearer.feasible[settled])
+
+
+@pytest.mark.parametrize("bits", [20, 26, 32])
+def test_next_to_training_points_every_pair_is_settled(bits):
+    train, labels, _ = problem(7, 3, 2, 30, 1)
+    moved = train + 2.0**-bits * np.random.default_rng(0).standard_normal(train.shape)
+    proxy = ask(train, labels, moved, 3)
+    assert not proxy.undecided.any()
+    assert 30 < proxy.count < 90
+    assert proxy.verify()
 
 
 def degenerate():

@@ -33,7 +33,7 @@ _DEFICIT = 1.01  # the first one, in multiples of what is missing
 _LIKELY = 3e-4  # of the largest weight: inequalities below are left out
 _TINY = 1e-12  # a rate that counts as none
 _RANK = 1e-12  # of the largest singular value: below is rounding
-_OUTSIDE = 1e-9  # relative distance from the training points' hull beyond rounding
+_OUTSIDE = 1e-13  # relative distance from the training points' hull beyond rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,9 @@ class Interior:
         self.index = np.arange(len(left))
         self._back = (right[:rank].T / sizes[:rank]).T
         self.unseen = cone.unseen @ self._back.T
-        outside = cone.unseen - cone.unseen @ right[:rank].T @ right[:rank]
+        outside = cone.unseen
+        for _ in range(2):  # once leaves rounding that counts where little is left
+            outside = outside - outside @ right[:rank].T @ right[:rank]
         far = np.abs(outside).max(axis=1) > _OUTSIDE * np.abs(cone.unseen).max(axis=1)
         self._outside = outside[far]
         self._members = [np.flatnonzero(self.labels == k) for k in range(self.classes)]

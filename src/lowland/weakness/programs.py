@@ -43,7 +43,7 @@ def _settle(findings: Findings, pair: Pair | None, point: Points, against: Point
         if not run():
             continue
         if program.objective > 0.5:
-            duals = program.row_duals()[:-1]
+            duals = program.multipliers()[:-1]
             toward = duals if (rows @ duals).sum() > 0 else -duals
             last = np.zeros(findings.cone.coordinates)
             layer = np.append(toward, last).reshape(findings.cone.classes, -1)
@@ -70,9 +70,9 @@ def _program(
     count = len(point)
     rows = difference_rows(points, place[:count], place[count:], len(classes))
     unknowns = rows.shape[1]
-    program = Program()
-    right = np.append(np.zeros(unknowns), 1.0)
-    program.add_rows(np.zeros((unknowns + 1, 0)), right, right)
-    program.add_columns(np.eye(1, unknowns + 1, unknowns), np.ones(1))
-    program.add_columns(np.column_stack([rows, np.ones(count)]), np.zeros(count))
+    program = Program(
+        np.vstack([np.eye(1, unknowns + 1, unknowns), np.column_stack([rows, np.ones(count)])]),
+        np.append(1.0, np.zeros(count)),
+        np.append(np.zeros(unknowns), 1.0),
+    )
     return program, rows

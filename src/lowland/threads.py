@@ -22,3 +22,16 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let NumPy's and SciPy's linear algebra within the block take one thread.
+
+    Raises:
+        ImportError: Without threadpoolctl, which scikit-learn and ``lowland[weakness]`` bring.
+    """
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415 - optional
+
+    with threadpool_limits(1, user_api="blas"):
+        yield

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowland.weakness import barrier
 from lowland.weakness.barrier import Interior
 from lowland.weakness.cone import build_cone
 from lowland.weakness.findings import Findings
@@ -42,6 +43,19 @@ def test_the_center_balances_all_margins(cone, interior):
     cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), total.flatten(), dim=0)
     assert cosine > 1 - 1e-2
     assert (slack > 0).all()
+
+
+def test_little_memory_takes_fewer_pairs_at_a_time_and_the_same_steps(cone, interior, monkeypatch):
+    every = np.argwhere(np.ones((12, 4))).T
+    assert interior.together > 1
+    after, closest, weights = interior.step(interior.start(*every))
+    monkeypatch.setattr(barrier, "_MEMORY", 0)
+    small = Interior(cone, find_layer(Findings(cone)))
+    assert small.together == 1
+    found = small.step(small.start(*every))
+    np.testing.assert_allclose(found[0].deficit, after.deficit, rtol=1e-8)
+    np.testing.assert_allclose(found[1], closest, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found[2].own, weights.own, rtol=1e-6, atol=1e-9)
 
 
 def test_steps_stay_inside_and_lower_the_deficit(cone, interior):

@@ -32,6 +32,8 @@ _REACH = 0.99  # of the way, where the next step begins
 _DEFICIT = 1.01  # the first one, in multiples of what is missing
 _LIKELY = 3e-4  # of the largest weight: inequalities below are left out
 _TINY = 1e-12  # a rate that counts as none
+_MEMORY = 2**28  # bytes that steps may take
+_TOGETHER = 64  # attempts at most: what some find out saves the next ones
 _RANK = 1e-12  # of the largest singular value: below is rounding
 _OUTSIDE = 1e-13  # relative distance from the training points' hull beyond rounding
 
@@ -115,9 +117,19 @@ class Interior:
         far = np.abs(outside).max(axis=1) > _OUTSIDE * np.abs(cone.unseen).max(axis=1)
         self._outside = outside[far]
         self._members = [np.flatnonzero(self.labels == k) for k in range(self.classes)]
-        self._squares = (self.train[:, :, None] * self.train[:, None, :]).reshape(len(left), -1)
+        self._squares = None
+        if 8 * len(left) * rank**2 < _MEMORY:
+            squares = self.train[:, :, None] * self.train[:, None, :]
+            self._squares = squares.reshape(len(left), -1)
         inside = layer @ right[:rank].T * sizes[:rank]
         self.center = self._find_center(inside - inside[-1])
+
+    @property
+    def together(self) -> int:
+        """How many attempts to make at a time."""
+        # Second moments and the Hessian: for each two classes a matrix of all coordinates.
+        each = 2 * 8 * (self.classes * int(self.train.shape[1])) ** 2
+        return max(1, min(_TOGETHER, _MEMORY // each))
 
     def to_cone(self, layers: Layers) -> Float[np.ndarray, "layers classes coordinates"]:
         """In the coordinates of the cone."""
@@ -237,11 +249,17 @@ class Interior:
 
     def _moments(self, weights: Slacks) -> Moments:
         """Of each class's training points the second moments, weighted, against each class."""
-        count = weights.shape[1]
-        moments = np.empty((self.classes, count, self.classes, self._squares.shape[1]))
+        count, size = weights.shape[1], self.train.shape[1]
+        moments = np.empty((self.classes, count, self.classes, size**2))
         for moment, part in zip(moments, self._members, strict=True):
             flat = weights[part].reshape(len(part), count * self.classes)
-            np.matmul(flat.T, self._squares[part], out=moment.reshape(len(flat.T), -1))
+            found = moment.reshape(len(flat.T), -1)
+            if self._squares is not None:
+                np.matmul(flat.T, self._squares[part], out=found)
+            else:
+                own = self.train[part]
+                for row, weight in zip(found, flat.T, strict=True):
+                    np.matmul(own.T * weight, own, out=row.reshape(size, size))
         return moments
 
     def _solve(self, moments: Moments, right: Layers) -> Layers:

@@ -10,9 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lowland.frames import DataFrame, frame
+from lowland.threads import one_blas_thread
 from lowland.weakness.cone import build_cone
 from lowland.weakness.findings import Findings, Proof
 from lowland.weakness.search import search
+from lowland.weakness.solver import need_highs
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +195,10 @@ def pair_proxy(
     References:
         arXiv:2605.05209, tables 4 and 5.
     """
-    findings = search(build_cone(features_train, y_train, features_unseen, num_classes))
+    cone = build_cone(features_train, y_train, features_unseen, num_classes)
+    need_highs()
+    with one_blas_thread():  # for its matrices are small
+        findings = search(cone)
     return PairProxy(
         feasible=torch.from_numpy(np.asarray(findings.witness >= 0)),
         undecided=torch.from_numpy(findings.open),

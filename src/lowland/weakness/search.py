@@ -19,7 +19,6 @@ from lowland.weakness.programs import decide, find_layer, refute
 from lowland.weakness.refine import refine
 
 _PATIENCE = 20  # pairs in a row that nothing settles, before all others are given up
-_TOGETHER = 64  # pairs: what some find out saves the next ones
 _STEPS = 40
 _DOUBT = 0.02  # share of negative weights below which the others are worth a program
 _SURE = 1e-6  # and below which no step will help
@@ -47,8 +46,8 @@ def _walk(findings: Findings, start: Layer) -> None:
     findings.note(interior.escapes())
     todo = np.argwhere(findings.open)
     while len(todo := todo[findings.open[tuple(todo.T)]]):
-        attempts = interior.start(*todo[:_TOGETHER].T)
-        todo = todo[_TOGETHER:]
+        attempts = interior.start(*todo[: interior.together].T)
+        todo = todo[interior.together :]
         for _ in range(_STEPS):
             if not len(attempts):
                 break

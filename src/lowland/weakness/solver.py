@@ -16,14 +16,15 @@ TIGHT = 1e-10
 """The smallest tolerance that HiGHS accepts."""
 
 
-def highs() -> ModuleType:
+def need_highs() -> ModuleType:
     """The solver's module.
 
     Raises:
-        ImportError: If it is not installed.
+        ImportError: If it, or what comes with it, is not installed.
     """
     try:
         import highspy  # noqa: PLC0415 - optional
+        import threadpoolctl  # noqa: F401, PLC0415 - optional
     except ImportError as error:
         raise ImportError(
             f"pair_proxy solves linear programs with HiGHS ({error}): "
@@ -42,7 +43,7 @@ class Program:
     """
 
     def __init__(self, columns: Matrix, cost: Vector, right: Equations) -> None:
-        self._module = highs()
+        self._module = need_highs()
         self._model: Any = self._module.Highs()
         for name, value in (
             ("output_flag", False),

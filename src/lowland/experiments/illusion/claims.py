@@ -181,32 +181,28 @@ def _traces(part: pd.DataFrame) -> str:
 
 
 def _rescaled(study: Study) -> Iterator[Claim]:
-    for task in study.tasks("advantage"):
-        for regime in study.preset.regimes(task):
-            if regime.name not in study.rescaled:
-                continue
-            found = study.rescaled[regime.name]
-            ratio = rise(found)
-            moved = ", ".join(
-                f"{number(ratio[kind])} times with factor {factor:g} on layer {layer + 1:g}"
-                for kind, (layer, factor) in enumerate(
-                    zip(found["layer"][0].tolist(), found["factor"][0].tolist(), strict=True)
-                )
-                if factor in (max(task.factors, default=0), max(task.second_factors, default=0))
+    for task, regime, found in study.rescalings():
+        ratio = rise(found)
+        moved = ", ".join(
+            f"{number(ratio[kind])} times with factor {factor:g} on layer {layer + 1:g}"
+            for kind, (layer, factor) in enumerate(
+                zip(found["layer"][0].tolist(), found["factor"][0].tolist(), strict=True)
             )
-            steady = [name for name in found if name.startswith("patterns")] + ["accuracy"]
-            kept = all(bool((found[name] == found[name][:, :1]).all()) for name in steady)
-            changed = int(found["changed"].sum())
-            yield Claim(
-                6,
-                f"{task.name}: n = {regime.size:,}: a rescaling moves the Hessian trace by orders "
-                "of magnitude, and no prediction and no pattern",
-                published(task, regime.size).rescaled,
-                f"trace {moved}; {changed} predictions changed, accuracy and pattern counts "
-                f"{'the same' if kept else 'not the same'}",
-                holds=float(ratio.max()) > ORDERS and kept and not changed,
-                place="table 6",
-            )
+            if factor in (max(task.factors, default=0), max(task.second_factors, default=0))
+        )
+        steady = [name for name in found if name.startswith("patterns")] + ["accuracy"]
+        kept = all(bool((found[name] == found[name][:, :1]).all()) for name in steady)
+        changed = int(found["changed"].sum())
+        yield Claim(
+            6,
+            f"{task.name}: n = {regime.size:,}: a rescaling moves the Hessian trace by orders "
+            "of magnitude, and no prediction and no pattern",
+            published(task, regime.size).rescaled,
+            f"trace {moved}; {changed} predictions changed, accuracy and pattern counts "
+            f"{'the same' if kept else 'not the same'}",
+            holds=float(ratio.max()) > ORDERS and kept and not changed,
+            place="table 6",
+        )
 
 
 def rise(found: Tensors) -> Array:

@@ -253,10 +253,8 @@ def figure_5(study: Study) -> Figure:
 
 def figure_6(study: Study) -> Figure:
     """The Hessian trace under rescalings, and what they leave alone."""
-    names = list(study.rescaled)
-    with _panels(1, max(len(names), 1)) as (figure, axes):
-        for ax, name in zip(axes[0], names, strict=False):
-            found = study.rescaled[name]
+    with _panels(1, len(study.rescaled)) as (figure, axes):
+        for ax, (task, regime, found) in zip(axes[0], study.rescalings(), strict=False):
             layers, factors = (found[key][0].numpy() for key in ("layer", "factor"))
             ratio = rise(found)
             for layer, marker in ((0, "o"), (1, "s")):
@@ -288,9 +286,8 @@ def figure_6(study: Study) -> Figure:
                     markerfacecolor="none",
                     label=title,
                 )
-            task, rest = name.split("/")
             ax.set(xscale="log", yscale="log", xlabel="factor")
-            ax.set_title(f"{task}, n = {int(rest.split('-')[0]):,}", fontsize=9)
+            ax.set_title(f"{task.name}, n = {regime.size:,}", fontsize=9)
             plain_log_ticks(ax)
             ticks = np.unique(factors)
             ax.set_xticks(ticks, [f"{value:g}" for value in ticks])

@@ -128,7 +128,7 @@ def _slash(values: tuple[float, ...]) -> str:
 
 
 def _rescalings(study: Study) -> Iterator[Listing]:
-    for name, found in study.rescaled.items():
+    for task, regime, found in study.rescalings():
         rows = []
         trace = found["trace"].numpy()
         for kind, ratio in enumerate(rise(found)):
@@ -146,7 +146,7 @@ def _rescalings(study: Study) -> Iterator[Listing]:
                 )
             )
         yield Listing(
-            f"{name.split('-small')[0].replace('/0', '/').replace('/', ', n = ')}: rescaled",
+            f"{task.name}, n = {regime.size:,}: rescaled",
             f"{len(trace)} networks with small batches, one layer multiplied and the next divided: "
             "geometric mean of the Hessian trace, and of its multiples; means of the rest.",
             (

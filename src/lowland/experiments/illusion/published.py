@@ -75,7 +75,7 @@ def _row(
     rho: tuple[float, float | None, float, float],
     rescaled: str = "",
 ) -> Published:
-    names = ("trace", "l1_norm", "patterns_2", "agreement")
+    names = ("trace", "patterns_1", "patterns_2", "agreement")
     known = {name: value for name, value in zip(names, rho, strict=True) if value is not None}
     return Published(known, {}, accuracy, trace, gain, rescaled)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -62,6 +62,13 @@ class Study:
             for task in self.preset.tasks
             if task.name in self.titles and kind in ("", task.kind)
         ]
+
+    def rescalings(self) -> Iterator[tuple[Task, Regime, Tensors]]:
+        """Of each regime whose networks were rescaled."""
+        for task in self.tasks("advantage"):
+            for regime in self.preset.regimes(task):
+                if regime.name in self.rescaled:
+                    yield task, regime, self.rescaled[regime.name]
 
 
 def run_study(

@@ -144,14 +144,13 @@ def correlation(study: Study, group: pd.DataFrame, measure: str) -> Correlation:
 def rescalings(study: Study) -> pd.DataFrame:
     """One row for each network and rescaling."""
     rows = []
-    for name, found in study.rescaled.items():
-        task, rest = name.split("/")
+    for task, regime, found in study.rescalings():
         count, kinds = found["factor"].shape
         rows.append(
             pd.DataFrame(
                 {
-                    "task": task,
-                    "size": int(rest.split("-")[0]),
+                    "task": task.name,
+                    "size": regime.size,
                     "seed": np.repeat(np.arange(count), kinds),
                     **{key: value.flatten().numpy() for key, value in found.items()},
                 }

@@ -94,7 +94,7 @@ def _pairs(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
         margin, low, high = lead(joint, proxy, values["accuracy"], resamples=study.preset.resamples)
         yield _claim(
             task,
-            "the joint weakness, which the paper leaves to others, predicts better than the pairs",
+            "the joint weakness, future work in the paper, predicts better than the pair proxy",
             "",
             f"{correlation(study, part, 'joint')}; |ρ| larger by {margin:+.2f} [{low:+.2f}, "
             f"{high:+.2f}]",

@@ -69,7 +69,9 @@ def number(value: float) -> str:
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.{digits}f}" if 0 <= digits <= 6 else f"{value:.3g}"
+    if 0 <= digits <= MOST_DIGITS:
+        return f"{value:.{digits}f}"
+    return f"{float(f'{value:.3g}'):,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def plus_minus(mean: float, stderr: float) -> str:

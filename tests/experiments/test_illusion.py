@@ -457,6 +457,10 @@ def test_a_run_writes_tables_figures_and_a_page_with_every_claim(finished):
     claims = pd.read_csv(folder / "out" / "claims.csv", keep_default_na=False)
     assert all(claim.replace("λ_max", "λmax") in text for claim in claims["claim"])
     assert "of the HSR study" in text
+    rows = [
+        line for line in (folder / "out" / "summary.md").read_text().splitlines() if "|" in line
+    ]
+    assert all(line.replace(r"\|", "").count("|") == 6 for line in rows[: len(claims) + 2])
 
 
 def test_a_second_run_only_draws_and_draws_the_same(finished, monkeypatch):

@@ -91,8 +91,14 @@ class Listing:
     def markdown(self) -> str:
         """A section with the table."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table = "\n".join(_row(*line) for line in lines)
         return f"## {self.title}\n\n{table}\n\n{self.caption}\n"
+
+
+def _row(*cells: str) -> str:
+    """Of a table in Markdown, where a bar begins the next cell."""
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,13 @@ class Reproduction:
     def summary(self) -> str:
         """The claims and the figures in Markdown, to be shown beside the figures' files."""
         rows = [
-            f"| {claim.where} | {claim.text} | {claim.published} | {claim.found} | "
-            f"{f'**{claim.verdict}**' if claim.holds else claim.verdict} |"
+            _row(
+                claim.where,
+                claim.text,
+                claim.published,
+                claim.found,
+                f"**{claim.verdict}**" if claim.holds else claim.verdict,
+            )
             for claim in self.claims
         ]
         figures = [

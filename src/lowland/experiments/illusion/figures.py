@@ -189,8 +189,8 @@ def figure_4(study: Study) -> Figure:
                 capsize=2.5,
                 label="here",
             )
-            told = {size: published(task, size).accuracy for size in parts}
-            known = {size: pair[1] - pair[0] for size, pair in told.items() if pair}
+            told = {size: published(task, size).gain for size in parts}
+            known = {size: float(gain) for size, gain in told.items() if gain}
             if known:
                 right.plot(
                     list(known),
@@ -200,7 +200,8 @@ def figure_4(study: Study) -> Figure:
                     markerfacecolor="none",
                     label="the paper's",
                 )
-                right.legend(loc="upper right")
+                right.legend(loc="lower left")
+                right.set_ylim(0, None)
             right.axhline(0, color=PALE, linewidth=1)
             for ax in (left, middle, right):
                 ax.set_xscale("log")

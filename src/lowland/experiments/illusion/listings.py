@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lowland.experiments.illusion.claims import rise
+from lowland.experiments.illusion.claims import advantage, rise
 from lowland.experiments.illusion.preset import LARGE, SMALL, Task
 from lowland.experiments.illusion.published import published
 from lowland.experiments.illusion.run import Study
@@ -90,30 +90,26 @@ def _advantage(study: Study, table: pd.DataFrame, task: Task) -> Listing:
     for size, part in asked(study, table, task):
         told = published(task, size)
         sides = [part[part["batch"] == name] for name in (SMALL, LARGE)]
-        accuracy = [_mean(100 * side["accuracy"]) for side in sides]
-        gain = 100 * (sides[1]["accuracy"].mean() - sides[0]["accuracy"].mean())
+        gain, error, _ = advantage(part)
         rows.append(
             (
                 f"{size:,}",
-                *accuracy,
-                f"{gain:+.2f}",
+                " / ".join(_mean(100 * side["accuracy"]) for side in sides),
+                plus_minus(100 * gain, 100 * error),
+                f"{_slash(told.accuracy)}, {told.gain}" if told.accuracy else "",
                 " / ".join(_mean(side["trace"]) for side in sides),
+                _slash(told.trace),
                 " / ".join(f"{side['epochs'].median():.0f}" for side in sides),
-                *(
-                    (*(f"{v:g}" for v in told.accuracy), told.gain, _slash(told.trace))
-                    if told.accuracy
-                    else ("",) * 4
-                ),
             )
         )
     return Listing(
         f"{task.name}: the advantage of a batch size",
-        f"Mean test accuracy of {task.seeds} networks a regime in per cent, with standard errors; "
-        "the Hessian trace and the median number of epochs with small / large batches. The last "
-        "columns are the paper's.",
+        f"{task.seeds} networks with small / large batches: means and standard errors of the test "
+        "accuracy in per cent, of how far large batches are ahead, and of the Hessian trace; the "
+        "median number of epochs.",
         (
-            *("n", "small", "large", "large − small", "trace", "epochs"),  # noqa: RUF001
-            *("small, paper", "large, paper", "difference, paper", "trace, paper"),
+            *("n", "test accuracy", "ahead by", "published"),
+            *("Hessian trace", "published", "epochs"),
         ),
         rows,
     )
@@ -140,8 +136,10 @@ def _rescalings(study: Study) -> Iterator[Listing]:
                     number(float(np.exp(np.log(trace[:, kind]).mean()))),
                     "1" if before else number(float(ratio)),
                     f"{100 * found['accuracy'][:, kind].mean():.2f}",
-                    f"{found['patterns_1'][:, kind].mean():.1f}",
-                    f"{found['patterns_2'][:, kind].mean():.1f}",
+                    " / ".join(
+                        f"{found[name][:, kind].mean().item():,.5g}"
+                        for name in ("patterns_1", "patterns_2")
+                    ),
                     f"{found['changed'][:, kind].sum():.0f}",
                 )
             )
@@ -151,7 +149,7 @@ def _rescalings(study: Study) -> Iterator[Listing]:
             "geometric mean of the Hessian trace, and of its multiples; means of the rest.",
             (
                 *("rescaling", "Hessian trace", "multiple", "test accuracy, %"),
-                *("patterns, layer 1", "patterns, layer 2", "predictions changed"),
+                *("patterns, layers 1 / 2", "predictions changed"),
             ),
             rows,
         )

@@ -20,9 +20,7 @@ def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
         command: What repeats the run.
     """
     count = sum(task.seeds * len(study.preset.regimes(task)) for task in study.tasks())
-    left_out = "".join(
-        f" Left out: {name}, since {reason}." for name, reason in study.skipped.items()
-    )
+    left_out = f" Left out for want of files: {', '.join(study.skipped)}." if study.skipped else ""
     theirs = sum(len(part["seed"]) for part in study.hsr.values())
     joined = f", and {theirs} of the HSR study" if theirs else ""
     return Reproduction(

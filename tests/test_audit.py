@@ -289,7 +289,7 @@ def test_sharpness_that_moves_alone_is_said_to_mean_nothing(audited):
         f"{min(changes):.3g} to {max(changes):.3g} between factors 0.25 and 8 without one "
         "prediction changing: its absolute value says nothing"
     )
-    assert "k_free, free parameters and pair proxy stay: compare networks by those" in (
+    assert "k_free, free parameters and pair proxy stay: networks can be compared by those" in (
         audited.verdict
     )
 
@@ -320,7 +320,7 @@ def test_predictions_that_changed_are_said_instead(audited):
         "predictions change."
     )
     assert "nothing" in audit.verdict
-    assert "compare networks" not in audit.verdict
+    assert "can be compared" not in audit.verdict
     # A tie that rounding decides.
     audit = changed(audited, outputs=(0.0, 0.0, 1e-9), predictions=(0, 0, 1))
     assert "without one prediction changing" not in audit.verdict
@@ -331,7 +331,7 @@ def test_sharpness_that_stays_is_not_said_to_move(audited):
     still = dict.fromkeys(("lambda_max", "trace", "upper"), (2.0,) * 3)
     audit = changed(audited, **still)
     assert audit.verdict.startswith("Sharpness did not move beyond rounding")
-    assert "compare networks" not in audit.verdict
+    assert "can be compared" not in audit.verdict
     audit = changed(audited, **still | {"trace": (2.0, 2.0, 2.1)})
     assert audit.verdict.startswith("Sharpness (trace) moves by up to 5 % between")
     audit = changed(audited, **still | {"trace": (-1.0, 2.0, 3.5)})
@@ -342,7 +342,7 @@ def test_sharpness_that_stays_is_not_said_to_move(audited):
 def test_counts_at_a_limit_are_not_said_to_tell_networks_apart(audited):
     assert audited.limits == {"patterns": 9, "k_free": 9, "pair_proxy": 27}
     audit = changed(audited, k_free=(0, 0, 0), patterns=(9, 9, 9), pair_proxy=(27, 27, 27))
-    before, after = audit.verdict.split("compare networks by those")
+    before, after = audit.verdict.split("networks can be compared by those")
     assert "Adaptive largest eigenvalue, adaptive trace and free parameters stay: " in before
     assert "(9), free regions k_free (0) and pair proxy (27) stay too, but at a limit" in after
     assert not any(audited.saturated(measure.name) for measure in audited.measures)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 import lowland
 from lowland.errors import UnsupportedModelError
@@ -177,3 +178,64 @@ def test_what_does_not_fit_is_refused():
         lowland.rescale(nn.Sequential(normed, nn.ReLU(), nn.Linear(4, 1)), 0, 2.0)
     with pytest.raises(UnsupportedModelError, match="takes 3 inputs"):
         lowland.rescale(nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU(), nn.Linear(3, 1)), 0, 2.0)
+
+
+class Squared(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
+class Bounded(nn.ReLU):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].register_forward_hook(lambda *_: _[2] + 1)
+    return model
+
+
+def patched():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[1].forward = torch.tanh
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        hooked(),
+        patched(),
+        nn.Sequential(Squared(3, 4), nn.ReLU(), nn.Linear(4, 2)),
+        nn.Sequential(nn.Linear(3, 4), Bounded(), nn.Linear(4, 2)),
+    ],
+)
+def test_layers_that_compute_something_else_are_refused(model):
+    with pytest.raises(UnsupportedModelError, match="something else than PyTorch's layer"):
+        lowland.rescale(model, 0, 2.0)
+    with pytest.raises(UnsupportedModelError, match="something else than PyTorch's layer"):
+        lowland.permute(model, 0, torch.arange(4))
+
+
+def test_pruned_layers_are_told_what_to_do():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    with pytest.raises(UnsupportedModelError, match=r"(?s)cannot be copied .*prune\.remove"):
+        lowland.rescale(model, 0, 2.0)
+    prune.remove(model[0], "weight")
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(lowland.rescale(model, 0, 2.0)(x), model(x), rtol=0, atol=0)
+
+
+def test_arguments_that_are_none_are_refused(as_installed):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    for layer in (0.0, "0", True):
+        with pytest.raises(TypeError, match="layer must be a whole number"):
+            lowland.rescale(model, layer, 2.0)
+    with pytest.raises(ValueError, match="two linear or convolutional layers"):
+        lowland.rescale(nn.Sequential(nn.Linear(3, 4)), 0, 2.0)
+    with pytest.raises(TypeError, match=r"order must be a torch\.Tensor; got builtins\.list"):
+        lowland.permute(model, 0, [0, 1, 2, 3])
+    with pytest.raises(ValueError, match=r"order must hold whole numbers, shape \(4,\); got torch"):
+        lowland.permute(model, 0, torch.arange(4.0))

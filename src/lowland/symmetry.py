@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lowland.errors import UnsupportedModelError
-from lowland.validation import check_initialized, is_number
+from lowland.validation import check_initialized, check_tensor, is_number
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (
@@ -136,6 +136,12 @@ def permute(model: nn.Module, layer: int, order: Int[Tensor, " units"]) -> nn.Se
                 f"treats each unit by itself; got {type(module).__name__}"
             )
     units = junction.units
+    check_tensor(order, "order")
+    if order.ndim != 1 or order.is_floating_point():
+        raise ValueError(
+            f"order must hold whole numbers, shape ({units},); got {order.dtype} of shape "
+            f"{tuple(order.shape)}"
+        )
     if sorted(order.tolist()) != list(range(units)):
         raise ValueError(
             f"order must hold each of 0 to {units - 1}, the units of layer {layer}, once; got "
@@ -165,7 +171,13 @@ def weighted_layers(model: nn.Module) -> list[nn.Module]:
 def _copy(model: nn.Module) -> nn.Sequential:
     sequence = _sequence(model)
     check_initialized(sequence)
-    return deepcopy(sequence)
+    try:
+        return deepcopy(sequence)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"the model cannot be copied ({error}); if its weights are pruned or normalized by a "
+            "hook, make that permanent first, by torch.nn.utils.prune.remove or remove_weight_norm"
+        ) from error
 
 
 def _sequence(model: nn.Module) -> nn.Sequential:
@@ -190,6 +202,13 @@ def _modules(model: nn.Sequential) -> Iterator[nn.Module]:
 def _junction(model: nn.Sequential, layer: int) -> _Junction:
     modules = list(_modules(model))
     places = [place for place, module in enumerate(modules) if isinstance(module, _WEIGHTED)]
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"layer must be a whole number, counted from 0; got {layer!r}")
+    if len(places) < 2:
+        raise ValueError(
+            "expected a model with two linear or convolutional layers, one behind the other; got "
+            f"{len(places)}"
+        )
     if not 0 <= layer < len(places) - 1:
         raise ValueError(
             "expected the index of a linear or convolutional layer with another one behind it, "
@@ -210,6 +229,11 @@ def _check_alone(own: list[nn.Module], modules: list[nn.Module]) -> None:
         for parameter in module.parameters():
             users[id(parameter)] = users.get(id(parameter), 0) + 1
     for module in own:
+        if _is_altered(module):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} computes something else than PyTorch's layer of that "
+                "kind, or has hooks, which may: nothing is known of its units; remove the hooks"
+            )
         if any(users[id(parameter)] > 1 for parameter in module.parameters()):
             raise UnsupportedModelError(
                 f"{type(module).__name__} shares its weights with another layer, and a change for "
@@ -220,6 +244,16 @@ def _check_alone(own: list[nn.Module], modules: list[nn.Module]) -> None:
                 f"{type(module).__name__} computes its weights from other parameters; remove the "
                 "parametrization first"
             )
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether a layer may compute something else than PyTorch's class says."""
+    kind = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    if kind is nn.Module:
+        return False  # a module of its own, and no layer that is known here
+    hooks = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001 - no other way
+    altered = getattr(type(module), "forward", None) is not getattr(kind, "forward", None)
+    return bool(hooks) or altered or "forward" in vars(module)
 
 
 def _check_fit(junction: _Junction, layer: int) -> None:

@@ -361,15 +361,19 @@ def test_each_figure_can_be_drawn(study, number):
 def test_tables_are_whole_and_have_the_papers_numbers_beside_ours(study):
     found = listings(study)
     assert all(len(row) == len(listing.header) for listing in found for row in listing.rows)
-    mnist = replace(ADVANTAGE, data="mnist")
+    mnist = replace(ADVANTAGE, data="mnist", hidden=(256, 128))
+    pairs = replace(PAIRS, hidden=(64, 8))
     assert published(mnist, 500).gain == "+1.2"
-    assert published(replace(PAIRS, data="mnist-full"), 250).of("pair_proxy") == (
+    assert published(replace(pairs, data="mnist-full"), 250).of("pair_proxy") == (
         "ρ = +0.374, p = 0.00012"
     )
-    assert published(replace(PAIRS, data="fashion-mnist"), 250).lead("pair_proxy", "trace") == (
+    assert published(replace(pairs, data="fashion-mnist"), 250).lead("pair_proxy", "trace") == (
         "|ρ| larger by +0.143"
     )
-    assert published(ADVANTAGE, 500).of("trace") == ""
+    # What is not the paper's experiment has no number of the paper's beside it.
+    assert published(replace(mnist, data="digits"), 500).of("trace") == ""
+    assert published(replace(mnist, hidden=(16, 6)), 500).of("trace") == ""
+    assert published(replace(pairs, data="mnist"), 40).of("trace") == ""
 
 
 def test_data_that_is_not_there_is_left_out_and_said_to_be(tmp_path, monkeypatch):
@@ -389,7 +393,7 @@ def test_data_that_is_not_there_is_left_out_and_said_to_be(tmp_path, monkeypatch
 def made_up(relation):
     """A study of pairs: test accuracy as a function of trace and pair proxy, with small noise."""
     random = np.random.default_rng(0)
-    task = replace(PAIRS, data="mnist", seeds=60)
+    task = replace(PAIRS, data="mnist", seeds=60, hidden=(64, 8), sizes=(250,))
     trace, proxy = random.uniform(10, 90, 60), random.uniform(300, 900, 60)
     accuracy = relation(trace / 90, proxy / 900) + random.normal(0, 1e-3, 60)
     one = torch.ones(60, dtype=torch.float64)
@@ -484,3 +488,25 @@ def test_one_figure_needs_no_more_than_its_networks(finished, tmp_path):
     assert {path.parent.name for path in tmp_path.rglob("*.safetensors")} == {"00040-small"}
     assert PAPER.needed([2, 6]) == {"pairs", "joint", "rescaling"}
     assert result.stdout == f"{tmp_path / 'figure-03.svg'}\n"
+
+
+@pytest.mark.parametrize("epochs", [1, 200])
+@pytest.mark.parametrize("kind", ["pairs", "selection"])
+def test_a_run_of_one_kind_shows_what_it_has(tmp_path, monkeypatch, kind, epochs):
+    """Also where no network learnt its points; and what is left out is said."""
+    monkeypatch.setattr(config, "jaxtyping_disable", True)  # as installed
+    monkeypatch.delenv("LOWLAND_DATA", raising=False)
+    task = replace(PAIRS if kind == "pairs" else SELECTION, epochs=epochs, joint_unseen=0)
+    absent = replace(task, name="absent", data="mnist")
+    (tmp_path / "one.toml").write_text(toml(replace(PRESET, tasks=(task, absent))))
+    options = ["--preset", tmp_path / "one.toml", "--out", tmp_path / "out", "--jobs", 1]
+    result = command(*options)
+    assert result.exit_code == 0, result.output
+    assert "Left out: absent: LOWLAND_DATA names no folder" in result.stderr
+    drawn = {path.name for path in (tmp_path / "out").glob("*.svg")}
+    own = {"pairs": "figure-02.svg", "selection": "figure-03.svg"}[kind]
+    assert drawn == ({"figure-01.svg", own} if kind == "selection" or epochs > 1 else drawn)
+    assert "figure-07.svg" not in drawn
+    result = command(*options, "--figure", 5)
+    assert result.exit_code == 2
+    assert "networks that this run does not have" in result.stderr

@@ -25,6 +25,11 @@ def test_a_network_without_errors_has_none():
 
 def test_wrong_shapes_are_refused(as_installed):
     with pytest.raises(ValueError, match="at least two"):
-        ensemble_agreement(torch.zeros(1, 3), torch.zeros(3))
+        ensemble_agreement(torch.zeros(1, 3).long(), torch.zeros(3).long())
     with pytest.raises(ValueError, match="each of 3"):
-        ensemble_agreement(torch.zeros(2, 3), torch.zeros(4))
+        ensemble_agreement(torch.zeros(2, 3).long(), torch.zeros(4).long())
+
+
+def test_logits_are_refused(as_installed):
+    with pytest.raises(ValueError, match=r"expected classes, whole numbers; got torch\.float32"):
+        ensemble_agreement(torch.zeros(3, 5), torch.zeros(5, dtype=torch.long))

@@ -130,3 +130,8 @@ def test_collisions_are_counted_between_chains_only():
     assert estimate == pytest.approx(-math.log(sum(pairs) / len(pairs)))
     assert error > 0
     assert _collisions(torch.arange(6).view(2, 3), 6) == (math.inf, math.inf)
+
+
+def test_a_generator_that_is_none_is_refused(as_installed):
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator, .*; got int"):
+        joint_weakness(torch.randn(6, 2), torch.arange(6) % 2, torch.randn(3, 2), 2, generator=0)

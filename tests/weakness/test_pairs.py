@@ -328,3 +328,16 @@ def test_pairs_out_of_range_and_of_the_other_kind_are_refused():
         proxy.witness(int(u), int(k))
     with pytest.raises(ValueError, match="from 0 to 9"):
         proxy.witness(10, 0)
+
+
+def test_the_result_tells_its_count():
+    torch.manual_seed(0)
+    found = pair_proxy(torch.randn(6, 2), torch.arange(6) % 2, torch.randn(3, 2), 2)
+    assert repr(found).startswith(
+        f"PairProxy(count={found.count}, total=6, undecided=0, separable="
+    )
+
+
+def test_labels_that_are_no_tensor_are_refused(as_installed):
+    with pytest.raises(TypeError, match=r"y_train must be a torch\.Tensor; got builtins\.list"):
+        pair_proxy(torch.randn(6, 2), [0, 1] * 3, torch.randn(3, 2), 2)

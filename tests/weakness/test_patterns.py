@@ -56,3 +56,8 @@ def test_wrong_shapes_are_refused(as_installed):
         free_regions(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="positive"):
         free_parameters(torch.zeros(2, 3), 0)
+
+
+def test_activations_that_are_no_numbers_are_refused(as_installed):
+    with pytest.raises(ValueError, match="activations"):
+        activation_patterns(torch.tensor([[1.0, float("nan")]]))

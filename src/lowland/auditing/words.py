@@ -110,8 +110,8 @@ def verdict(audit: Audit) -> str:
         names = [measure.title for measure in held]
         parts.append(f"{_listed(names)} stay{'s' if len(held) == 1 else ''}")
         parts[-1] += (
-            ": compare networks by those, or compare sharpness only between networks trained the "
-            "same way and not rescaled."
+            ": networks can be compared by those, which does not show that they generalize, and by "
+            "sharpness only where they were trained the same way and not rescaled."
             if moved
             else ", too."
         )

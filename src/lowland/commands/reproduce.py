@@ -151,6 +151,8 @@ def _reproduce(
                 executor=executor,
                 on_progress=tell,
             )
+        for task, reason in getattr(results, "skipped", {}).items():
+            typer.echo(f"Left out: {task}: {reason}", err=True)
         if figure:
             drawings = [drawing(paper.figures[number], results) for number in numbers]
             files = {drawn.file: drawn.svg for drawn in drawings}

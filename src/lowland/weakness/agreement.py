@@ -20,7 +20,8 @@ def ensemble_agreement(
         networks that get them right; NaN for a network that gets none wrong.
 
     Raises:
-        ValueError: If there are fewer than two networks, or the numbers of points differ.
+        ValueError: If there are fewer than two networks, predictions are no classes, or the numbers
+            of points differ.
 
     References:
         arXiv:2605.05209, tables 1 and 2.
@@ -29,6 +30,10 @@ def ensemble_agreement(
         raise ValueError(
             "expected predictions of at least two networks, shape (networks, unseen); got "
             f"{tuple(predictions.shape)}"
+        )
+    if predictions.is_floating_point():
+        raise ValueError(
+            f"expected classes, whole numbers; got {predictions.dtype}: of logits take argmax(-1)"
         )
     if labels.shape != predictions.shape[1:]:
         raise ValueError(

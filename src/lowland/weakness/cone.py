@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lowland.validation import check_features, check_labels, check_one_per_sample
+from lowland.validation import check_features, check_labels, check_one_per_sample, check_tensor
 
 Points = Float[np.ndarray, "points coordinates"]
 Layer = Float[np.ndarray, "classes coordinates"]
@@ -102,6 +102,7 @@ def build_cone(
             "features of training and of unseen points must be as many; got shapes "
             f"{tuple(features_train.shape)} and {tuple(features_unseen.shape)}"
         )
+    check_tensor(y_train, "y_train")
     check_one_per_sample(y_train)
     if y_train.shape != features_train.shape[:1]:
         raise ValueError(

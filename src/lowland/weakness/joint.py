@@ -107,6 +107,11 @@ def joint_weakness(
         B. T. Polyak and E. N. Gryazina, European Journal of Operational Research 238 (2014),
         billiard walk; A. Vehtari et al., Bayesian Analysis 16 (2021), split R-hat.
     """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator, such as torch.Generator().manual_seed(0); got "
+            f"{type(generator).__name__}"
+        )
     _check_counts({"samples": samples, "thinning": thinning, "burn_in": burn_in}, least=1)
     _check_counts({"chains": chains, "samples": samples}, least=2)
     cone = build_cone(features_train, y_train, features_unseen, num_classes)

@@ -90,6 +90,13 @@ class PairProxy:
         """The pair proxy: how many pairs are feasible."""
         return int(self.feasible.sum())
 
+    def __repr__(self) -> str:
+        open_ = int(self.undecided.sum())
+        return (
+            f"PairProxy(count={self.count}, total={self.total}, undecided={open_}, "
+            f"separable={self.separable})"
+        )
+
     @property
     def total(self) -> int:
         """How many pairs there are."""
@@ -97,6 +104,8 @@ class PairProxy:
 
     def witness(self, unseen: int, label: int) -> Witness:
         """A last layer that puts an unseen point into a class.
+
+        It is one of features less :attr:`Witness.center`; :meth:`Witness.scores` sees to that.
 
         Raises:
             ValueError: If the pair is not known to be feasible.

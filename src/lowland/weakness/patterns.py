@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from lowland.validation import check_tensor
+from lowland.validation import check_finite, check_tensor
 
 _BITS = 8  # in a byte, the smallest thing that can be compared
 
@@ -41,7 +41,7 @@ def activation_patterns(
         the index of each point's pattern.
 
     Raises:
-        ValueError: If it is no matrix.
+        ValueError: If it is no matrix, or holds NaN or infinite values.
     """
     packed = pack(_active(activations, "activations"))
     words = _words(packed)
@@ -128,6 +128,8 @@ def _active(activations: Tensor, name: str) -> Bool[Tensor, "points units"]:
             f"{name} must have shape (points, units); got {tuple(activations.shape)}: flatten "
             "channels and positions into units"
         )
+    if activations.is_floating_point() and activations.device.type == "cpu":
+        check_finite(activations, name)
     return activations.detach() > 0
 
 

@@ -31,6 +31,7 @@ from lowland.experiments.illusion.tables import (
     networks,
     varies,
 )
+from lowland.experiments.presets import PresetError
 from lowland.experiments.reproduction import StudyFigure
 from lowland.plots import STYLE, plain_log_ticks
 from lowland.training import METHODS
@@ -71,11 +72,12 @@ def figure_1(study: Study) -> Figure:
                 if varies(part, measure)
             ]
             title = f"{task.name}, n = {size:,}" if task.kind == "advantage" else task.name
-            groups.append((title, lines))
+            if lines:
+                groups.append((title, lines))
     count = sum(len(lines) + 1 for _, lines in groups)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 0.245 * count + 1.2), layout="constrained")
-        ax = figure.subplots()
+    with _panels(min(1, count), 1) as (figure, axes):
+        figure.set_size_inches(8.4, 0.245 * count + 1.2)
+        ax = axes[0, 0]
         place, ticks, names = 0.0, [], []
         for title, lines in groups:
             ax.text(-1.0, place, title, fontsize=9, fontweight="bold", va="center")
@@ -302,12 +304,7 @@ def figure_6(study: Study) -> Figure:
 def figure_7(study: Study) -> Figure:
     """Test F1 of the HSR study's networks over sharpness and over weakness."""
     measures = ("lambda_max", "pair_proxy", "free_regions")
-    with _panels(1, len(measures)) as (figure, axes):
-        if not study.hsr:
-            for ax in axes[0]:
-                ax.set_axis_off()
-            axes[0, 0].text(0, 0.5, "The preset leaves the HSR study's networks out.")
-            return figure
+    with _panels(min(1, len(study.hsr)), len(measures)) as (figure, axes):
         table = hsr_networks(study)
         for ax, measure in zip(axes[0], measures, strict=True):
             for kind, method in study.hsr:
@@ -346,10 +343,18 @@ def figure_7(study: Study) -> Figure:
     return figure
 
 
+class NothingToDrawError(PresetError):
+    """A figure of networks that the run does not have."""
+
+
 @contextmanager
 def _panels(rows: int, columns: int) -> Iterator[tuple[Figure, NDArray[np.object_]]]:
     with mpl.rc_context(STYLE):
-        rows, columns = max(rows, 1), max(columns, 1)
+        if not rows or not columns:
+            raise NothingToDrawError(
+                "the figure is of networks that this run does not have: the preset has no task of "
+                "that kind, its data are not there, or no network learnt its training points"
+            )
         size = (WIDTH * columns + 0.4, HEIGHT * rows + 0.5)
         figure = Figure(figsize=size, layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False)
@@ -362,7 +367,8 @@ FIGURES = {
             1,
             "Every correlation",
             "Spearman's rank correlation of each measure with test accuracy, and the middle 95 % "
-            "of bootstrap samples of networks; diamonds are the paper's. Ensemble agreement is "
+            "of bootstrap samples of networks; diamonds, where there are any, are the paper's. "
+            "Ensemble agreement is "
             "computed from the test labels: it explains accuracy, and cannot foretell it.",
             figure_1,
             "pairs joint selection advantage",
@@ -372,8 +378,8 @@ FIGURES = {
             "Sharpness and weakness of networks with the same training points",
             "Each point is a network that learnt all of its training points. The pair proxy counts "
             "the classes into which some last layer that is right on the training points puts each "
-            "unseen point; the joint weakness is the logarithm of the effective number of "
-            "labelings of a few unseen points together.",
+            "unseen point; the joint weakness, where it was estimated, is the logarithm of the "
+            "effective number of labelings of a few unseen points together.",
             figure_2,
             "pairs joint",
         ),

@@ -50,6 +50,8 @@ def _correlations(study: Study, table: pd.DataFrame, task: Task) -> Listing:
                 ours = str(correlation(study, part, measure))
                 rows.append((MEASURES[measure], *place, ours, told.of(measure)))
     header = ["measure", *(["n"] if len(task.sizes) > 1 else []), "with test accuracy", "published"]
+    if not any(row[-1] for row in rows):
+        rows, header = [row[:-1] for row in rows], header[:-1]
     return Listing(
         f"{task.name}: {study.titles[task.name]}",
         f"Spearman's rank correlation with test accuracy. {BRACKETS} {_facts(study, table, task)}",
@@ -65,9 +67,15 @@ def _facts(study: Study, table: pd.DataFrame, task: Task) -> str:
     units = "-".join(map(str, task.hidden))
     facts = (
         f"{len(own)} networks with {units} hidden units, {learnt} of which learnt all of their "
-        f"training points; test accuracy {100 * own['accuracy'].min():.1f} to "
-        f"{100 * own['accuracy'].max():.1f} %, mean {100 * own['accuracy'].mean():.1f} %; Hessian "
-        f"trace {number(own['trace'].min())} to {number(own['trace'].max())}."
+        "training points"
+    )
+    compared = own[own["learnt"] >= study.preset.enough] if task.kind == "pairs" else own
+    if not len(compared):
+        return f"{facts}: nothing can be compared."
+    right, trace = 100 * compared["accuracy"], compared["trace"]
+    facts += (
+        f"; of those compared test accuracy {right.min():.1f} to {right.max():.1f} %, mean "
+        f"{right.mean():.1f} %; Hessian trace {number(trace.min())} to {number(trace.max())}."
     )
     if varies(own, "pair_proxy"):
         proxies = own["pair_proxy"].dropna()

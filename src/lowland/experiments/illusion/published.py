@@ -44,6 +44,9 @@ class Published:
 
 NOTHING = Published()
 
+_HIDDEN = {"pairs": (64, 8), "selection": (64, 16), "advantage": (256, 128)}
+_SIZE = 250
+
 _PAIRS = {
     "mnist": Published(
         {"trace": -0.226, "l2_norm": 0.019, "pair_proxy": 0.374},
@@ -104,8 +107,10 @@ _ADVANTAGE = {
 
 
 def published(task: Task, size: int) -> Published:
-    """What the paper reports of a task's networks of a size; MNIST's, whatever part is at hand."""
+    """What the paper reports of such networks and sizes; MNIST's, whatever part is at hand."""
     data = "mnist" if task.data == "mnist-full" else task.data
+    if task.hidden != _HIDDEN[task.kind] or (task.kind != "advantage" and size != _SIZE):
+        return NOTHING
     if task.kind == "pairs":
         return _PAIRS.get(data, NOTHING)
     if data != "mnist":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
+
 from lowland.experiments.illusion.claims import judge
-from lowland.experiments.illusion.figures import FIGURES
+from lowland.experiments.illusion.figures import FIGURES, NothingToDrawError
 from lowland.experiments.illusion.listings import listings
 from lowland.experiments.illusion.preset import PACKAGE, load_preset
 from lowland.experiments.illusion.run import STAGES, Study, run_study
 from lowland.experiments.illusion.tables import tables
-from lowland.experiments.reproduction import Paper, Reproduction, drawing
+from lowland.experiments.reproduction import Drawing, Paper, Reproduction, drawing
 
 
 def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
@@ -28,13 +31,20 @@ def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
         f"Sharpness against weakness as what tells which network is right on new points: {count:,} "
         f"networks on {'; '.join(dict.fromkeys(study.titles.values()))}{joined}. The claims are "
         f"those of arXiv:2605.05209.{left_out}",
-        [drawing(figure, study) for figure in FIGURES.values()],
+        list(_drawings(study)),
         judge(study),
         tables(study),
         settings,
         command,
         listings(study),
     )
+
+
+def _drawings(study: Study) -> Iterator[Drawing]:
+    """Those of which the run has networks."""
+    for figure in FIGURES.values():
+        with suppress(NothingToDrawError):
+            yield drawing(figure, study)
 
 
 PAPER = Paper("illusion", PACKAGE, load_preset, STAGES, run_study, FIGURES, reproduction)

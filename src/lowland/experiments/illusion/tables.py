@@ -85,7 +85,7 @@ def networks(study: Study) -> pd.DataFrame:
                     }
                 )
             )
-    return pd.concat(rows, ignore_index=True)
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
 def _agreement(study: Study, task: Task) -> dict[str, np.ndarray]:

@@ -339,6 +339,13 @@ def test_sharpness_that_stays_is_not_said_to_move(audited):
     assert math.isnan(audit.change("trace"))
 
 
+def test_what_went_beyond_the_numbers_is_said_to_have(audited):
+    audit = changed(audited, upper=(1.0, math.nan, math.inf))
+    assert audit.verdict.startswith("Sharpness (largest eigenvalue and trace) moves by")
+    assert "Upper bound went beyond what float64 can hold: use model.double()" in audit.verdict
+    assert "nan" not in audit.verdict
+
+
 def test_counts_at_a_limit_are_not_said_to_tell_networks_apart(audited):
     assert audited.limits == {"patterns": 9, "k_free": 9, "pair_proxy": 27}
     audit = changed(audited, k_free=(0, 0, 0), patterns=(9, 9, 9), pair_proxy=(27, 27, 27))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isnan
+from math import isfinite, isnan
 from typing import TYPE_CHECKING, Any
 
 from lowland.auditing.measures import COMPARABLE, HEADINGS, Measure
@@ -98,12 +98,19 @@ def verdict(audit: Audit) -> str:
     """What may and may not be concluded, from the numbers alone."""
     if not audit.stays("outputs"):
         return _not_preserved(audit)
-    moved = [m for m in audit.measures if m.kind == "sharpness" and not audit.stays(m.name)]
-    broken = [m for m in audit.measures if m.invariant and not audit.stays(m.name)]
-    held = [m for m in audit.measures if m.kind in COMPARABLE and audit.stays(m.name)]
+    lost = [m for m in audit.measures if not all(map(isfinite, audit.values[m.name]))]
+    known = [measure for measure in audit.measures if measure not in lost]
+    moved = [m for m in known if m.kind == "sharpness" and not audit.stays(m.name)]
+    broken = [m for m in known if m.invariant and not audit.stays(m.name)]
+    held = [m for m in known if m.kind in COMPARABLE and audit.stays(m.name)]
     mute = [measure for measure in held if audit.saturated(measure.name)]
     held = [measure for measure in held if measure not in mute]
     parts = [_of_sharpness(audit, moved)]
+    if lost:
+        parts.append(
+            f"{_listed([m.title for m in lost])} went beyond what {_bits(audit)} can hold: use "
+            "model.double(), or factors closer to 1."
+        )
     if broken:
         parts.append(_of_broken(audit, broken))
     if held:

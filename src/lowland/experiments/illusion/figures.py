@@ -203,7 +203,7 @@ def figure_4(study: Study) -> Figure:
                     label="the paper's",
                 )
                 right.legend(loc="lower left")
-                right.set_ylim(0, None)
+                right.set_ylim(min(0, right.get_ylim()[0]), None)
             right.axhline(0, color=PALE, linewidth=1)
             for ax in (left, middle, right):
                 ax.set_xscale("log")
@@ -324,7 +324,7 @@ def figure_7(study: Study) -> Figure:
                 ax.set_xscale("log")
                 plain_log_ticks(ax)
             else:
-                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+                ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes[0, 0].set_ylabel("macro F1 on test samples")
         handles = [
             Line2D(

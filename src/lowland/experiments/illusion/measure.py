@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lowland
 from lowland import exact
 from lowland.experiments.illusion.problem import Points
-from lowland.experiments.illusion.train import ACTIVATION, LOSS, accuracy, predictions
+from lowland.experiments.illusion.train import ACTIVATION, LOSS, predictions
 from lowland.jobs import Tensors
 from lowland.networks import SomeWeights, Weights, as_module, as_weights, one_by_one
 from lowland.weakness import count_patterns, free_parameters, free_regions, weight_norm
@@ -29,13 +29,11 @@ def measure(weights: Weights, data: Points, *, bound: bool) -> Tensors:
         _of_one(network, x, y, data, bound=bound)
         for network, x, y in one_by_one(weights, data.x_train, data.y_train)
     ]
-    table = {
-        name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]
-    }
+    found = predictions(weights, data.x_test)
     return {
-        **table,
-        "accuracy": accuracy(weights, data.x_test, data.y_test),
-        "predictions": predictions(weights, data.x_test).to(torch.uint8),
+        **columns(rows),
+        "accuracy": (found == data.y_test).double().mean(1),
+        "predictions": found.to(torch.uint8),
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowland.experiments.hsr import problem as hsr_problem
 from lowland.experiments.hsr.preset import Preset as HsrPreset
-from lowland.experiments.illusion.measure import hidden, measure, rescaled
+from lowland.experiments.illusion.measure import columns, hidden, measure, rescaled
 from lowland.experiments.illusion.preset import SMALL, Preset, Regime, Task
 from lowland.experiments.illusion.problem import BATCHES, JOINT, points, start
 from lowland.experiments.illusion.train import descend
@@ -114,9 +114,7 @@ def rescale(task: Task, regime: Regime, weights: Weights, source: Source) -> Ten
             {"layer": float(layer), "factor": factor, **rescaled(network, data, layer, factor)}
             for layer, factor in kinds
         ]
-    return {
-        name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]
-    }
+    return columns(rows)
 
 
 def hsr(preset: HsrPreset, controlled: Tensors, unseen: int) -> Tensors:
@@ -139,10 +137,7 @@ def hsr(preset: HsrPreset, controlled: Tensors, unseen: int) -> Tensors:
         rows = [
             _hsr_row(network, x[0], test[0], unseen) for network, _, _ in one_by_one(weights, x, y)
         ]
-    table = {
-        name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]
-    }
-    return table | {
+    return columns(rows) | {
         "seed": controlled["seed"],
         "lambda_max": values[:, -1].clone(),
         "trace": moments.trace,

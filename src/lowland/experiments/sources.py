@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from lowland.datasets import CARRIED, Dataset
+from lowland.experiments.presets import PresetError
 from lowland.images import (
     FOLDER_VARIABLE,
     MissingDataError,
@@ -73,6 +75,33 @@ def missing(data: str, source: Source) -> str:
     except MissingDataError as error:
         return str(error)
     return ""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Something to do with data."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def data(self) -> str: ...  # noqa: D102
+
+
+T = TypeVar("T", bound=Task)
+
+
+def available(tasks: Sequence[T], source: Source) -> tuple[list[T], dict[str, str]]:
+    """The tasks whose data can be had, and why the others' cannot, by name.
+
+    Raises:
+        PresetError: If there are tasks, and none of them can be run.
+        DataError: If files are there and cannot be used.
+    """
+    reasons = {task.name: missing(task.data, source) for task in tasks}
+    found = [task for task in tasks if not reasons[task.name]]
+    if tasks and not found:
+        raise PresetError(f"no task can be run: {'; '.join(dict.fromkeys(reasons.values()))}")
+    return found, {name: reason for name, reason in reasons.items() if reason}
 
 
 def stream(seed: int, kind: int) -> torch.Generator:

@@ -12,9 +12,8 @@ import torch
 from lowland.experiments.flatness.preset import Preset, Task, Way
 from lowland.experiments.flatness.problem import title
 from lowland.experiments.flatness.train import timing, train
-from lowland.experiments.presets import PresetError
 from lowland.experiments.reproduction import Progress, run_stage
-from lowland.experiments.sources import Source, missing
+from lowland.experiments.sources import Source, available
 from lowland.images import data_folder
 from lowland.jobs import Pieces, Store, Tensors
 
@@ -75,10 +74,7 @@ def run_study(
         PresetError: If no task can be run.
     """
     source = Source(data_folder(), preset.verify)
-    reasons = {task.name: missing(task.data, source) for task in preset.tasks}
-    tasks = [task for task in preset.tasks if not reasons[task.name]]
-    if not tasks:
-        raise PresetError(f"no task can be run: {'; '.join(dict.fromkeys(reasons.values()))}")
+    tasks, skipped = available(preset.tasks, source)
 
     run = partial(run_stage, store=store, on_progress=on_progress)
     clock, work = {}, {}
@@ -91,7 +87,7 @@ def run_study(
     return Study(
         preset,
         {task.name: title(task, source) for task in tasks},
-        {name: reason for name, reason in reasons.items() if reason},
+        skipped,
         {
             (task.name, way): _join([work[_name(task, way, s)] for s in range(task.seeds)])
             for task in tasks

@@ -16,9 +16,8 @@ from lowland.experiments.illusion import pieces
 from lowland.experiments.illusion.pieces import LastLayer
 from lowland.experiments.illusion.preset import SMALL, Preset, Regime, Task
 from lowland.experiments.illusion.problem import points, title
-from lowland.experiments.presets import PresetError
 from lowland.experiments.reproduction import Progress, run_stage
-from lowland.experiments.sources import Source, missing
+from lowland.experiments.sources import Source, available
 from lowland.images import data_folder
 from lowland.jobs import Pieces, Store, Tensors
 
@@ -95,16 +94,12 @@ def run_study(
     """
     source = Source(data_folder())
     kinds = {_NEEDS.get(stage, stage) for stage in stages}
-    wanted = [task for task in preset.tasks if task.kind in kinds]
-    reasons = {task.name: missing(task.data, source) for task in wanted}
-    tasks = [task for task in wanted if not reasons[task.name]]
-    if wanted and not tasks:
-        raise PresetError(f"no task can be run: {'; '.join(dict.fromkeys(reasons.values()))}")
+    tasks, skipped = available([task for task in preset.tasks if task.kind in kinds], source)
     run = partial(run_stage, store=store, executor=executor, on_progress=on_progress)
     study = Study(
         preset,
         {task.name: title(task, source) for task in tasks},
-        {name: reason for name, reason in reasons.items() if reason},
+        skipped,
         labels={task.name: points(task, task.sizes[-1], source).y_test[0] for task in tasks},
     )
     if tasks:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowland.errors import UserError
+
+T = TypeVar("T")
 
 
 class PresetError(UserError):
@@ -70,13 +72,23 @@ def parse(text: str, name: str) -> dict[str, Any]:
         raise PresetError(f"{name!r} is not a TOML file: {error}") from None
 
 
-def task_tables(settings: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """The tables ``[[tasks]]`` of a preset's settings, each with a plain ``name`` of its own.
+def load_tasks(
+    package: str, name: str, kind: type[T], rules: Rules, check_task: Callable[[T, str], None]
+) -> tuple[tuple[T, ...], dict[str, Any]]:
+    """A preset's tables ``[[tasks]]``, each with a plain name of its own, and its other settings.
+
+    Args:
+        package: Where the study's folder of presets is.
+        name: One of these, or the path of another TOML file.
+        kind: The dataclass of a task.
+        rules: What the values of its settings must be.
+        check_task: Refuses a task whose settings do not go together; it is told which one it is.
 
     Raises:
-        PresetError: If there are none, or names are missing, repeated, or no names of files.
+        PresetError: If there is no such preset, or its tasks do not make sense.
     """
-    found = settings.get("tasks", [])
+    settings = parse(preset_text(package, name), name)
+    found = settings.pop("tasks", [])
     if not isinstance(found, list) or not found or not all(isinstance(t, dict) for t in found):
         raise PresetError(f"{name!r}: tasks must be a list of tables, [[tasks]], not empty")
     names = [table.get("name") for table in found]
@@ -85,7 +97,13 @@ def task_tables(settings: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
             f"{name!r}: each task needs a name of its own, of letters, digits and dashes; got "
             f"{', '.join(map(repr, names))}"
         )
-    return found
+    tasks = []
+    for index, table in enumerate(found, start=1):
+        where = f"{name!r}, task {index}"
+        task = kind(**check(table, kind, rules, where))
+        check_task(task, where)
+        tasks.append(task)
+    return tuple(tasks), settings
 
 
 def _is_plain(name: object) -> bool:

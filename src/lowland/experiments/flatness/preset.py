@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lowland.experiments.presets import PresetError, Rules, check, parse, preset_text, task_tables
+from lowland.experiments.presets import PresetError, Rules, check, load_tasks
 
 PACKAGE = "lowland.experiments.flatness"
 """Where the presets are."""
@@ -149,20 +149,7 @@ def load_preset(name: str) -> Preset:
     Raises:
         PresetError: If there is no such preset, or its settings are not those of :class:`Preset`.
     """
-    settings = parse(preset_text(PACKAGE, name), name)
-    tasks = []
-    for index, entry in enumerate(task_tables(settings, name), start=1):
-        where = f"{name!r}, task {index}"
-        task = Task(**check(entry, Task, RULES, where))
-        if task.data not in DATA:
-            raise PresetError(f"{where}: data must be one of {', '.join(DATA)}; got {task.data!r}")
-        if (task.test_size == 0) != (task.data == "cifar-100"):
-            raise PresetError(
-                f"{where}: test_size must be 0 for cifar-100, which has a test part, and greater "
-                f"than 0 for other data; got {task.test_size}"
-            )
-        tasks.append(task)
-    rest = {key: value for key, value in settings.items() if key != "tasks"}
+    tasks, rest = load_tasks(PACKAGE, name, Task, RULES, _check_task)
     entries = check(rest, Preset, RULES, repr(name), besides=["tasks"])
     weights = list(entries["weights"])
     if weights[0] != 0 or weights != sorted(weights) or len(weights) < 3:
@@ -170,4 +157,15 @@ def load_preset(name: str) -> Preset:
             f"{name!r}: weights must be three or more that rise from 0, the baseline, so that one "
             f"is moderate; got {weights}"
         )
-    return Preset(**entries, tasks=tuple(tasks))
+    return Preset(**entries, tasks=tasks)
+
+
+def _check_task(task: Task, where: str) -> None:
+    """What hangs together within a task."""
+    if task.data not in DATA:
+        raise PresetError(f"{where}: data must be one of {', '.join(DATA)}; got {task.data!r}")
+    if (task.test_size == 0) != (task.data == "cifar-100"):
+        raise PresetError(
+            f"{where}: test_size must be 0 for cifar-100, which has a test part, and greater "
+            f"than 0 for other data; got {task.test_size}"
+        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from lowland.experiments.hsr.preset import load_preset as load_hsr
 from lowland.experiments.illusion.train import Descent
-from lowland.experiments.presets import PresetError, Rules, check, parse, preset_text, task_tables
+from lowland.experiments.presets import PresetError, Rules, check, load_tasks
 
 PACKAGE = "lowland.experiments.illusion"
 """Where the presets are."""
@@ -177,15 +177,8 @@ def load_preset(name: str) -> Preset:
     Raises:
         PresetError: If there is no such preset, or its settings are not those of :class:`Preset`.
     """
-    settings = parse(preset_text(PACKAGE, name), name)
-    tasks = []
-    for index, entry in enumerate(task_tables(settings, name), start=1):
-        where = f"{name!r}, task {index}"
-        task = Task(**check(entry, Task, RULES, where))
-        _check_task(task, where)
-        tasks.append(task)
-    rest = {key: value for key, value in settings.items() if key != "tasks"}
-    preset = Preset(**check(rest, Preset, RULES, repr(name), besides=["tasks"]), tasks=tuple(tasks))
+    tasks, rest = load_tasks(PACKAGE, name, Task, RULES, _check_task)
+    preset = Preset(**check(rest, Preset, RULES, repr(name), besides=["tasks"]), tasks=tasks)
     preset.to_dict()  # the HSR study's preset must be there too
     return preset
 

@@ -22,7 +22,7 @@ from timing import exponent, interleaved, median_ratio, seconds
 from torch import Tensor, nn
 
 import lowland
-from lowland.exact import compiled
+from lowland.exact import c_backend
 
 SIZES = ((4_000, 2, 10, 5.0), (100_000, 10, 16, 12.0), (1_000, 30, 32, 40.0))
 SCALING = (1_000, 10_000, 100_000, 1_000_000)
@@ -62,7 +62,7 @@ class Case:
         return torch.autograd.grad(self.upper(self.weights, order), self.weights)
 
     def uncompiled(self) -> object:
-        with mock.patch.object(compiled, "is_available", return_value=False):
+        with mock.patch.object(c_backend, "is_available", return_value=False):
             return self.ours()
 
     def forward_alone(self) -> object:
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write the result to README.md")
     arguments = parser.parse_args()
     rounds = arguments.rounds
-    built = "in use" if compiled.is_available() else "not built"
+    built = "in use" if c_backend.is_available() else "not built"
     head = (
         f"Python {platform.python_version()}, PyTorch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, float64, medians of {rounds} rounds, compiled code "

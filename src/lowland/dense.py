@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowland.kernels import differentiable_kernels
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import objective, scalar_loss
 from lowland.passes import frozen_statistics, remember_randomness
+from lowland.torch_fixes import differentiable_operations
 from lowland.validation import check_initialized, check_values
 
 DEFAULT_MEMORY_LIMIT = 4 << 30
@@ -76,7 +76,7 @@ def dense_hessian(
         return scalar_loss(criterion, torch.func.functional_call(model, parts, (x,)), y)
 
     flat = torch.cat([p.reshape(-1) for p in named.values()])
-    with untouched(model), differentiable_kernels(model):
+    with untouched(model), differentiable_operations(model):
         return _differentiate_twice(loss_of, flat)
 
 

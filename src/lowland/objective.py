@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.parallel import DistributedDataParallel
 
-from lowland.kernels import is_ordinary
+from lowland.torch_fixes import is_ordinary
 
 Gradient = tuple[Tensor, list[Tensor]]
 
@@ -48,7 +48,7 @@ class Objective:
 
     @cached_property
     def is_ordinary(self) -> bool:
-        """Whether model and criterion are, by :func:`lowland.kernels.is_ordinary`."""
+        """Whether model and criterion are, by :func:`lowland.torch_fixes.is_ordinary`."""
         return is_ordinary(self.model, self.criterion)
 
     def loss(self) -> Tensor:

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
 
-from lowland.kernels import differentiable_kernels
 from lowland.objective import (
     Gradient,
     Objective,
@@ -39,6 +38,7 @@ from lowland.objective import (
     not_compiled,
 )
 from lowland.passes import frozen_statistics, remember_randomness
+from lowland.torch_fixes import differentiable_operations
 
 Products = Literal["exact", "finite"]
 Parts = list[Tensor]
@@ -164,7 +164,7 @@ def _carry(value: Tensor, slope: Tensor) -> Tensor:
 def _kernels(part: Objective) -> AbstractContextManager[None]:
     if part.is_ordinary:
         return nullcontext()
-    return differentiable_kernels(part.model)
+    return differentiable_operations(part.model)
 
 
 def _gradient(part: Objective, loss: Tensor) -> Parts:

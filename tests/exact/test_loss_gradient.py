@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 
 from lowland import exact
-from lowland.exact import compiled
+from lowland.exact import c_backend
 
 
 def expected_gradient(case):
@@ -21,8 +21,8 @@ def expected_gradient(case):
 def path(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "pytorch":
-            patch.setattr(compiled, "is_available", lambda: False)
-        elif not compiled.is_available():
+            patch.setattr(c_backend, "is_available", lambda: False)
+        elif not c_backend.is_available():
             pytest.skip("the compiled code was not built")
         yield request.param
 

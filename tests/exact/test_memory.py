@@ -10,13 +10,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowland import exact
-from lowland.exact import compiled
-from lowland.exact.engine import run_moments
+from lowland.exact import c_backend
+from lowland.exact.problem import run_moments
 
 # Shapes are checked elsewhere; here are many small runs.
 pytestmark = pytest.mark.usefixtures("as_installed")
 
-needs_library = pytest.mark.skipif(not compiled.is_available(), reason="built without a compiler")
+needs_library = pytest.mark.skipif(not c_backend.is_available(), reason="built without a compiler")
 
 SHALLOW = {  # network, samples, ensemble
     "small": (oracle.Network(3, 4, "gelu", "bce"), 6, ()),
@@ -113,7 +113,7 @@ LINEAR = {
 
 @pytest.mark.parametrize("size", LINEAR)
 def test_no_budget_is_exceeded_by_the_trace_and_the_gradient_of_the_loss(size, monkeypatch):
-    monkeypatch.setattr(compiled, "is_available", lambda: False)
+    monkeypatch.setattr(c_backend, "is_available", lambda: False)
     network, samples, ensemble = LINEAR[size]
     case = cases.make(network, samples, ensemble=ensemble).with_gradients()
     setup = cases.prepare(case)
@@ -171,7 +171,7 @@ def test_the_peak_of_the_trace_does_not_grow_with_the_samples(what):
 @pytest.mark.parametrize("size", SHALLOW)
 def test_workspaces_and_copies_of_the_compiled_code_fit(size, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(c_backend, "_WORTH_A_THREAD", 1)
     case = make(size)
     setup = cases.prepare(case)
     inputs, hidden, _ = case.network.widths
@@ -181,8 +181,8 @@ def test_workspaces_and_copies_of_the_compiled_code_fit(size, threads, monkeypat
         budget *= 2
     for generous in (budget, 2 * budget, 16 * budget):
         plan = setup.problem("parameters", generous).plan
-        workspaces = threads * compiled.workspace_bytes(setup.size, plan.block)
-        copies = (threads + 1) * plan.networks * compiled.packed_entries(*shape) * 8
+        workspaces = threads * c_backend.workspace_bytes(setup.size, plan.block)
+        copies = (threads + 1) * plan.networks * c_backend.packed_entries(*shape) * 8
         assert workspaces + copies <= generous
         assert peak(case, "parameters", generous, path="compiled") + workspaces <= generous
 
@@ -231,7 +231,7 @@ def test_a_budget_too_small_for_one_order_lets_auto_take_the_other():
 @pytest.mark.parametrize("with_compiled_code", [True, False])
 def test_the_trace_alone_of_a_wide_network_needs_no_matrix(monkeypatch, with_compiled_code):
     if not with_compiled_code:
-        monkeypatch.setattr(compiled, "is_available", lambda: False)
+        monkeypatch.setattr(c_backend, "is_available", lambda: False)
     case = cases.make(oracle.Network(2, 3000, "sigmoid", "bce"), 60)  # P = 12,001
     trace = exact.trace(*case.arguments, **case.settings, memory_budget=8 << 20)
     diagonal = torch.zeros((), dtype=torch.float64)

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 from lowland import exact
 from lowland.activations import ACTIVATIONS, Activation, leaky_relu
-from lowland.exact import compiled
+from lowland.exact import c_backend
 from lowland.exact.api import prepare
-from lowland.exact.engine import run_moments
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
+from lowland.exact.problem import run_moments
 from lowland.losses import LOSSES
 
 BOTH_TYPES = (torch.float64, torch.float32)
 
-needs_library = pytest.mark.skipif(not compiled.is_available(), reason="built without a compiler")
+needs_library = pytest.mark.skipif(not c_backend.is_available(), reason="built without a compiler")
 
 
 @pytest.fixture(params=[1, 3])
@@ -32,7 +32,7 @@ def threads(request, monkeypatch):
     """That many threads, however small the problem."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(c_backend, "_WORTH_A_THREAD", 1)
     yield request.param
     torch.set_num_threads(before)
 
@@ -248,8 +248,8 @@ def test_pieces_leave_no_seam_in_pytorch(case, order, generosity, data):
 def test_without_the_library_pytorch_gives_the_numbers(monkeypatch):
     case = cases.make(oracle.Network(4, 5, "silu", "bce"), 100, ensemble=(3,))
     expected = solve(case, path="pytorch")
-    monkeypatch.setattr(compiled, "_library", lambda: None)
-    assert not compiled.is_available()
+    monkeypatch.setattr(c_backend, "_library", lambda: None)
+    assert not c_backend.is_available()
     weights = [part.clone().requires_grad_() for part in case.weights]
     moments = exact.moments(weights, case.x, case.y, **case.settings, order="parameters")
     grads = torch.autograd.grad((moments.trace + 0.3 * moments.trace_sq).sum(), weights)
@@ -296,6 +296,6 @@ def test_a_workspace_that_cannot_be_had_is_an_error(monkeypatch):
     def without_memory(_kernel, _name):
         return lambda reference: setattr(reference._obj, "failed", 1)
 
-    monkeypatch.setattr(compiled.Kernel, "_function", without_memory)
+    monkeypatch.setattr(c_backend.CBackend, "_function", without_memory)
     with pytest.raises(MemoryError, match="workspace"):
         exact.moments(*case.arguments, **case.settings, order="parameters")

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from lowland.activations import Activation, get_activation
-from lowland.exact.compiled import covers
-from lowland.exact.engine import Pass, Problem, join_layers, run_moments
+from lowland.exact.c_backend import covers
 from lowland.exact.plan import (
     DEFAULT_MEMORY_BUDGET,
     MEBIBYTE,
@@ -24,9 +23,10 @@ from lowland.exact.plan import (
     make_plan,
     term_rows,
 )
-from lowland.exact.reference import Reference
+from lowland.exact.problem import Backend, Problem, join_layers, run_moments
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
+from lowland.exact.torch_backend import TorchBackend
 from lowland.loss_checks import check_loss
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments, check_number
@@ -222,13 +222,13 @@ class Setup:
         problem = self.problem("parameters", max(memory_budget, 16 * needed), compiled=False)
         problem = replace(problem, plan=replace(problem.plan, networks=1))
 
-        def powers(part: Reference) -> Tensor:
+        def powers(part: TorchBackend) -> Tensor:
             matrix = part.hessian()
             square = matrix @ matrix
             return torch.stack([(square * matrix).sum((1, 2)), square.square().sum((1, 2))])
 
         with torch.no_grad():
-            third, fourth = torch.cat(problem.on_references(self.weights, powers), 1)
+            third, fourth = torch.cat(problem.on_torch(self.weights, powers), 1)
         return third.view(self.ensemble), fourth.view(self.ensemble)
 
     def relative_cost(self) -> float:
@@ -252,7 +252,7 @@ class Setup:
         budget = max(DEFAULT_MEMORY_BUDGET, needed)
         problem = self.problem("parameters", budget, compiled=False)
         with torch.no_grad():
-            parts = problem.on_references(self.weights, Reference.hessian)
+            parts = problem.on_torch(self.weights, TorchBackend.hessian)
         return torch.cat(parts).view(*self.ensemble, self.size.dim, self.size.dim)
 
     def loss_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
@@ -264,7 +264,7 @@ class Setup:
     def trace_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
         """The gradient of each network's ``Tr H``, without a graph."""
 
-        def gradient(part: Pass) -> Sequence[Tensor]:
+        def gradient(part: Backend) -> Sequence[Tensor]:
             one = self.weights[0].new_ones(part.networks)
             return part.gradient(one, torch.zeros_like(one), [])
 
@@ -282,7 +282,7 @@ class Setup:
         """
         dim = self.size.dim
 
-        def gradient(part: Pass) -> Sequence[Tensor]:
+        def gradient(part: Backend) -> Sequence[Tensor]:
             first, second, kept = part.moments()
             with torch.enable_grad():
                 leaves = first.detach().requires_grad_(), second.detach().requires_grad_()
@@ -293,10 +293,10 @@ class Setup:
         return self._gradients(self.problem(order, memory_budget), gradient)
 
     def _gradients(
-        self, problem: Problem, compute: Callable[[Pass], Sequence[Tensor]]
+        self, problem: Problem, compute: Callable[[Backend], Sequence[Tensor]]
     ) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            parts = problem.on_passes(self.weights, lambda _, part: compute(part))
+            parts = problem.on_backend(self.weights, lambda _, part: compute(part))
         return self.shaped(join_layers(parts, self.weights))
 
     def shaped(self, layers: Sequence[Tensor]) -> tuple[Tensor, ...]:

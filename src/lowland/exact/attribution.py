@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lowland.exact.api import Activations, OrderChoice, Reduction, prepare
-from lowland.exact.engine import run_moments
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
-from lowland.exact.reference import Reference
+from lowland.exact.problem import run_moments
+from lowland.exact.torch_backend import TorchBackend
 from lowland.losses import Loss
 from lowland.moments import HessianMoments
 
@@ -94,7 +94,7 @@ def sample_contributions(
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem(order, memory_budget, compiled=False)
 
-    def shares(group: Reference) -> list[Tensor]:
+    def shares(group: TorchBackend) -> list[Tensor]:
         first, second, kept = group.moments()
         with torch.enable_grad():
             first, second = first.requires_grad_(), second.requires_grad_()
@@ -103,7 +103,7 @@ def sample_contributions(
         return group.sample_gradients(a, b, kept)
 
     with torch.no_grad():
-        parts = problem.on_references(setup.weights, shares)
+        parts = problem.on_torch(setup.weights, shares)
     return setup.shaped([torch.cat(layer) for layer in zip(*parts, strict=True)])
 
 
@@ -128,6 +128,6 @@ def pair_contributions(
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem("samples", memory_budget)
     with torch.no_grad():
-        parts = problem.on_references(setup.weights, Reference.pairs)
+        parts = problem.on_torch(setup.weights, TorchBackend.pairs)
     matrix = torch.cat(parts)
     return matrix.view(*setup.ensemble, *matrix.shape[1:])

@@ -11,7 +11,7 @@ import torch
 
 from lowland.exact import blocks
 from lowland.exact.blocks import Piece
-from lowland.exact.compiled import choose_block, packed_entries
+from lowland.exact.c_backend import choose_block, packed_entries
 from lowland.exact.size import Size
 
 Order = Literal["samples", "parameters"]

@@ -214,7 +214,7 @@ class _AddDiagonal(Function):
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """Samples run through the networks: augmented inputs, logits, and the activations' derivatives.
 
     ``slope`` and ``bend`` have one entry fewer than there are layers.
@@ -226,7 +226,7 @@ class Pass:
     bend: list[Rows]
 
 
-def forward(arch: Architecture, weights: Sequence[Tensor], data: Data) -> Pass:
+def forward(arch: Architecture, weights: Sequence[Tensor], data: Data) -> ForwardPass:
     """Run samples through the networks."""
     rows = data.x.mT
     inputs, slopes, bends = [_augment(rows)], [], []
@@ -237,7 +237,7 @@ def forward(arch: Architecture, weights: Sequence[Tensor], data: Data) -> Pass:
         slopes.append(slope)
         bends.append(bend)
         a = weight.mT @ inputs[-1]
-    return Pass(inputs, a, slopes, bends)
+    return ForwardPass(inputs, a, slopes, bends)
 
 
 def _augment(rows: Rows) -> Rows:

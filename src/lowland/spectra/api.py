@@ -13,7 +13,6 @@ from torch import nn
 
 from lowland.dense import DEFAULT_MEMORY_LIMIT, untouched
 from lowland.engines import DENSE_LIMIT
-from lowland.kernels import differentiable_kernels
 from lowland.spectra.result import Spectrum
 from lowland.spectra.solve import (
     Which,
@@ -31,6 +30,7 @@ from lowland.spectra.surface import (
     seeded,
     survey,
 )
+from lowland.torch_fixes import differentiable_operations
 
 Method = Literal["auto", "dense", "lanczos"]
 
@@ -255,7 +255,7 @@ def _prepared(
 ) -> Iterator[Surface]:
     need_curvlinops()
     surface = replace(survey(model, criterion, data), adaptive=settings.adaptive)
-    with seeded(surface.device, settings.seed), untouched(model), differentiable_kernels(model):
+    with seeded(surface.device, settings.seed), untouched(model), differentiable_operations(model):
         yield surface
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowland.exact.blocks import multiplicity, pairs_of
-from lowland.exact.terms import Architecture, Data, Matrices, Pass, Rows, forward
+from lowland.exact.terms import Architecture, Data, ForwardPass, Matrices, Rows, forward
 from lowland.losses import logit_derivatives
 
 PerSample = Float[Tensor, "#networks samples"]
@@ -33,7 +33,7 @@ def trace(arch: Architecture, weights: Sequence[Tensor], data: Data) -> Float[Te
 
 
 def _inner_traces(
-    arch: Architecture, weights: Sequence[Tensor], data: Data, run: Pass
+    arch: Architecture, weights: Sequence[Tensor], data: Data, run: ForwardPass
 ) -> Iterator[tuple[int, PerSample]]:
     """``Tr B_ll`` of each layer, from the logits down."""
     last = len(weights) - 1

@@ -1,6 +1,6 @@
 """One hidden layer and one output on the CPU by compiled code, where the build found a compiler.
 
-``csrc/`` computes what :mod:`lowland.exact.parameters` computes for these networks, of which
+``csrc/`` computes what :mod:`lowland.exact.by_parameters` computes for these networks, of which
 ensembles are trained by the thousand, with the packed blocks
 
     WW (pairs of inputs x pairs of hidden units),   Wv,   vv
@@ -165,7 +165,7 @@ def _coefficients(size: Size) -> int:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class CBackend:
     """Some networks and their data, ready for the compiled code.
 
     Attributes:
@@ -356,20 +356,20 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def make_kernel(  # noqa: PLR0917 - the parts of a problem, in its order
+def make_c_backend(  # noqa: PLR0917 - the parts of a problem, in its order
     arch: Architecture,
     weight: Tensor,
     output: Tensor,
     data: Data,
     block: int,
     quantity: Quantity,
-) -> Kernel:
+) -> CBackend:
     """A kernel whose tensors lie in memory as the compiled code reads them."""
     scale = data.scale
     if isinstance(scale, Tensor):
         scale = scale.to(weight.dtype).contiguous()
     data = Data(data.x.contiguous(), data.y.to(weight.dtype).contiguous(), scale)
-    return Kernel(arch, weight.contiguous(), output.contiguous(), data, block, quantity)
+    return CBackend(arch, weight.contiguous(), output.contiguous(), data, block, quantity)
 
 
 @cache

@@ -26,14 +26,14 @@ from torch import Tensor
 from lowland.exact.blocks import multiplicity, packed
 from lowland.exact.terms import Architecture, Matrices, Rows, Terms
 
-Kernel = Float[Tensor, "networks samples others"]
+PerPair = Float[Tensor, "networks samples others"]
 Product = Callable[[Rows, Rows], Tensor]
 
 
-def pairs(arch: Architecture, left: Terms, right: Terms) -> Kernel:
+def pairs(arch: Architecture, left: Terms, right: Terms) -> PerPair:
     """What each pair of samples adds to ``Tr H^2``."""
 
-    def mixed(a: Terms, b: Terms, layer: int, above: int) -> Kernel:
+    def mixed(a: Terms, b: Terms, layer: int, above: int) -> PerPair:
         # (D_b z_a) . (B_a g_b), for each pair.
         reached = b.D[layer, above - 1].permute(0, 3, 1, 2) @ _beyond_bias(
             arch, a, above
@@ -41,7 +41,7 @@ def pairs(arch: Architecture, left: Terms, right: Terms) -> Kernel:
         pulled = a.B[layer, above].permute(0, 3, 1, 2) @ b.g[above].unsqueeze(1)
         return torch.einsum("ebla,ealb->eab", reached, pulled)
 
-    def both(layer: int, above: int) -> Kernel:
+    def both(layer: int, above: int) -> PerPair:
         return mixed(left, right, layer, above) + mixed(right, left, layer, above).mT
 
     def gram(a: Matrices, b: Matrices) -> Tensor:
@@ -50,7 +50,7 @@ def pairs(arch: Architecture, left: Terms, right: Terms) -> Kernel:
         count, samples, others = a.shape[2], a.shape[3], b.shape[3]
         return products.view(-1, count, samples, count, others)
 
-    def contracted(a: Terms, b: Terms, layer: int) -> Kernel:
+    def contracted(a: Terms, b: Terms, layer: int) -> PerPair:
         second = (layer, len(arch.rows) - 1)
         return (gram(a.gain[layer], b.gain[layer]) * gram(a.B[second], b.B[second])).sum((1, 3))
 

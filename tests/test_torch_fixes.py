@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call, hessian
 
 from lowland.dense import dense_hessian
-from lowland.kernels import differentiable_kernels, is_ordinary
+from lowland.torch_fixes import differentiable_operations, is_ordinary
 
 DOUBLE = torch.float64
 NORMS = {
@@ -71,7 +71,7 @@ def test_values_stay_and_second_derivatives_are_right(name):
         return functional_call(model, own, (x,)).mean()
 
     value, expected = model(x), by_rows(model, x)
-    with differentiable_kernels(model):
+    with differentiable_operations(model):
         torch.testing.assert_close(model(x), value)
         found = hessian(mean)(torch.cat([p.detach().reshape(-1) for p in named.values()]))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
@@ -97,7 +97,7 @@ def test_brute_force_is_right_about_a_transformer():
 def test_settings_are_given_back():
     model = nn.LSTM(2, 2)
     before = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
-    with differentiable_kernels(model):
+    with differentiable_operations(model):
         assert not torch.backends.mkldnn.enabled
         assert not torch.backends.cudnn.enabled
     assert before == (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled)

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def differentiable_kernels(model: nn.Module) -> Iterator[None]:
+def differentiable_operations(model: nn.Module) -> Iterator[None]:
     """Run where second and third derivatives of a model exist and are right.
 
     Fused attention and the recurrent layers of oneDNN and cuDNN have no derivative in forward mode,

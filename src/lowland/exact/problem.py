@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lowland.exact.compiled import Kernel, make_kernel
+from lowland.exact.c_backend import CBackend, make_c_backend
 from lowland.exact.plan import Plan
-from lowland.exact.reference import PerNetwork, Reference
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
+from lowland.exact.torch_backend import PerNetwork, TorchBackend
 
 Result = TypeVar("Result")
 
-Pass = Reference | Kernel
+Backend = TorchBackend | CBackend
 """Some networks and their data on the path that a plan has chosen."""
 
 
@@ -40,23 +40,23 @@ class Problem:
     unbiased: bool = False
     differentiable: bool = False
 
-    def on_references(
-        self, weights: Sequence[Tensor], compute: Callable[[Reference], Result]
+    def on_torch(
+        self, weights: Sequence[Tensor], compute: Callable[[TorchBackend], Result]
     ) -> list[Result]:
         """``compute`` on the PyTorch path, for each group of networks that are handled together."""
         with _full_precision(weights[0]):
             return [compute(self._reference(weights, chosen)) for chosen in self._groups(weights)]
 
-    def on_passes(
-        self, weights: Sequence[Tensor], compute: Callable[[slice, Pass], Result]
+    def on_backend(
+        self, weights: Sequence[Tensor], compute: Callable[[slice, Backend], Result]
     ) -> list[Result]:
         """``compute`` on the path that the plan has chosen, group by group."""
         make = self._kernel if self.plan.compiled else self._reference
         with _full_precision(weights[0]):
             return [compute(chosen, make(weights, chosen)) for chosen in self._groups(weights)]
 
-    def _reference(self, weights: Sequence[Tensor], chosen: slice) -> Reference:
-        return Reference(
+    def _reference(self, weights: Sequence[Tensor], chosen: slice) -> TorchBackend:
+        return TorchBackend(
             self.arch,
             [weight[chosen] for weight in weights],
             self.data.of_networks(chosen),
@@ -67,9 +67,9 @@ class Problem:
             self.differentiable,
         )
 
-    def _kernel(self, weights: Sequence[Tensor], chosen: slice) -> Kernel:
+    def _kernel(self, weights: Sequence[Tensor], chosen: slice) -> CBackend:
         weight, output = weights
-        return make_kernel(
+        return make_c_backend(
             self.arch,
             weight[chosen],
             output[chosen].squeeze(2),
@@ -94,7 +94,7 @@ class _Moments(Function):
     def forward(problem: Problem, x: Tensor, y: Tensor, scale: Any, *weights: Tensor) -> Any:
         problem = replace(problem, data=Data(x, y, scale))
         first, second, kept = zip(
-            *problem.on_passes(weights, lambda _, part: part.moments()), strict=True
+            *problem.on_backend(weights, lambda _, part: part.moments()), strict=True
         )
         keep = problem.plan.keep or not problem.plan.compiled
         return _join(first), _join(second), *map(_join, zip(*kept, strict=True) if keep else ())
@@ -137,12 +137,12 @@ class _Gradient(Function):
         problem = replace(problem, data=Data(x, y, scale))
         weights, kept = rest[:layers], rest[layers:]
 
-        def gradient(chosen: slice, part: Pass) -> Sequence[Tensor]:
+        def gradient(chosen: slice, part: Backend) -> Sequence[Tensor]:
             return part.gradient(
                 trace_weight[chosen], square_weight[chosen], [each[chosen] for each in kept]
             )
 
-        return join_layers(problem.on_passes(weights, gradient), weights)
+        return join_layers(problem.on_backend(weights, gradient), weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import grad
 
-from lowland.exact import linear, parameters, samples
+from lowland.exact import by_parameters, by_samples, trace_alone
 from lowland.exact.blocks import dense
-from lowland.exact.parameters import Found
+from lowland.exact.by_parameters import Found
 from lowland.exact.plan import Plan
 from lowland.exact.size import Size
 from lowland.exact.terms import (
@@ -31,7 +31,7 @@ Parts = Callable[[Terms], Iterable[Slopes]]
 Values = Callable[[list[Tensor], Data], list[Tensor]]
 
 
-class Reference:
+class TorchBackend:
     """Some networks and their data, gone through run by run.
 
     Args:
@@ -86,7 +86,7 @@ class Reference:
     def groups(self) -> Iterator[Found]:
         """The pieces of ``H``, as many at a time as memory allows."""
         for pieces in self.plan.pieces:
-            yield parameters.accumulate_pieces(self.arch, self.size, self.all_terms(), pieces)
+            yield by_parameters.accumulate_pieces(self.arch, self.size, self.all_terms(), pieces)
 
     def moments(self) -> tuple[PerNetwork, PerNetwork, list[Tensor]]:
         """``Tr H``, ``Tr H^2``, and what the plan keeps for their gradient.
@@ -107,13 +107,13 @@ class Reference:
             first, second = self._trace(), self._over_samples()
         else:
             for found in self.groups():
-                more_first, more_second = parameters.traces(self.size, found)
+                more_first, more_second = by_parameters.traces(self.size, found)
                 first, second = first + more_first, second + more_second
                 if self.plan.keep and len(self.plan.pieces) == 1:
                     kept = [block for _, block in found]
                 del found
         if self.unbiased:
-            alone = sum(samples.own(self.arch, terms).sum(1) for terms in self.all_terms())
+            alone = sum(by_samples.own(self.arch, terms).sum(1) for terms in self.all_terms())
             second = (second - alone) * self.pairing
         return first, second, kept
 
@@ -125,7 +125,7 @@ class Reference:
         total = self.weights[0].new_zeros(self.networks)
         for run in self.runs:
             with torch.set_grad_enabled(bool(gradient)):
-                trace = linear.trace(self.arch, self.leaves, self.data.of_samples(run))
+                trace = trace_alone.trace(self.arch, self.leaves, self.data.of_samples(run))
             total += trace.detach()
             if gradient:
                 _chain(gradient, self.leaves, [trace], [torch.ones_like(total)])
@@ -137,7 +137,7 @@ class Reference:
             left = self.terms(i)
             for j in range(i, len(self.runs)):
                 # The double sum is symmetric: half of the pairs of runs count twice.
-                kernel = samples.pairs(self.arch, left, self.terms(j))
+                kernel = by_samples.pairs(self.arch, left, self.terms(j))
                 total.add_(kernel.sum((1, 2)), alpha=1 if i == j else 2)
         return total
 
@@ -153,12 +153,12 @@ class Reference:
                 # Within a run one factor's share of the slope is half of it, as of two runs.
                 right = leaves[j] if j > i else _detached(left)
                 with torch.enable_grad():
-                    value = samples.pairs(self.arch, left, right).sum((1, 2))
+                    value = by_samples.pairs(self.arch, left, right).sum((1, 2))
                 total.add_(value.detach(), alpha=1 if i == j else 2)
                 value.backward(value.new_full(value.shape, 2))
             if self.unbiased:
                 with torch.enable_grad():
-                    alone = samples.own(self.arch, left).sum(1)
+                    alone = by_samples.own(self.arch, left).sum(1)
                 total -= alone.detach()
                 alone.backward(alone.new_full(alone.shape, -1))
             slopes = {name: part.grad for name, part in left.named.items() if part.grad is not None}
@@ -173,7 +173,7 @@ class Reference:
         rows = []
         for index in range(len(self.runs)):
             left = self.terms(index)
-            row = [samples.pairs(self.arch, left, right) for right in self.all_terms()]
+            row = [by_samples.pairs(self.arch, left, right) for right in self.all_terms()]
             rows.append(torch.cat(row, dim=2))
         return torch.cat(rows, dim=1)
 
@@ -200,7 +200,7 @@ class Reference:
             _chain(total, leaves, [terms.named[name] for name in slopes], list(slopes.values()))
         for run, slope in self._linear_part(trace_weight):
             with torch.enable_grad():
-                trace = linear.trace(self.arch, leaves, self.data.of_samples(run))
+                trace = trace_alone.trace(self.arch, leaves, self.data.of_samples(run))
             _chain(total, leaves, [trace], [slope])
         return total
 
@@ -240,7 +240,7 @@ class Reference:
         for run, slope in self._linear_part(trace_weight):
             chain(
                 run,
-                lambda leaves, data: [linear.trace(self.arch, leaves, data)],
+                lambda leaves, data: [trace_alone.trace(self.arch, leaves, data)],
                 [slope.repeat_interleave(run.stop - run.start)],
             )
         return result
@@ -277,7 +277,7 @@ class Reference:
         else:
             whole = [list(zip(self.plan.pieces[0], kept, strict=True))] if kept else self.groups()
             for found in whole:
-                matrix = parameters.coefficients(self.size, found, trace_weight, square_weight)
+                matrix = by_parameters.coefficients(self.size, found, trace_weight, square_weight)
                 del found
                 for index in runs:
                     yield index, partial(self._of_blocks, matrix)
@@ -288,17 +288,17 @@ class Reference:
 
     def _of_blocks(self, matrix: Found, terms: Terms) -> Iterator[Slopes]:
         for piece, part in matrix:
-            yield parameters.derivatives(self.arch, terms, piece, part)
+            yield by_parameters.derivatives(self.arch, terms, piece, part)
 
     def _of_pairs(self, weight: PerNetwork, index: int, terms: Terms) -> Iterator[Slopes]:
         for other in range(len(self.runs)):
             # Twice: the other sample's share of a pair is the same, when it is its turn.
             right = terms if other == index else self.terms(other)
-            kernel = partial(samples.pairs, self.arch, right=right)
+            kernel = partial(by_samples.pairs, self.arch, right=right)
             yield _slopes(terms, kernel, 2 * weight[:, None, None])
 
     def _of_own(self, weight: PerNetwork, terms: Terms) -> Iterator[Slopes]:
-        yield _slopes(terms, partial(samples.own, self.arch), -weight[:, None])
+        yield _slopes(terms, partial(by_samples.own, self.arch), -weight[:, None])
 
     def loss_gradient(self) -> list[Tensor]:
         """The gradient of the loss itself in the weights."""

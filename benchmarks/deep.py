@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 import lowland
-from lowland.exact.modules import module_moments, module_trace
+from lowland.exact.modules import read
 
 # Widths, samples, order of summation, and the most that one moment and its gradient may cost.
 SIZES = (
@@ -51,7 +51,7 @@ class Case:
         return grad(self.criterion(self.model(self.x), self.y), self.parameters)
 
     def moments(self, order: str = "auto") -> lowland.HessianMoments:
-        return module_moments(self.model, self.criterion, self.x, self.y, order=order)
+        return read(self.model, self.criterion, self.x, self.y).moments(order)
 
     def ours(self, order: str = "auto") -> object:
         return grad(self.moments(order).upper, self.parameters)
@@ -61,7 +61,7 @@ class Case:
             return self.moments(order).upper
 
     def trace(self) -> object:
-        return grad(module_trace(self.model, self.criterion, self.x, self.y), self.parameters)
+        return grad(read(self.model, self.criterion, self.x, self.y).trace(), self.parameters)
 
     def brute_force(self) -> object:
         shapes = [parameter.shape for parameter in self.parameters]

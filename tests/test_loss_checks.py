@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowland import exact, hessian_moments, loss_checks
-from lowland.exact import modules
+from lowland import criteria, exact, hessian_moments, loss_checks
 from lowland.losses import LOSSES, Loss, Separable
 
 pytestmark = pytest.mark.usefixtures("as_installed")
@@ -156,7 +155,7 @@ def test_parts_that_a_loss_needs():
 
 
 def test_criteria_that_cannot_be_registered(monkeypatch):
-    monkeypatch.setattr(modules, "_CRITERIA", dict(modules._CRITERIA))
+    monkeypatch.setattr(criteria, "_CLOSED_FORMS", dict(criteria._CLOSED_FORMS))
     for kind in (nn.PoissonNLLLoss(), nn.functional.poisson_nll_loss, int):
         with pytest.raises(TypeError, match=r"expected a criterion's class.*give the class"):
             exact.register_criterion(kind, lambda _: POISSON)

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lowland.criteria import Criterion, scalar_loss
 from lowland.moments import HessianMoments, check_number
-from lowland.objective import objective, scalar_loss
+from lowland.objective import objective
 from lowland.passes import frozen_statistics, remember_randomness
 from lowland.torch_fixes import differentiable_operations
 from lowland.validation import check_initialized, check_values
@@ -21,7 +22,7 @@ DEFAULT_MEMORY_LIMIT = 4 << 30
 
 def dense_hessian(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     x: Tensor,
     y: Tensor,
     *,
@@ -106,7 +107,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def dense_moments(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     x: Tensor,
     y: Tensor,
     *,

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Generator, Tensor, nn
 
+from lowland.criteria import Criterion
 from lowland.dense import dense_moments
 from lowland.errors import UnsupportedModelError
 from lowland.exact.api import Setup
@@ -37,7 +38,7 @@ _PROBES_WORTH = 8
 
 def hessian_moments(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     x: Any,
     y: Any = None,
     method: Method = "auto",
@@ -154,7 +155,7 @@ def hessian_moments(
 def without_closed_form(
     took: Fallback,
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     x: Any,
     y: Any,
     *,
@@ -211,7 +212,7 @@ def check_method(method: str) -> None:
 
 def choose(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     x: Any,
     y: Any,
     method: Method,

@@ -8,5 +8,9 @@ class UserError(Exception):
     """
 
 
+# What to do with a model that an engine does not cover.
+ANY_MODULE = "use method='probes' or, for few parameters, method='dense', which take any module"
+
+
 class UnsupportedModelError(ValueError):
     """The closed form does not cover a model, a criterion, or what is asked of them."""

@@ -1,12 +1,13 @@
-"""Whether the derivatives of a loss of one's own are those of its value."""
+"""Whether a loss of one's own is what it says: its derivatives, and the criterion it stands for."""
 
 from __future__ import annotations
 
 from collections import deque
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad
+from torch.nn import functional
 
 from lowland.losses import LOSSES, Loss, Separable, read_derivatives
 
@@ -46,6 +47,48 @@ def check_loss(loss: Loss, targets: Tensor, *, like: Tensor) -> None:
     for name, mine, theirs in zip(("residual", "curvature", "third"), told, true, strict=True):
         _require_close(loss, name, mine, theirs, rounding=_rounding(true))
     _matched.append(loss)
+
+
+def check_criterion(
+    criterion: nn.Module, loss: Loss, targets: Tensor, outputs: int, *, like: Tensor
+) -> None:
+    """Require that a criterion is the mean or the sum of the loss that was registered for it.
+
+    Their gradients are compared at random logits, so that a term without logits may differ.
+
+    Args:
+        criterion: Of reduction ``"mean"`` or ``"sum"``.
+        loss: What the closed form takes it for.
+        targets: ``(samples, K)``, or ``(samples, 1)`` labels of classes.
+        outputs: ``K``.
+        like: Of the type that the logits will have.
+
+    Raises:
+        ValueError: If it is another function of the logits.
+    """
+    targets = targets.detach()[:_FEW]
+    if loss.targets == "classes" and targets.shape[1] < outputs:
+        targets = targets.squeeze(1)
+        encoded = functional.one_hot(targets.long(), outputs).to(like.dtype)
+    else:
+        targets = encoded = targets.to(like.dtype)
+    random = torch.randn(len(targets), outputs, generator=torch.Generator().manual_seed(0))
+    logits = random.to(encoded).requires_grad_()
+    with torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
+        (theirs,) = torch.autograd.grad(criterion(logits, targets), logits)
+    with torch.no_grad():
+        mine = read_derivatives(loss, logits, encoded).residual
+    terms = logits.numel() if loss.per_output else len(logits)
+    mine = mine / terms if getattr(criterion, "reduction", "mean") == "mean" else mine
+    apart, size = float((mine - theirs).abs().max()), float(theirs.abs().max())
+    if not apart <= _CLOSE * size + 1e3 * torch.finfo(mine.dtype).eps * max(size, 1.0):
+        raise ValueError(
+            f"{criterion} is not the {getattr(criterion, 'reduction', 'mean')} of the loss "
+            f"{loss.name!r} that register_criterion was given for it: at random logits their "
+            f"gradients differ by {apart:.3g}, where they are up to {size:.3g}. Register a "
+            f"function of the criterion's settings that returns the loss they mean, or use "
+            "method='probes', which takes the criterion itself"
+        )
 
 
 def _told(loss: Loss, logits: Tensor, targets: Tensor, along: Tensor) -> Orders:

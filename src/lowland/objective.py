@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.parallel import DistributedDataParallel
 
+from lowland.criteria import Criterion, check_splits_evenly, scalar_loss
 from lowland.torch_fixes import is_ordinary
 
 Gradient = tuple[Tensor, list[Tensor]]
@@ -34,7 +35,7 @@ class Objective:
     """
 
     model: nn.Module
-    criterion: nn.Module
+    criterion: Criterion
     x: Any
     y: Any
     names: list[str]
@@ -113,15 +114,6 @@ class Objective:
             TypeError: If the data are no tensors.
             ValueError: If the samples are not an even number, or the loss is not their mean.
         """
-        weighed = isinstance(self.criterion, nn.CrossEntropyLoss | nn.NLLLoss) and (
-            self.criterion.weight is not None
-        )
-        if weighed or getattr(self.criterion, "reduction", "mean") != "mean":
-            raise ValueError(
-                "unbiased=True estimates the moments of a mean over samples; got a sum, or a mean "
-                "weighed by classes, whose denominator depends on the batch: use a mean without "
-                "class weights"
-            )
         if not (isinstance(self.x, Tensor) and isinstance(self.y, Tensor)):
             raise TypeError(
                 "unbiased=True splits the batch in two, for which x and y must be tensors; got "
@@ -132,9 +124,11 @@ class Objective:
                 "unbiased=True splits the batch in two halves of one size: it needs an even number "
                 f"of samples; got {len(self.x)}"
             )
-        return [
+        halves = [
             replace(self, x=x, y=y) for x, y in zip(self.x.chunk(2), self.y.chunk(2), strict=True)
         ]
+        check_splits_evenly(self.criterion, [half.y for half in halves])
+        return halves
 
     def _checked(self, loss: Tensor) -> Tensor:
         if loss.ndim:
@@ -153,7 +147,7 @@ class Objective:
 
 def objective(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     x: Any,
     y: Any,
     parameters: Iterable[Tensor] | None = None,
@@ -264,44 +258,6 @@ def not_compiled() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def scalar_loss(criterion: nn.Module, output: Any, y: Any) -> Tensor:
-    """``criterion(output, y)``, with targets as :func:`as_target` makes them."""
-    loss: Tensor = criterion(output, as_target(criterion, output, y))
-    return loss
-
-
-def as_target(criterion: object, output: Any, y: Any) -> Any:
-    """Targets for a criterion on numbers: of the output's shape if it is one, and of its type.
-
-    Not of 16 bits, though: autocast computes the loss in single precision, which targets have.
-
-    ``(samples,)`` means one target per sample as everywhere in the library; PyTorch would broadcast
-    it to ``(samples, samples)``.
-    """
-    if not (isinstance(criterion, nn.BCEWithLogitsLoss | nn.MSELoss) and isinstance(y, Tensor)):
-        return y
-    if y.ndim + 1 == output.ndim and output.shape[-1] == 1:
-        y = y.unsqueeze(-1)
-    return y.to(torch.promote_types(output.dtype, torch.float32))
-
-
-def mass(criterion: object, y: Tensor) -> Tensor | float:
-    """What the mean over a batch divides by, up to a factor that all batches share.
-
-    Samples; of classes those that are not ignored, by their weights.
-    """
-    if getattr(criterion, "reduction", "mean") == "sum":
-        return 1.0
-    samples = float(y.shape[0]) if y.ndim else 1.0
-    if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or y.is_floating_point():
-        return samples
-    kept = y != criterion.ignore_index
-    if criterion.weight is None:
-        return kept.sum().double()
-    weight = criterion.weight.to(y.device)
-    return torch.where(kept, weight[torch.where(kept, y, 0)], 0).sum().double()
 
 
 def check_finite(value: Tensor, what: str) -> None:

@@ -13,11 +13,12 @@ import torch.distributed
 from torch import Generator, Tensor, nn
 from torch.autograd import grad
 
+from lowland.criteria import Criterion, scalar_loss
 from lowland.engines import Fallback, Method, check_method, choose, without_closed_form
 from lowland.exact.api import Setup
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments
-from lowland.objective import data_parallel, only, scalar_loss
+from lowland.objective import data_parallel, only
 from lowland.probes import check_settings, loss_and_moments
 from lowland.products import Products
 from lowland.validation import check_budget, is_number
@@ -70,7 +71,7 @@ class CurvaturePenalty(nn.Module, ABC):
 
     def __init__(
         self,
-        criterion: nn.Module,
+        criterion: Criterion,
         weight: float,
         *,
         method: Method = "auto",
@@ -252,7 +253,7 @@ class HSR(CurvaturePenalty):
     average: Tensor
 
     def __init__(
-        self, criterion: nn.Module, weight: float, *, memory: float = 0.95, **settings: Any
+        self, criterion: Criterion, weight: float, *, memory: float = 0.95, **settings: Any
     ) -> None:
         super().__init__(criterion, weight, **settings)
         if not 0 <= memory < 1:

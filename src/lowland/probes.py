@@ -15,15 +15,16 @@ import torch
 import torch.distributed
 from torch import Generator, Tensor, nn
 
+from lowland.criteria import Criterion, is_sum, mass
 from lowland.moments import HessianMoments
-from lowland.objective import Objective, data_parallel, mass, objective
+from lowland.objective import Objective, data_parallel, objective
 from lowland.passes import frozen_statistics
 from lowland.products import Average, Parts, Products, dot, measure, products_with, warn_of_kinks
 
 
 def probe_moments(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     x: Any,
     y: Any,
     *,
@@ -81,7 +82,7 @@ def probe_moments(
 
 def loss_and_moments(  # as above, for a step of training
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     x: Any,
     y: Any,
     *,
@@ -101,7 +102,7 @@ def loss_and_moments(  # as above, for a step of training
 
 def loader_moments(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     loader: Iterable[tuple[Any, Any]],
     *,
     probes: int = 1,
@@ -126,7 +127,7 @@ def loader_moments(
     target = objective(model, criterion, None, None, parameters)
     directions = [rademacher(target.parameters, generator, model) for _ in range(probes)]
     totals = [[torch.zeros_like(p) for p in target.parameters] for _ in directions]
-    is_sum, samples = getattr(criterion, "reduction", "mean") == "sum", 0.0
+    samples = 0.0
     device = target.parameters[0].device
     if isinstance(loader, Tensor):
         raise TypeError(
@@ -154,7 +155,7 @@ def loader_moments(
             "the data loader is empty: it gave no batch (x, y); an iterator, which can be gone "
             "through once, may be used up"
         )
-    scale = 1 if is_sum else 1 / samples
+    scale = 1 if is_sum(criterion) else 1 / samples
     values = [torch.stack(each) for each in zip(*map(_forms, totals, directions), strict=True)]
     return _moments(target.dim, values[0] * scale, values[1] * scale**2)
 

@@ -6,7 +6,6 @@ not change under them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lowland.errors import UnsupportedModelError
+from lowland.layers import has_hooks, is_as_inherited, is_plain_sequence, walk
 from lowland.validation import check_initialized, check_tensor, is_number
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -181,7 +181,7 @@ def _copy(model: nn.Module) -> nn.Sequential:
 
 
 def _sequence(model: nn.Module) -> nn.Sequential:
-    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+    if not is_plain_sequence(model):
         raise UnsupportedModelError(
             f"expected an nn.Sequential, whose layers follow one another; got "
             f"{type(model).__name__}: write the network as one, nn.Sequential(nn.Linear(...), "
@@ -190,17 +190,13 @@ def _sequence(model: nn.Module) -> nn.Sequential:
     return model
 
 
-def _modules(model: nn.Sequential) -> Iterator[nn.Module]:
+def _modules(model: nn.Sequential) -> list[nn.Module]:
     """One after another, those of inner sequences in their place."""
-    for module in model:
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            yield from _modules(module)
-        else:
-            yield module
+    return [module for _, module in walk(model) if not is_plain_sequence(module)]
 
 
 def _junction(model: nn.Sequential, layer: int) -> _Junction:
-    modules = list(_modules(model))
+    modules = _modules(model)
     places = [place for place, module in enumerate(modules) if isinstance(module, _WEIGHTED)]
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise TypeError(f"layer must be a whole number, counted from 0; got {layer!r}")
@@ -251,9 +247,7 @@ def _is_altered(module: nn.Module) -> bool:
     kind = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
     if kind is nn.Module:
         return False  # a module of its own, and no layer that is known here
-    hooks = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001 - no other way
-    altered = getattr(type(module), "forward", None) is not getattr(kind, "forward", None)
-    return bool(hooks) or altered or "forward" in vars(module)
+    return has_hooks(module) or not is_as_inherited(module, kind)
 
 
 def _check_fit(junction: _Junction, layer: int) -> None:

@@ -12,6 +12,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from lowland.layers import has_hooks
+
 
 @contextmanager
 def differentiable_operations(model: nn.Module) -> Iterator[None]:
@@ -32,19 +34,18 @@ def differentiable_operations(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def is_ordinary(*models: nn.Module) -> bool:
+def is_ordinary(*models: object) -> bool:
     """Whether they are made of modules of PyTorch alone whose derivatives are right as they are.
 
-    Then nothing needs to be looked at, operation by operation.
+    Of functions nothing is known. Where all are ordinary no operation needs to be looked at.
     """
     return all(
         type(module) is getattr(nn, type(module).__name__, None)
         and type(module).__module__.rpartition(".")[2] in _ORDINARY
         and not isinstance(module, nn.MultiheadAttention)
-        and not (module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
-        and "forward" not in module.__dict__
+        and not has_hooks(module)
         for model in models
-        for module in model.modules()
+        for module in (model.modules() if isinstance(model, nn.Module) else [nn.Module()])
     )
 
 

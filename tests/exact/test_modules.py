@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import lowland
-from lowland import UnsupportedModelError, exact
-from lowland.exact import modules
+from lowland import UnsupportedModelError, criteria, exact
+from lowland.exact.modules import read
 from lowland.losses import Loss, Separable
 
 ACTIVATIONS = {
@@ -216,7 +216,7 @@ def test_dropout_in_evaluation_mode_does_nothing():
 
 
 def test_a_loss_of_ones_own(monkeypatch):
-    monkeypatch.setattr(modules, "_CRITERIA", dict(modules._CRITERIA))
+    monkeypatch.setattr(criteria, "_CLOSED_FORMS", dict(criteria._CLOSED_FORMS))
 
     def derivatives(s, y):
         rate = s.exp()
@@ -307,22 +307,22 @@ def test_a_subclass_of_sequential_that_only_builds_is_read():
 
 def test_order_and_budget_reach_the_closed_form():
     x, y = data()
-    expected = modules.module_moments(network(), BCE, x, y).trace_sq
+    expected = read(network(), BCE, x, y).moments().trace_sq
     for order in cases.ORDERS:
-        moments = modules.module_moments(network(), BCE, x, y, order=order, memory_budget=1 << 20)
+        moments = read(network(), BCE, x, y).moments(order, 1 << 20)
         torch.testing.assert_close(moments.trace_sq, expected, rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="memory budget"):
-        modules.module_moments(network(), BCE, x, y, memory_budget=16)
-    unbiased = modules.module_moments(network(), BCE, x, y, unbiased=True)
+        read(network(), BCE, x, y).moments(memory_budget=16)
+    unbiased = read(network(), BCE, x, y).moments(unbiased=True)
     assert unbiased.trace_sq < expected
-    assert modules.module_moments(network(), BCE, x, y, moments=4).higher is not None
+    assert read(network(), BCE, x, y).moments(moments=4).higher is not None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_trace_alone(reduction):
     model, (x, y) = network(nn.SiLU), data()
     criterion = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0), reduction=reduction)
-    trace = modules.module_trace(model, criterion, x, y)
+    trace = read(model, criterion, x, y).trace()
     expected = lowland.hessian_moments(model, criterion, x, y, "dense").trace
     torch.testing.assert_close(trace, expected, rtol=1e-10, atol=0)
     grads = torch.autograd.grad(trace, list(model.parameters()))

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lowland.auditing.readings import LANCZOS, Bench, Forward, Values
 from lowland.auditing.result import Audit
+from lowland.criteria import Criterion, scalar_loss
 from lowland.engines import DEFAULT_PROBES
 from lowland.errors import UnsupportedModelError
-from lowland.objective import scalar_loss, unwrap
+from lowland.objective import unwrap
 from lowland.spectra.surface import check_mode, need_curvlinops
 from lowland.symmetry import rescale, weighted_layers
 from lowland.validation import check_features, check_tensor, check_values, is_number
@@ -22,7 +23,7 @@ DEFAULT_FACTORS = (1 / 16, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 16.0)
 
 def audit(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     x: Tensor,
     y: Tensor,
     x_unseen: Tensor,

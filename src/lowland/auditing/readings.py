@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from lowland.criteria import Criterion, counted, labels, predictions, scalar_loss
 from lowland.engines import hessian_moments
-from lowland.objective import scalar_loss
 from lowland.spectra import spectrum
 from lowland.symmetry import weighted_layers
 from lowland.weakness import (
@@ -66,7 +66,7 @@ class Bench:
         roughness: The largest residual of an eigenvalue, in units of it.
     """
 
-    criterion: nn.Module
+    criterion: Criterion
     x: Tensor
     y: Tensor
     x_unseen: Tensor
@@ -137,11 +137,12 @@ class Bench:
     def function(self, train: Forward) -> Values:
         """Loss and accuracy."""
         values = {"loss": float(scalar_loss(self.criterion, train.outputs, self.y))}
-        predicted, labels = self.predicted(train.outputs), self._labels(train.outputs)
-        if predicted is None or labels is None:
+        predicted = predictions(self.criterion, train.outputs)
+        known = labels(self.criterion, train.outputs, self.y)
+        if predicted is None or known is None:
             self.left_out["accuracy"] = _NO_CLASSES
             return values
-        right = (predicted == labels)[self._counts(labels)]
+        right = (predicted == known)[counted(self.criterion, known)]
         values["accuracy"] = float(right.double().mean())
         return values
 
@@ -152,10 +153,10 @@ class Bench:
             largest = float(reference.outputs.abs().max())
             distance = float((own.outputs - reference.outputs).abs().max())
             differences = max(differences, distance / largest if largest else distance)
-            one, other = self.predicted(own.outputs), self.predicted(reference.outputs)
+            one, other = (predictions(self.criterion, part.outputs) for part in (own, reference))
             if one is not None and other is not None:
                 changed += int((one != other).sum())
-        if self.predicted(references[0].outputs) is None:
+        if predictions(self.criterion, references[0].outputs) is None:
             self.left_out["predictions"] = _NO_CLASSES
             return {"outputs": differences}
         return {"outputs": differences, "predictions": changed}
@@ -176,17 +177,17 @@ class Bench:
         if not self.with_pairs:
             self.left_out["pair_proxy"] = "pairs=False"
             return values
-        labels = self._labels(train.outputs)
-        if labels is None or labels.numel() != len(own):
+        known = labels(self.criterion, train.outputs, self.y)
+        if known is None or known.numel() != len(own):
             self.left_out["pair_proxy"] = (
                 "needs one class for each sample: nn.CrossEntropyLoss or nn.NLLLoss with labels, "
                 "or nn.BCEWithLogitsLoss with one logit and labels 0 and 1"
             )
             return values
-        kept = self._counts(labels).flatten()
-        labels = labels.flatten()[kept].long()
+        kept = counted(self.criterion, known).flatten()
+        known = known.flatten()[kept].long()
         try:
-            values["pair_proxy"] = self._pairs(own[kept], labels, further, _classes(train))
+            values["pair_proxy"] = self._pairs(own[kept], known, further, _classes(train))
         except ImportError as error:
             self.left_out["pair_proxy"] = str(error)
         return values
@@ -195,29 +196,6 @@ class Bench:
         """As much as counts can come to on the unseen points, whatever the network."""
         points = float(len(unseen.hidden))
         return {"patterns": points, "k_free": points, "pair_proxy": points * _classes(unseen)}
-
-    def predicted(self, outputs: Tensor) -> Tensor | None:
-        """The classes that outputs stand for, None if they stand for none."""
-        if isinstance(self.criterion, nn.CrossEntropyLoss | nn.NLLLoss) and outputs.ndim > 1:
-            return outputs.argmax(1)
-        if isinstance(self.criterion, nn.BCEWithLogitsLoss):
-            return outputs > 0
-        return None
-
-    def _labels(self, outputs: Tensor) -> Tensor | None:
-        """The training points' classes, in the shape of predictions; None if there are none."""
-        y, predicted = self.y, self.predicted(outputs)
-        if predicted is None:
-            return None
-        if isinstance(self.criterion, nn.BCEWithLogitsLoss):
-            hard = bool(((y == 0) | (y == 1)).all()) and y.numel() == outputs.numel()
-            return y.reshape(outputs.shape) == 1 if hard else None
-        return None if y.is_floating_point() or y.shape != predicted.shape else y
-
-    def _counts(self, labels: Tensor) -> Tensor:
-        """Which labels are not ignored."""
-        ignored = getattr(self.criterion, "ignore_index", None)
-        return torch.ones_like(labels, dtype=torch.bool) if ignored is None else labels != ignored
 
     def _no_last_layer(self, model: nn.Sequential, train: Forward) -> str:
         """Why the network's last layer does not classify points by hidden features, if so."""

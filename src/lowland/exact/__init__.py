@@ -1,5 +1,6 @@
 """The closed form: exact moments, their gradient, and what contributes to it."""
 
+from lowland.criteria import register_criterion
 from lowland.exact.api import OrderChoice, hessian, loss_gradient, moments, trace
 from lowland.exact.attribution import (
     Direction,
@@ -7,7 +8,6 @@ from lowland.exact.attribution import (
     pair_contributions,
     sample_contributions,
 )
-from lowland.exact.modules import register_criterion
 
 __all__ = [
     "Direction",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowland.objective import as_target, mass
+from lowland.criteria import mass, scalar_loss
 from lowland.validation import check_tensor, check_values
 
 
@@ -95,7 +95,7 @@ class Weighed(nn.Module):
 
     def forward(self, output: Any, y: Tensor) -> Any:
         """What a batch adds to the loss."""
-        loss = self.criterion(output, as_target(self.criterion, output, y))
+        loss = scalar_loss(self.criterion, output, y)
         if isinstance(self.total, float) and self.total == 1.0:
             return loss
         share = torch.as_tensor(mass(self.criterion, y) / self.total)

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lowland.criteria import check_reduction, is_sum, mass
 from lowland.dense import untouched
-from lowland.objective import mass, trainable
+from lowland.objective import trainable
 from lowland.passes import unsteady
 from lowland.spectra.data import Weighed, as_batches, checked, digest
 
@@ -202,11 +203,7 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
     named = trainable(model)
     _check_parameters(named)
     check_mode(model)
-    if getattr(criterion, "reduction", "mean") not in ("mean", "sum"):
-        raise ValueError(
-            "the criterion's reduction must be 'mean' or 'sum' for its Hessian to be a matrix; got "
-            f"{criterion.reduction!r}"  # type: ignore[attr-defined]
-        )
+    check_reduction(criterion)
     batches = as_batches(data)
     device = next(iter(named.values())).device
 
@@ -232,9 +229,7 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
                 )
         if index + 1 < len(seen):
             raise ValueError(_OTHER_BATCHES.format(index + 1))
-    total = 1.0
-    if getattr(criterion, "reduction", "mean") == "mean":
-        total = float(sum(part for _, _, part in seen))
+    total = 1.0 if is_sum(criterion) else float(sum(part for _, _, part in seen))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept = {name: part.detach().clone() for name, part in state.items()}
     return Surface(model, Weighed(criterion, total), batches, tuple(named), kept)

@@ -1,0 +1,479 @@
+"""What a criterion's targets, weights and means are; every engine asks here.
+
+PyTorch's criteria differ in what they compare and in what their means divide by, and say neither.
+A criterion is known here by its class, by being one of PyTorch's functions (also within
+``functools.partial``), or by :func:`register_criterion`. Of all others nothing is assumed: targets
+reach them as they are, and a batch counts by its samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowland.errors import ANY_MODULE, UnsupportedModelError
+from lowland.layers import has_hooks, is_as_inherited
+from lowland.loss_checks import check_criterion
+from lowland.losses import LOSSES, Loss
+from lowland.validation import (
+    check_constant,
+    check_finite,
+    check_labels,
+    check_one_per_sample,
+    check_targets,
+)
+
+Reduction = Literal["mean", "sum"]
+
+# Maps a model's output and targets to one number.
+Criterion = Callable[..., Any]
+
+# Each output is compared with a target of its own, and the mean is one over outputs.
+_ELEMENTWISE: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.BCELoss: functional.binary_cross_entropy,
+    nn.BCEWithLogitsLoss: functional.binary_cross_entropy_with_logits,
+    nn.HingeEmbeddingLoss: functional.hinge_embedding_loss,
+    nn.HuberLoss: functional.huber_loss,
+    nn.KLDivLoss: functional.kl_div,
+    nn.L1Loss: functional.l1_loss,
+    nn.MSELoss: functional.mse_loss,
+    nn.MultiLabelSoftMarginLoss: functional.multilabel_soft_margin_loss,
+    nn.PoissonNLLLoss: functional.poisson_nll_loss,
+    nn.SmoothL1Loss: functional.smooth_l1_loss,
+    nn.SoftMarginLoss: functional.soft_margin_loss,
+}
+
+# Each sample has one class, and the mean is one over the classes' weights.
+_BY_CLASS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.CrossEntropyLoss: functional.cross_entropy,
+    nn.NLLLoss: functional.nll_loss,
+}
+
+# Criteria that the closed form knows.
+_CLOSED_FORMS: dict[type[nn.Module], Callable[[Any], Loss]] = {
+    nn.BCEWithLogitsLoss: lambda _: LOSSES["bce"],
+    nn.CrossEntropyLoss: lambda _: LOSSES["ce"],
+    nn.MSELoss: lambda _: LOSSES["mse"],
+}
+_PYTORCHS = tuple(_CLOSED_FORMS)
+
+
+def register_criterion(kind: type[nn.Module], read: Callable[[Any], Loss]) -> None:
+    """Teach the closed form a criterion of your own.
+
+    Args:
+        kind: The criterion's class. Instances need an attribute ``reduction``, ``"mean"`` (over
+            samples and outputs) or ``"sum"``.
+        read: Maps an instance to its :class:`~lowland.losses.Loss`. The derivatives of a new one
+            are compared with its value, and with the criterion itself, so return the same one for
+            the same settings.
+
+    Raises:
+        TypeError: If ``kind`` is no class of criteria, or ``read`` no function.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowland.exact import register_criterion
+        >>> from lowland.losses import Loss, Separable
+        >>> def derivatives(s, y):
+        ...     rate = s.exp()
+        ...     return Separable(rate - y, rate, rate)
+        >>> poisson = Loss("poisson", lambda s, y: s.exp() - y * s, derivatives)
+        >>> register_criterion(nn.PoissonNLLLoss, lambda criterion: poisson)  # log_input=True
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(
+            f"expected a criterion's class, such as nn.PoissonNLLLoss; got {kind!r}: give the "
+            "class rather than an instance or a function"
+        )
+    if not callable(read):
+        raise TypeError(
+            f"expected a function of a {kind.__name__} that returns its lowland.losses.Loss; got "
+            f"{read!r}: for one loss use lambda criterion: loss"
+        )
+    _CLOSED_FORMS[kind] = read
+
+
+# What every engine asks
+
+
+def scalar_loss(criterion: Criterion, output: Any, y: Any) -> Tensor:
+    """``criterion(output, y)``, with targets as :func:`as_target` makes them."""
+    loss: Tensor = criterion(output, as_target(criterion, output, y))
+    return loss
+
+
+def as_target(criterion: object, output: Any, y: Any) -> Any:
+    """Targets for a criterion that compares numbers: of the output's shape, and of its type.
+
+    ``(samples,)`` and ``(samples, 1)`` both mean one target a sample, as everywhere in the library;
+    PyTorch would broadcast one against the other to ``(samples, samples)``, and take the mean of
+    that. The type is not one of 16 bits, though: autocast computes the loss in single precision,
+    which targets have.
+
+    Raises:
+        ValueError: If there is not one target for each output, which PyTorch would broadcast too.
+    """
+    if not (isinstance(y, Tensor) and isinstance(output, Tensor) and _is_elementwise(criterion)):
+        return y
+    if y.shape != output.shape:
+        if y.numel() != output.numel() or _squeezed(y.shape) != _squeezed(output.shape):
+            raise ValueError(
+                f"x and y do not match: {_name(criterion)} compares each output with a target of "
+                f"its own, so y must have the shape of the model's output, {tuple(output.shape)}; "
+                f"got {tuple(y.shape)}"
+            )
+        y = y.reshape(output.shape)
+    return y.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def reduction_of(criterion: object) -> str:
+    """``"mean"``, ``"sum"``, or another that is no scalar; a mean where nothing is known."""
+    return str(_setting(criterion, "reduction", "mean"))
+
+
+def check_reduction(criterion: object) -> None:
+    """Require a criterion that gives one number.
+
+    Raises:
+        ValueError: If its reduction leaves a loss for each sample.
+    """
+    if reduction_of(criterion) not in ("mean", "sum", "batchmean"):
+        raise ValueError(
+            "the criterion's reduction must be 'mean' or 'sum' for its Hessian to be a matrix; got "
+            f"{reduction_of(criterion)!r}"
+        )
+
+
+def mass(criterion: object, y: Tensor) -> Tensor | float:
+    """What the mean over a batch divides by, up to a factor that all batches share; 1 for a sum.
+
+    Outputs where each has a target; of classes the samples that are not ignored, by their weights;
+    else samples.
+    """
+    if is_sum(criterion) or not y.ndim:
+        return 1.0
+    if _is_any(criterion, _BY_CLASS):
+        return _mass_of_classes(criterion, y)
+    if reduction_of(criterion) == "mean" and _is_elementwise(criterion):
+        return float(y.numel())
+    return float(y.shape[0])
+
+
+def _mass_of_classes(criterion: object, y: Tensor) -> Tensor | float:
+    if y.is_floating_point():  # a distribution for each sample, classes in the second dimension
+        return y.numel() / y.shape[min(1, y.ndim - 1)]
+    kept: Tensor = y != _setting(criterion, "ignore_index", -100)
+    weight: Tensor | None = _setting(criterion, "weight", None)
+    if weight is None:
+        return kept.sum().double()
+    counted: Tensor = (weight.to(y.device)[torch.where(kept, y, 0)] * kept).sum()
+    return counted.double()
+
+
+def is_sum(criterion: object) -> bool:
+    """Whether the loss of several batches is the sum of theirs, rather than a mean."""
+    return reduction_of(criterion) == "sum"
+
+
+def check_splits_evenly(criterion: object, parts: Iterable[Any]) -> None:
+    """Require that the loss is the plain mean of what it is on each part of a batch.
+
+    Raises:
+        ValueError: If it is a sum, or the parts' means divide by different numbers.
+    """
+    masses = [float(mass(criterion, y)) for y in parts if isinstance(y, Tensor)]
+    weighed = _is_any(criterion, _BY_CLASS) and _setting(criterion, "weight", None) is not None
+    if is_sum(criterion) or weighed or len(set(masses)) > 1:
+        raise ValueError(
+            "unbiased=True estimates the moments of a mean over samples; got a sum, or a mean "
+            "weighed by classes or without ignored targets, whose denominator depends on the "
+            "batch: use a mean without class weights and ignored targets"
+        )
+
+
+# Classes, for who counts predictions
+
+
+def predictions(criterion: object, outputs: Tensor) -> Tensor | None:
+    """The classes that outputs stand for, None if they stand for none."""
+    if _is_any(criterion, _BY_CLASS) and outputs.ndim > 1:
+        return outputs.argmax(1)
+    if _is_any(criterion, (nn.BCEWithLogitsLoss,)):
+        return outputs > 0
+    return None
+
+
+def labels(criterion: object, outputs: Tensor, y: Tensor) -> Tensor | None:
+    """The classes that targets name, in the shape of :func:`predictions`; None if they do not."""
+    predicted = predictions(criterion, outputs)
+    if predicted is None:
+        return None
+    if predicted.dtype == torch.bool:
+        hard = bool(((y == 0) | (y == 1)).all()) and y.numel() == outputs.numel()
+        return y.reshape(outputs.shape) == 1 if hard else None
+    return None if y.is_floating_point() or y.shape != predicted.shape else y
+
+
+def counted(criterion: object, y: Tensor) -> Tensor:
+    """Which labels are not ignored."""
+    ignored = _setting(criterion, "ignore_index", None)
+    return torch.ones_like(y, dtype=torch.bool) if ignored is None else y != ignored
+
+
+# What the closed form asks
+
+
+class Targets(NamedTuple):
+    """Targets in the closed form's terms.
+
+    Attributes:
+        y: One for each logit, or a distribution over classes for each sample.
+        scale: The weight of each sample, or of each of its outputs; None where ``reduction`` gives
+            it.
+        reduction: ``"mean"`` or ``"sum"`` over what the scale has weighed.
+    """
+
+    y: Tensor
+    scale: Tensor | None
+    reduction: Reduction
+
+
+def read_loss(criterion: Criterion) -> Loss:
+    """The loss that a criterion is a mean or a sum of.
+
+    Raises:
+        UnsupportedModelError: If the closed form does not know the criterion, or hooks may change
+            it.
+        TypeError: If what was registered for it gives something else.
+        ValueError: If it is no mean and no sum.
+    """
+    read = _CLOSED_FORMS.get(type(criterion))  # type: ignore[arg-type]
+    if not isinstance(criterion, nn.Module) or read is None:
+        known = ", ".join(f"nn.{kind.__name__}" for kind in _CLOSED_FORMS)
+        raise UnsupportedModelError(
+            f"the closed form covers {known}; got {_name(criterion)}; {ANY_MODULE}, or "
+            "lowland.exact.register_criterion"
+        )
+    if has_hooks(criterion):
+        raise UnsupportedModelError(
+            "forward hooks on the criterion may change its outputs, and the closed form would "
+            f"leave them out; remove them, or {ANY_MODULE}"
+        )
+    if getattr(criterion, "reduction", None) not in ("mean", "sum"):
+        raise ValueError(
+            f"the criterion's reduction must be 'mean' or 'sum' for its Hessian to be a matrix; "
+            f"got {getattr(criterion, 'reduction', None)!r}"
+        )
+    loss = read(criterion)
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"what register_criterion was given for {type(criterion).__name__} must return a "
+            f"lowland.losses.Loss; got {type(loss).__name__}"
+        )
+    return loss
+
+
+def encode(criterion: Criterion, y: Tensor, *, outputs: int, like: Tensor) -> Targets:
+    """Targets as the closed form takes them, with the criterion's weights.
+
+    Args:
+        criterion: One that :func:`read_loss` knows.
+        y: As the criterion takes them; with one output also without its dimension.
+        outputs: Of the model.
+        like: ``(samples, ...)``, of the type that the logits have.
+
+    Raises:
+        UnsupportedModelError: If weights are given by sample.
+        TypeError: If labels of classes are not whole numbers.
+        ValueError: If shapes or values do not suit the criterion, every sample has weight zero, or
+            what was registered for the criterion is another loss.
+    """
+    loss = read_loss(criterion)
+    assert isinstance(criterion, nn.Module)  # noqa: S101 - or it would have been refused
+    y = _one_a_sample(y, len(like), outputs, loss)
+    reduction: Reduction = "sum" if is_sum(criterion) else "mean"
+    if type(criterion) not in _PYTORCHS:
+        _check_registered(criterion, loss, y, outputs, like)
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        y, scale = _weigh_classes(criterion, y, outputs, like)
+        # With weights it is no mean over samples.
+        return Targets(y, scale, reduction if scale is None else "sum")
+    if isinstance(criterion, nn.BCEWithLogitsLoss):
+        return Targets(*_weigh_outputs(criterion, y, outputs, like), reduction)
+    return Targets(y, None, reduction)
+
+
+# Of criteria that were compared with what is registered for them: the loss, and their settings.
+_compared: WeakKeyDictionary[nn.Module, tuple[Loss, object]] = WeakKeyDictionary()
+
+
+def _check_registered(
+    criterion: nn.Module, loss: Loss, y: Tensor, outputs: int, like: Tensor
+) -> None:
+    """Compare a criterion with the loss that was registered for it, once for its settings."""
+    plain = (bool, int, float, str)
+    settings = {name: value for name, value in vars(criterion).items() if type(value) in plain}
+    if _compared.get(criterion) != (loss, settings):
+        check_criterion(criterion, loss, y.reshape(len(y), -1), outputs, like=like)
+        _compared[criterion] = loss, settings
+
+
+def _one_a_sample(y: Tensor, samples: int, outputs: int, loss: Loss) -> Tensor:
+    """Targets as PyTorch's criterion takes them; with one output without its dimension."""
+    shapes: list[tuple[int, ...]]
+    if loss.targets == "classes":
+        shapes = [(samples,), (samples, outputs)]
+    elif outputs == 1:
+        shapes = [(samples,), (samples, 1)]
+    else:
+        shapes = [(samples, outputs)]
+    if tuple(y.shape) not in shapes:
+        raise ValueError(
+            f"x and y do not match: y must have shape {' or '.join(map(str, shapes))}, one target "
+            f"per {'sample' if len(shapes) > 1 else 'sample and output'}; got {tuple(y.shape)}"
+        )
+    return y.reshape(-1) if outputs == 1 else y
+
+
+def _weigh_outputs(
+    criterion: nn.BCEWithLogitsLoss, y: Tensor, outputs: int, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Labels, and their weights where there are any but those of the reduction."""
+    positive, weight = criterion.pos_weight, criterion.weight
+    if positive is None and weight is None:
+        return y, None
+    shape = (len(y), outputs)
+
+    def spread(values: Tensor, name: str) -> Tensor:
+        _check_weights(criterion, name)
+        try:
+            return values.to(like.dtype).expand(shape)
+        except RuntimeError:
+            raise UnsupportedModelError(
+                f"BCEWithLogitsLoss({name}=...) must hold one value, or one for each output; with "
+                f"{outputs} output{'s' if outputs > 1 else ''} got shape {tuple(values.shape)}"
+            ) from None
+
+    scale = like.new_ones(shape)
+    if positive is not None:
+        check_targets(y, LOSSES["bce"])
+        # With p the weight, p y log(s) + (1 - y) log(1 - s) is the loss of another label.
+        yes = y.to(like.dtype).view(shape)
+        no, yes = 1 - yes, spread(positive, "pos_weight") * yes
+        scale = yes + no
+        y = torch.where(scale > 0, yes / scale, 0).view_as(y)
+    if weight is not None:
+        scale = scale * spread(weight, "weight")
+    return y, scale if criterion.reduction == "sum" else scale / scale.numel()
+
+
+def _weigh_classes(
+    criterion: nn.CrossEntropyLoss, y: Tensor, classes: int, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Targets as distributions that hold the criterion's weights, and the mean's denominator.
+
+    The latter is None where it is the number of samples, or where there is none.
+    """
+    smoothing, weights = criterion.label_smoothing, criterion.weight
+    soft = y.is_floating_point()
+    if soft and y.ndim < 2:
+        raise TypeError(
+            f"labels of classes must be integers; got {str(y.dtype).removeprefix('torch.')}: "
+            "convert them with y.long()"
+        )
+    kept = None
+    if not soft:
+        check_one_per_sample(y)
+        ignored = y == criterion.ignore_index
+        # Elsewhere a look would wait for the device.
+        if y.device.type != "cpu" or bool(ignored.any()):
+            kept, y = (~ignored).to(like.dtype), torch.where(ignored, 0, y)
+        check_labels(y, classes)
+        y = functional.one_hot(y.long(), classes).to(like.dtype)
+    if weights is not None:
+        _check_weights(criterion, "weight")
+    if weights is not None and weights.numel() != classes:
+        raise ValueError(
+            f"CrossEntropyLoss(weight=...) must hold one value for each of {classes} outputs; got "
+            f"shape {tuple(weights.shape)}"
+        )
+    target = (1 - smoothing) * y + smoothing / classes
+    weighed = y
+    if weights is not None:
+        target, weighed = target * weights.to(like.dtype), weighed * weights.to(like.dtype)
+    if kept is not None:
+        target, weighed = target * kept[:, None], weighed * kept[:, None]
+    if criterion.reduction == "sum" or soft or (weights is None and kept is None):
+        return target, None
+    total = weighed.sum()
+    if total.device.type == "cpu" and not bool(total > 0):
+        raise ValueError(
+            "every sample has weight zero, by CrossEntropyLoss(weight=...) or ignore_index, so the "
+            "mean loss does not exist; leave such a batch out"
+        )
+    return target, (1 / total).expand(len(y))
+
+
+def _check_weights(criterion: nn.Module, name: str) -> None:
+    """Require weights that can weigh a loss: none is negative, and none is to be trained."""
+    weights: Tensor = getattr(criterion, name)
+    where = f"{type(criterion).__name__}({name}=...)"
+    check_constant(weights, where)
+    if weights.device.type != "cpu":
+        return
+    check_finite(weights, where)
+    if bool((weights < 0).any()):
+        raise ValueError(
+            f"{where} must hold numbers of at least 0; got {float(weights.min()):g}: a negative "
+            "weight leaves the loss without a minimum"
+        )
+
+
+# How a criterion is known
+
+
+def _is_elementwise(criterion: object) -> bool:
+    if _is_any(criterion, _ELEMENTWISE):
+        return True
+    read = _CLOSED_FORMS.get(type(criterion))  # type: ignore[arg-type]
+    return read is not None and type(criterion) not in _PYTORCHS and read(criterion).per_output
+
+
+def _is_any(criterion: object, kinds: Iterable[type[nn.Module]]) -> bool:
+    """Whether it computes what one of PyTorch's criteria does: as a module or as a function."""
+    if isinstance(criterion, nn.Module):
+        return any(is_as_inherited(criterion, kind) for kind in kinds)
+    function = _function(criterion)
+    known = {**_ELEMENTWISE, **_BY_CLASS}
+    return any(function is known[kind] for kind in kinds)
+
+
+def _function(criterion: object) -> object:
+    while isinstance(criterion, partial):
+        criterion = criterion.func
+    return criterion
+
+
+def _setting(criterion: object, name: str, default: Any) -> Any:
+    while isinstance(criterion, partial):
+        if name in criterion.keywords:
+            return criterion.keywords[name]
+        criterion = criterion.func
+    return getattr(criterion, name, default)
+
+
+def _squeezed(shape: torch.Size) -> list[int]:
+    """A shape without a last dimension of size one."""
+    return list(shape[:-1] if shape[-1:] == (1,) else shape)
+
+
+def _name(criterion: object) -> str:
+    function = _function(criterion)
+    return getattr(function, "__name__", type(function).__name__)

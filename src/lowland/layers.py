@@ -1,0 +1,40 @@
+"""What a model is made of, as far as the classes of its layers tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeGuard
+
+from torch import nn
+
+
+def is_plain_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether it runs its layers one behind the other, and does nothing else."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether its output may be another one than its class computes.
+
+    Pruning and the older weight normalization are hooks of this kind.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001 - no public name
+    return bool(hooks) or "forward" in vars(module)
+
+
+def is_as_inherited(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is of that class, or of one that leaves its forward pass alone."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A sequence and its layers in order, each with its path; of other modules themselves alone.
+
+    Sequences within are given too, each before its own layers: hooks may stand on any of them.
+    """
+    yield path, module
+    if is_plain_sequence(module):
+        # Not named_children(): a layer that stands in a sequence twice would be given once.
+        for name, layer in module._modules.items():  # noqa: SLF001
+            if layer is not None:
+                yield from walk(layer, f"{path}.{name}" if path else name)

@@ -23,6 +23,8 @@ Layers = Float[np.ndarray, "layers classes coordinates"]
 UNIT = 2.0**-53
 """Half the distance from 1 to the next float: what one rounding may change, relatively."""
 
+SMALLEST = 2.0**-1022
+"""The smallest float of full precision. Roundings below change as much as roundings of it."""
 
 _PRIME = 2**31 - 1  # products of two residues fit into 64 bits
 
@@ -32,11 +34,11 @@ def sure_classes(layers: Layers, points: Points) -> Int[np.ndarray, "layers poin
 
     Args:
         layers: Taken to be exact.
-        points: Coordinates, each right to two roundings.
+        points: Coordinates, each right to two roundings, or to the smallest float.
     """
     scores = points @ layers.transpose(0, 2, 1)
     # Two roundings of a coordinate, one a product, one a sum; generously.
-    error = np.abs(points) @ np.abs(layers).transpose(0, 2, 1)
+    error = (np.abs(points) + SMALLEST) @ np.abs(layers).transpose(0, 2, 1) + SMALLEST
     error *= 2 * (points.shape[1] + 4) * UNIT
     best = scores.argmax(axis=2)[:, :, None]
     others = scores + error
@@ -90,7 +92,8 @@ def certifies(
     r"""Whether ``(W_own - W_against) z > 0`` for all rows certainly has no solution.
 
     Args:
-        points: ``z`` of each inequality, each coordinate right to two roundings.
+        points: ``z`` of each inequality, each coordinate right to two roundings, or to the
+            smallest float.
         raw: The features themselves, with the one behind them, exact.
         own: The class that should win.
         against: The class that should lose.
@@ -105,6 +108,7 @@ def certifies(
     return exactly and _certifies_exactly(raw, own, against, weights, equations)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows proves nothing
 def _regular(
     points: Points,
     own: Int[np.ndarray, " rows"],
@@ -117,23 +121,29 @@ def _regular(
 
     # Column j holds inequality j times its weight: all factors 1 solve the system approximately.
     terms = np.zeros((len(equations), len(weights)))
+    sizes = np.zeros_like(terms)
     for row, (label, coordinate) in enumerate(equations):
         sign = (own == label).astype(float) - (against == label)
         terms[row] = sign * points[:, coordinate] * weights
+        sizes[row] = np.abs(sign) * (
+            (np.abs(points[:, coordinate]) + SMALLEST) * weights + SMALLEST
+        )
     _, _, order = qr(terms, mode="economic", pivoting=True)
-    square = terms[:, order[: len(equations)]]
+    chosen = order[: len(equations)]
+    square = terms[:, chosen]
     try:
         inverse = np.linalg.inv(square)
     except np.linalg.LinAlgError:
         return False
     size = len(weights) + 8  # roundings on the way of any number below
-    product = np.abs(inverse) @ np.abs(square)
+    product = np.abs(inverse) @ sizes[:, chosen]
     defect = np.abs(np.eye(len(square)) - inverse @ square) + 2 * size * UNIT * product
-    residual = np.abs(terms.sum(axis=1)) + 2 * size * UNIT * np.abs(terms).sum(axis=1)
+    residual = np.abs(terms.sum(axis=1)) + 2 * size * UNIT * sizes.sum(axis=1)
     contraction = 1.01 * float(defect.sum(axis=1).max())
     change = 1.01 * float((np.abs(inverse) @ residual).max())
-    # Then the system is regular, and the exact factors differ from 1 by less than 1.
-    return contraction < 1 and change < 1 - contraction
+    # Then the contraction is below 1, so that the system is regular whatever the inverse was; and
+    # the exact factors differ from 1 by less than 1.
+    return change < 1 - contraction
 
 
 def _independent_equations(
@@ -203,8 +213,6 @@ def _certifies_exactly(
         solved.append((column, pivot))
     bound = {index for index, _ in solved}
     free = {j: Fraction(float(weights[j])) for j in range(count) if j not in bound}
-    if not free:
-        return False
     return all(
         -sum((row[j] * value for j, value in free.items()), Fraction(0)) > 0 for _, row in solved
     )

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from lowland.cli import app
+from lowland.cli.app import app
 from lowland.studies.ensembles.training import METHODS
 from lowland.studies.reporting import plots
 

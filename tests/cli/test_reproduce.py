@@ -16,7 +16,7 @@ from pagecheck import Page
 from study_in_small import PRESET, shorten
 from typer.testing import CliRunner
 
-from lowland.cli import app
+from lowland.cli.app import app
 from lowland.studies.hsr import run as run_module
 from lowland.studies.hsr.figures import FIGURES
 

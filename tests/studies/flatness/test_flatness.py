@@ -10,7 +10,7 @@ from presetfile import toml
 from torch import nn
 from typer.testing import CliRunner
 
-from lowland.cli import app
+from lowland.cli.app import app
 from lowland.studies.data.sources import Source
 from lowland.studies.data.tables import digits, stratified_splits
 from lowland.studies.ensembles.networks import initial_weights

@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lowland
-from lowland.cli import app
+from lowland.cli.app import app
 from lowland.studies.data.sources import Source, stream
 from lowland.studies.ensembles.networks import as_module, as_weights, initial_weights, select
 from lowland.studies.illusion import pieces

@@ -271,7 +271,7 @@ def test_an_interruption_after_writing_says_so(table, tmp_path, monkeypatch):
     def interrupted(comparison):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowland.cli.compare._show", interrupted)
+    monkeypatch.setattr("lowland.studies.compare.command._show", interrupted)
     result = run(table, *SMALL, "--methods", "baseline", "--out", tmp_path)
     assert result.exit_code == 130
     assert result.stderr == f"Stopped; the results are in {tmp_path}.\n"

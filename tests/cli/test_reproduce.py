@@ -190,7 +190,10 @@ def test_other_settings_in_the_same_folder_are_refused(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "unknown preset 'huge': expected 'quick', 'paper' or a TOML file"),
+        (
+            ["--preset", "huge"],
+            "unknown preset 'huge': expected 'paper', 'quick', 'small' or a TOML file",
+        ),
         (["--figure", 1], "--figure must be 2 to 16; got 1"),
         (["--jobs", 0], "--jobs must be at least 1; got 0"),
         (["--jobs", 2, "--scheduler", "tcp://x:1"], "--jobs and --scheduler: give one"),

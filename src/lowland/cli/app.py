@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from lowland.cli.compare import compare
-from lowland.cli.reproduce import reproduce
+from lowland.cli.reproduce import REPRODUCE, help_text, reproduction_of
+from lowland.studies.registry import STUDIES, Study
 
 
 class _OneLineGroup(TyperGroup):
@@ -36,14 +36,6 @@ class _OneLineGroup(TyperGroup):
         return sys.exit(code)
 
 
-app = typer.Typer(
-    cls=_OneLineGroup,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
-
-
 def _show_version(wanted: bool) -> bool:  # noqa: FBT001 - typer's callbacks take a value
     if wanted:
         typer.echo(f"lowland {version('lowland')}")
@@ -51,7 +43,6 @@ def _show_version(wanted: bool) -> bool:  # noqa: FBT001 - typer's callbacks tak
     return wanted
 
 
-@app.callback()
 def main(
     *,
     _: Annotated[
@@ -67,5 +58,23 @@ def main(
     """Measure and control the curvature of neural-network losses."""
 
 
-app.command()(compare)
-app.add_typer(reproduce, name="reproduce")
+def commands(studies: Iterable[Study]) -> typer.Typer:
+    """The command line of some studies."""
+    app = typer.Typer(
+        cls=_OneLineGroup,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+        callback=main,
+    )
+    reproduce = typer.Typer(no_args_is_help=True, help=REPRODUCE)
+    for study in studies:
+        if study.own_options:
+            app.command(study.name, help=study.help)(study.command())
+        else:
+            reproduce.command(study.name, help=help_text(study))(reproduction_of(study))
+    app.add_typer(reproduce, name="reproduce")
+    return app
+
+
+app = commands(STUDIES)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,22 +14,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lowland.cli.common import check_own_folder, one_line_errors, require, stage_progress
 from lowland.errors import UserError
+from lowland.studies.registry import Study
+from lowland.studies.runs.console import check_own_folder, one_line_errors, require, stage_progress
 from lowland.studies.runs.output import check_writable, publish
 
 if TYPE_CHECKING:
-    from lowland.studies.reporting.reproduction import Claim, Paper
+    from lowland.studies.reporting.reproduction import Claim
 
 MOST_JOBS = 8  # by default: more processes than that rather fill the memory
 
-reproduce = typer.Typer(no_args_is_help=True)
-
-
-@reproduce.callback()
-def main() -> None:
-    """Run a paper's study from scratch, and hold its claims against what comes out."""
-
+REPRODUCE = "Run a paper's study from scratch, and hold its claims against what comes out."
 
 Preset = Annotated[
     str, typer.Option(metavar="NAME", help="quick, paper, or a TOML file with the same settings.")
@@ -60,55 +54,33 @@ Scheduler = Annotated[
 ]
 
 
-@reproduce.command()
-def hsr(
-    preset: Preset = "quick",
-    figure: Figures = None,
-    out: Out = None,
-    jobs: Jobs = None,
-    scheduler: Scheduler = None,
-) -> None:
-    """HSR regularization, arXiv:2606.28662: figures 2 to 15, one of ours, and every claim.
-
-    Stopped at any point, the same command goes on from there; once finished, it draws again.
-    """
-    _reproduce("hsr", preset, figure=figure, out=out, jobs=jobs, scheduler=scheduler)
+def help_text(study: Study) -> str:
+    """What ``lowland reproduce STUDY --help`` says of the study."""
+    resumes = (
+        "Stopped at any point, the same command goes on from there; once finished, it draws again."
+    )
+    if study.files:
+        resumes = f"{study.files} are read from the folder that LOWLAND_DATA names. {resumes}"
+    return f"{study.help}\n\n{resumes}"
 
 
-@reproduce.command()
-def flatness_aware(
-    preset: Preset = "quick",
-    figure: Figures = None,
-    out: Out = None,
-    jobs: Jobs = None,
-    scheduler: Scheduler = None,
-) -> None:
-    """The penalty on Tr H^2: accuracy, flatness and cost over its weight, beside other methods.
+def reproduction_of(study: Study) -> Callable[..., None]:
+    """The command that runs a study, with the options that all of them share."""
 
-    MNIST and CIFAR-100 are read from the folder that LOWLAND_DATA names. Stopped at any point, the
-    same command goes on from there; once finished, it draws again.
-    """
-    _reproduce("flatness-aware", preset, figure=figure, out=out, jobs=jobs, scheduler=scheduler)
+    def command(
+        preset: Preset = "quick",
+        figure: Figures = None,
+        out: Out = None,
+        jobs: Jobs = None,
+        scheduler: Scheduler = None,
+    ) -> None:
+        _reproduce(study, preset, figure=figure, out=out, jobs=jobs, scheduler=scheduler)
 
-
-@reproduce.command()
-def illusion(
-    preset: Preset = "quick",
-    figure: Figures = None,
-    out: Out = None,
-    jobs: Jobs = None,
-    scheduler: Scheduler = None,
-) -> None:
-    """Are flat minima an illusion?, arXiv:2605.05209: sharpness against weakness, every claim.
-
-    MNIST and Fashion-MNIST are read from the folder that LOWLAND_DATA names. Stopped at any point,
-    the same command goes on from there; once finished, it draws again.
-    """
-    _reproduce("illusion", preset, figure=figure, out=out, jobs=jobs, scheduler=scheduler)
+    return command
 
 
 def _reproduce(
-    study: str,
+    study: Study,
     preset: str,
     *,
     figure: list[int] | None,
@@ -117,7 +89,7 @@ def _reproduce(
     scheduler: str | None,
 ) -> None:
     """Run a study and write what comes of it."""
-    folder = Path("lowland-results") / f"{study}-{Path(preset).stem}" if out is None else out
+    folder = Path("lowland-results") / f"{study.name}-{Path(preset).stem}" if out is None else out
     kept = f"what was finished is in {folder}, and the same command goes on from there"
     with one_line_errors(kept):
         check_own_folder(folder)
@@ -133,33 +105,33 @@ def _reproduce(
         from lowland.studies.runs.presets import preset_text  # noqa: PLC0415
         from lowland.studies.runs.workers import workers  # noqa: PLC0415
 
-        paper: Paper = import_module(_MODULES[study]).PAPER
-        settings = paper.load(preset)
-        numbers = list(dict.fromkeys(figure or paper.figures))
-        expected = f"{min(paper.figures)} to {max(paper.figures)}"
+        experiment = study.experiment()
+        settings = experiment.load(preset)
+        numbers = list(dict.fromkeys(figure or experiment.figures))
+        expected = f"{min(experiment.figures)} to {max(experiment.figures)}"
         for number in numbers:
-            require(number in paper.figures, "--figure", expected, number)
+            require(number in experiment.figures, "--figure", expected, number)
         with workers(jobs or _cores(scheduler), scheduler) as executor, stage_progress() as tell:
             store = Store.open(
                 folder / "pieces",
-                {"study": paper.name, "lowland": version("lowland"), **settings.to_dict()},
+                {"study": study.name, "lowland": version("lowland"), **settings.to_dict()},
             )
-            results = paper.run(
+            results = experiment.run(
                 settings,
                 store,
-                stages=paper.needed(numbers) if figure else paper.stages,
+                stages=experiment.needed(numbers) if figure else experiment.stages,
                 executor=executor,
                 on_progress=tell,
             )
         for task, reason in getattr(results, "skipped", {}).items():
             typer.echo(f"Left out: {task}: {reason}", err=True)
         if figure:
-            drawings = [drawing(paper.figures[number], results) for number in numbers]
+            drawings = [drawing(experiment.figures[number], results) for number in numbers]
             files = {drawn.file: drawn.svg for drawn in drawings}
         else:
-            command = ["lowland", "reproduce", study, "--preset", preset, "--out", str(folder)]
-            text = preset_text(paper.package, preset)
-            result = paper.report(results, settings=text, command=shlex.join(command))
+            command = ["lowland", "reproduce", study.name, "--preset", preset, "--out", str(folder)]
+            text = preset_text(study.package, preset)
+            result = experiment.report(results, settings=text, command=shlex.join(command))
             files = result.files()
         publish(files, folder)
     with one_line_errors(f"the results are in {folder}"):
@@ -169,13 +141,6 @@ def _reproduce(
         else:
             _show(result.claims)
             typer.echo(f"The page with all of it: {folder / 'index.html'}")
-
-
-_MODULES = {
-    "hsr": "lowland.studies.hsr.reproduce",
-    "flatness-aware": "lowland.studies.flatness.reproduce",
-    "illusion": "lowland.studies.illusion.reproduce",
-}
 
 
 def _cores(scheduler: str | None) -> int:

@@ -18,8 +18,8 @@ from lowland.studies.flatness import run as run_module
 from lowland.studies.flatness.claims import judge
 from lowland.studies.flatness.figures import FIGURES
 from lowland.studies.flatness.preset import Preset, Task, load_preset
-from lowland.studies.flatness.reproduce import PAPER
-from lowland.studies.flatness.run import Study, run_study
+from lowland.studies.flatness.reproduce import EXPERIMENT
+from lowland.studies.flatness.run import Results, run_study
 from lowland.studies.flatness.tables import listings, networks, summary
 from lowland.studies.flatness.tasks import samples
 from lowland.studies.flatness.train import look_steps, train
@@ -239,7 +239,7 @@ def made_up(change):
             "failed": torch.zeros(8, dtype=torch.bool),
         }
     seconds = torch.tensor([[1, 5, 6, 7]], dtype=torch.float64).repeat(20, 1)
-    return Study(preset, {task.name: "made up"}, {}, trained, {task.name: seconds})
+    return Results(preset, {task.name: "made up"}, {}, trained, {task.name: seconds})
 
 
 def verdicts(study):
@@ -343,7 +343,7 @@ def test_one_figure_needs_no_more_than_its_stage(finished, tmp_path):
     result = command("--preset", folder / "small.toml", "--out", tmp_path, "--figure", 4)
     assert result.exit_code == 0, result.output
     assert {path.parent.name for path in tmp_path.rglob("*.safetensors")} == {"timing"}
-    assert PAPER.needed([2, 4]) == {"timing", "training"}
+    assert EXPERIMENT.needed([2, 4]) == {"timing", "training"}
 
 
 def test_figures_that_do_not_exist_are_refused(tmp_path):

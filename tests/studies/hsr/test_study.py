@@ -99,7 +99,7 @@ def test_a_preset_names_the_four_methods_with_its_weights():
 
 @pytest.mark.parametrize("name", ["huge", "no/such.toml", "."])
 def test_an_unknown_preset_is_refused(name):
-    with pytest.raises(PresetError, match="expected 'quick', 'paper' or a TOML file"):
+    with pytest.raises(PresetError, match="expected 'paper', 'quick', 'small' or a TOML file"):
         load_preset(name)
 
 

@@ -22,8 +22,8 @@ from lowland.studies.illusion.listings import listings
 from lowland.studies.illusion.measure import measure, rescaled
 from lowland.studies.illusion.preset import Preset, Task, load_preset
 from lowland.studies.illusion.published import published
-from lowland.studies.illusion.reproduce import PAPER
-from lowland.studies.illusion.run import Study, run_study
+from lowland.studies.illusion.reproduce import EXPERIMENT
+from lowland.studies.illusion.run import Results, run_study
 from lowland.studies.illusion.tables import (
     correlations,
     hsr_correlations,
@@ -405,7 +405,7 @@ def made_up(relation):
     }
     preset = replace(PRESET, tasks=(task,))
     regime = preset.regimes(task)[0].name
-    return Study(
+    return Results(
         preset,
         {task.name: "made up"},
         trained={regime: trained},
@@ -486,7 +486,7 @@ def test_one_figure_needs_no_more_than_its_networks(finished, tmp_path):
     result = command("--preset", folder / "small.toml", "--out", tmp_path, "--figure", 3)
     assert result.exit_code == 0, result.output
     assert {path.parent.name for path in tmp_path.rglob("*.safetensors")} == {"00040-small"}
-    assert PAPER.needed([2, 6]) == {"pairs", "joint", "rescaling"}
+    assert EXPERIMENT.needed([2, 6]) == {"pairs", "joint", "rescaling"}
     assert result.stdout == f"{tmp_path / 'figure-03.svg'}\n"
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from lowland.studies.compare.comparison import paired_test
 from lowland.studies.flatness.preset import Task, Way
-from lowland.studies.flatness.run import Study
+from lowland.studies.flatness.run import Results
 from lowland.studies.flatness.tables import Array, multiples, networks, values
 from lowland.studies.reporting.pages import number, p_value
 from lowland.studies.reporting.reproduction import Claim
@@ -21,18 +21,18 @@ LEAST_MULTIPLE = 36.0
 """The smallest of the published ratios of training times."""
 
 
-def judge(study: Study) -> list[Claim]:
+def judge(results: Results) -> list[Claim]:
     """Every claim, for each task."""
-    table = networks(study)
+    table = networks(results)
     return [
         claim
-        for task in study.tasks
+        for task in results.tasks
         for claim in (
-            _flatness(study, task, table),
-            _end(study, task, table),
-            _moderate(study, task, table),
-            _gain(study, task, table),
-            _cost(study, task),
+            _flatness(results, task, table),
+            _end(results, task, table),
+            _moderate(results, task, table),
+            _gain(results, task, table),
+            _cost(results, task),
         )
     ]
 
@@ -49,8 +49,8 @@ def greater(left: Array, right: Array, task: Task) -> float:
     return p / 2 if difference.mean() > 0 else 1 - p / 2
 
 
-def _by_weight(study: Study, task: Task, table: pd.DataFrame, measure: str) -> dict[Way, Array]:
-    return {way: values(table, task, way, measure) for way in study.weights(task)}
+def _by_weight(results: Results, task: Task, table: pd.DataFrame, measure: str) -> dict[Way, Array]:
+    return {way: values(table, task, way, measure) for way in results.weights(task)}
 
 
 def _list(found: dict[Way, Array], scale: float = 1.0) -> str:
@@ -74,8 +74,8 @@ def _p(value: float) -> str:
     return "p not defined, since networks failed" if math.isnan(value) else p_value(value)
 
 
-def _flatness(study: Study, task: Task, table: pd.DataFrame) -> Claim:
-    found = _by_weight(study, task, table, "average_flatness")
+def _flatness(results: Results, task: Task, table: pd.DataFrame) -> Claim:
+    found = _by_weight(results, task, table, "average_flatness")
     penalized = [value for way, value in found.items() if way.strength]
     p = _largest([greater(left, right, task) for left, right in pairwise(penalized)])
     return _claim(
@@ -88,8 +88,8 @@ def _flatness(study: Study, task: Task, table: pd.DataFrame) -> Claim:
     )
 
 
-def _end(study: Study, task: Task, table: pd.DataFrame) -> Claim:
-    found = _by_weight(study, task, table, "final_trace_sq")
+def _end(results: Results, task: Task, table: pd.DataFrame) -> Claim:
+    found = _by_weight(results, task, table, "final_trace_sq")
     each = list(found.values())
     p = greater(np.log(each[0]), np.log(each[-1]), task)
     return _claim(
@@ -102,8 +102,8 @@ def _end(study: Study, task: Task, table: pd.DataFrame) -> Claim:
     )
 
 
-def _moderate(study: Study, task: Task, table: pd.DataFrame) -> Claim:
-    found = _by_weight(study, task, table, "final_accuracy")
+def _moderate(results: Results, task: Task, table: pd.DataFrame) -> Claim:
+    found = _by_weight(results, task, table, "final_accuracy")
     first, *middle, last = found.values()
     # Better than both ends: the larger p-value. Any moderate weight may be it: adjusted for these.
     p = _best(
@@ -119,8 +119,8 @@ def _moderate(study: Study, task: Task, table: pd.DataFrame) -> Claim:
     )
 
 
-def _gain(study: Study, task: Task, table: pd.DataFrame) -> Claim:
-    found = _by_weight(study, task, table, "best_accuracy")
+def _gain(results: Results, task: Task, table: pd.DataFrame) -> Claim:
+    found = _by_weight(results, task, table, "best_accuracy")
     first, *rest = found.values()
     p = _best([greater(values, first, task) for values in rest])
     gain = 100 * max(float(values.mean()) - float(first.mean()) for values in rest)
@@ -140,16 +140,16 @@ def _best(p_values: list[float]) -> float:
     return min(holm(known))
 
 
-def _cost(study: Study, task: Task) -> Claim:
+def _cost(results: Results, task: Task) -> Claim:
     found = {
         name: ratio
-        for name, ratio in multiples(study, task).items()
+        for name, ratio in multiples(results, task).items()
         if name.startswith("flatness-aware")
     }
     below = [int((ratio < LEAST_MULTIPLE).sum()) for ratio in found.values()]
     p = _largest(
         [
-            float(stats.binomtest(count, study.preset.rounds, alternative="greater").pvalue)
+            float(stats.binomtest(count, results.preset.rounds, alternative="greater").pvalue)
             for count in below
         ]
     )
@@ -159,7 +159,7 @@ def _cost(study: Study, task: Task) -> Claim:
         "the penalty costs less than the paper's smallest multiple, 36",
         "36 to 40 times",
         f"a step takes {min(medians):.1f} to {max(medians):.1f} times the baseline's: below in "
-        f"{sum(below)} of {len(found) * study.preset.rounds} rounds, sign test for each λ, largest "
-        f"{_p(p)}",
+        f"{sum(below)} of {len(found) * results.preset.rounds} rounds, sign test for each λ, "
+        f"largest {_p(p)}",
         holds=p < SIGNIFICANCE,
     )

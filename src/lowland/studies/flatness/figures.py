@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from lowland.studies.flatness.preset import BASELINE, KINDS, Task, Way
-from lowland.studies.flatness.run import Study
+from lowland.studies.flatness.run import Results
 from lowland.studies.flatness.tables import Array, multiples, networks, values
 from lowland.studies.reporting import plots
 from lowland.studies.reporting.plots import STYLE, plain_log_ticks
@@ -34,12 +34,12 @@ PAPER = (36.0, 40.0)
 GAINS = ("average_flatness", "final_accuracy")
 
 
-def figure_1(study: Study) -> Figure:
+def figure_1(results: Results) -> Figure:
     """Flatness and accuracy over the weight."""
-    table = networks(study)
-    with _panels(study, 2) as (figure, axes):
-        for (top, bottom), task in zip(axes.T, study.tasks, strict=True):
-            ways = study.weights(task)
+    table = networks(results)
+    with _panels(results, 2) as (figure, axes):
+        for (top, bottom), task in zip(axes.T, results.tasks, strict=True):
+            ways = results.weights(task)
             place = np.arange(len(ways), dtype=np.float64)
             for measure, color, marker, label in (
                 ("average_flatness", COLORS["flatness-aware"], "D", "average over training"),
@@ -83,15 +83,15 @@ def figure_1(study: Study) -> Figure:
     return figure
 
 
-def figure_2(study: Study) -> Figure:
+def figure_2(results: Results) -> Figure:
     """Gain in accuracy and price over the change in flatness, for every method."""
-    table = networks(study)
-    with _panels(study, 2) as (figure, axes):
-        for (top, bottom), task in zip(axes.T, study.tasks, strict=True):
-            cost = multiples(study, task)
+    table = networks(results)
+    with _panels(results, 2) as (figure, axes):
+        for (top, bottom), task in zip(axes.T, results.tasks, strict=True):
+            cost = multiples(results, task)
             start = {m: values(table, task, Way(BASELINE), m) for m in GAINS}
             for kind in TITLES:
-                ways = [way for way in study.preset.ways(task).values() if way.kind == kind]
+                ways = [way for way in results.preset.ways(task).values() if way.kind == kind]
                 if not ways:
                     continue
                 flat = [values(table, task, way, GAINS[0]) / start[GAINS[0]] for way in ways]
@@ -128,20 +128,20 @@ def figure_2(study: Study) -> Figure:
             )
         axes[0, 0].set_ylabel("gain in final test accuracy, points")
         axes[1, 0].set_ylabel("cost of a step, in the baseline's")
-        _kind_legend(figure, study)
+        _kind_legend(figure, results)
     return figure
 
 
-def figure_3(study: Study) -> Figure:
+def figure_3(results: Results) -> Figure:
     """Flatness and accuracy over training, for each weight."""
-    with _panels(study, 2) as (figure, axes):
-        for (top, bottom), task in zip(axes.T, study.tasks, strict=True):
-            ways = study.weights(task)
+    with _panels(results, 2) as (figure, axes):
+        for (top, bottom), task in zip(axes.T, results.tasks, strict=True):
+            ways = results.weights(task)
             for way, color in zip(ways, _shades(len(ways)), strict=True):
                 look: dict[str, Any] = {"color": color}
                 if way.kind == BASELINE:  # small weights change little: on top, and broken
                     look |= {"linestyle": (0, (2, 2)), "zorder": 3}
-                part = study.trained[task.name, way.name]
+                part = results.trained[task.name, way.name]
                 looks = part["looks"][0].numpy()
                 count = part["accuracy"].shape[-1]
                 begin = looks * count / (looks[-1] + looks[1] - looks[0])  # in epochs
@@ -158,7 +158,7 @@ def figure_3(study: Study) -> Figure:
             top.set_title(task.name)
             bottom.set_xlabel("epoch")
             low = min(
-                float(study.trained[task.name, way.name]["accuracy"][:, count // 5 :].min())
+                float(results.trained[task.name, way.name]["accuracy"][:, count // 5 :].min())
                 for way in ways
             )
             bottom.set_ylim(100 * low - 1, None)
@@ -168,11 +168,11 @@ def figure_3(study: Study) -> Figure:
     return figure
 
 
-def figure_4(study: Study) -> Figure:
+def figure_4(results: Results) -> Figure:
     """What a step costs by each method."""
-    with _panels(study, 1) as (figure, axes):
-        for ax, task in zip(axes[0], study.tasks, strict=True):
-            ways, cost = study.preset.ways(task), multiples(study, task)
+    with _panels(results, 1) as (figure, axes):
+        for ax, task in zip(axes[0], results.tasks, strict=True):
+            ways, cost = results.preset.ways(task), multiples(results, task)
             for row, (name, way) in enumerate(ways.items()):
                 low, middle, high = np.quantile(cost[name], (0.25, 0.5, 0.75))
                 color = COLORS[way.kind]
@@ -197,7 +197,9 @@ def figure_4(study: Study) -> Figure:
             ax.set_xlabel("cost of a step, in the baseline's")
             ax.set_yticks(range(len(ways)), [way.title for way in ways.values()])
             if ax is not axes[0, 0]:
-                ax.tick_params(labelleft=_titles(study, task) != _titles(study, study.tasks[0]))
+                ax.tick_params(
+                    labelleft=_titles(results, task) != _titles(results, results.tasks[0])
+                )
     return figure
 
 
@@ -243,9 +245,9 @@ FIGURES = {
 
 
 @contextmanager
-def _panels(study: Study, rows: int) -> Iterator[tuple[Figure, Grid]]:
+def _panels(results: Results, rows: int) -> Iterator[tuple[Figure, Grid]]:
     """A column of panels for each task."""
-    columns = len(study.tasks)
+    columns = len(results.tasks)
     with mpl.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.08)
         size = (max(WIDTH * columns, 5.0), HEIGHT * rows + 0.5)
@@ -253,8 +255,8 @@ def _panels(study: Study, rows: int) -> Iterator[tuple[Figure, Grid]]:
         yield figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _titles(study: Study, task: Task) -> list[str]:
-    return [way.title for way in study.preset.ways(task).values()]
+def _titles(results: Results, task: Task) -> list[str]:
+    return [way.title for way in results.preset.ways(task).values()]
 
 
 def _mean_and_error(groups: list[Array]) -> tuple[Array, Array]:
@@ -299,9 +301,9 @@ def _line_legend(figure: Figure, axes: Sequence[Axes]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
-def _kind_legend(figure: Figure, study: Study) -> None:
+def _kind_legend(figure: Figure, results: Results) -> None:
     """The methods, outside the axes, where no data can be."""
-    shown = {way.kind for task in study.tasks for way in study.preset.ways(task).values()}
+    shown = {way.kind for task in results.tasks for way in results.preset.ways(task).values()}
     handles = [
         Line2D([], [], color=COLORS[kind], marker=MARKERS[kind], markersize=5, label=title)
         for kind, title in TITLES.items()

@@ -14,15 +14,15 @@ from lowland.studies.data.sources import Source, available
 from lowland.studies.flatness.preset import Preset, Task, Way
 from lowland.studies.flatness.tasks import title
 from lowland.studies.flatness.train import timing, train
-from lowland.studies.reporting.reproduction import Progress, run_stage
 from lowland.studies.runs.jobs import Pieces, Store, Tensors
+from lowland.studies.runs.stages import Progress, run_stage
 
 STAGES = ("timing", "training")
 """What can be run by itself."""
 
 
 @dataclass(frozen=True)
-class Study:
+class Results:
     """Everything the figures and the claims are made of; empty where a stage was not run.
 
     Attributes:
@@ -58,7 +58,7 @@ def run_study(
     stages: Collection[str] = STAGES,
     executor: Executor | None = None,
     on_progress: Progress | None = None,
-) -> Study:
+) -> Results:
     """Run what is missing from the store, and load all of it.
 
     Args:
@@ -84,7 +84,7 @@ def run_study(
     if "training" in stages:
         pieces = _training_pieces(preset, tasks, source)
         work = run("training networks", pieces, executor=executor)
-    return Study(
+    return Results(
         preset,
         {task.name: title(task, source) for task in tasks},
         skipped,

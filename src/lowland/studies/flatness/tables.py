@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lowland.studies.flatness.preset import Task, Way
-from lowland.studies.flatness.run import Study
+from lowland.studies.flatness.run import Results
 from lowland.studies.reporting.pages import number, plus_minus
 from lowland.studies.reporting.reproduction import Listing
 
@@ -27,12 +27,12 @@ PUBLISHED = (
 """The paper's table: weight, final and best accuracy, average flatness, seconds, multiple."""
 
 
-def networks(study: Study) -> pd.DataFrame:
+def networks(results: Results) -> pd.DataFrame:
     """One row a network: task, method, strength, seed, and what came of it."""
     parts = []
-    for task in study.tasks:
-        for name, way in study.preset.ways(task).items():
-            part = {key: value.numpy() for key, value in study.trained[task.name, name].items()}
+    for task in results.tasks:
+        for name, way in results.preset.ways(task).items():
+            part = {key: value.numpy() for key, value in results.trained[task.name, name].items()}
             accuracy = part["accuracy"]
             parts.append(
                 pd.DataFrame(
@@ -61,20 +61,20 @@ def values(table: pd.DataFrame, task: Task, way: Way, measure: str) -> Array:
     return table.loc[chosen & (table["strength"] == way.strength), measure].to_numpy(float)
 
 
-def multiples(study: Study, task: Task) -> dict[str, Array]:
+def multiples(results: Results, task: Task) -> dict[str, Array]:
     """What a step costs, in steps of the baseline: one ratio a round, by way."""
-    seconds = study.timing[task.name].numpy()
-    names = list(study.preset.ways(task))
+    seconds = results.timing[task.name].numpy()
+    names = list(results.preset.ways(task))
     return {name: seconds[:, i] / seconds[:, 0] for i, name in enumerate(names)}
 
 
-def summary(study: Study) -> pd.DataFrame:
+def summary(results: Results) -> pd.DataFrame:
     """One row a task and way: means over seeds, standard errors, and the cost of a step."""
-    table = networks(study)
+    table = networks(results)
     rows = []
-    for task in study.tasks:
-        cost = multiples(study, task)
-        for name, way in study.preset.ways(task).items():
+    for task in results.tasks:
+        cost = multiples(results, task)
+        for name, way in results.preset.ways(task).items():
             row: dict[str, object] = {
                 "task": task.name,
                 "method": way.kind,
@@ -91,12 +91,12 @@ def summary(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def tables(study: Study) -> dict[str, pd.DataFrame]:
+def tables(results: Results) -> dict[str, pd.DataFrame]:
     """``networks``, their ``summary``, and the ``curves`` of accuracy and flatness."""
     accuracy, flatness = [], []
-    for task in study.tasks:
-        for name, way in study.preset.ways(task).items():
-            part = study.trained[task.name, name]
+    for task in results.tasks:
+        for name, way in results.preset.ways(task).items():
+            part = results.trained[task.name, name]
             for seed in range(task.seeds):
                 key = {"task": task.name, "method": way.kind, "strength": way.strength}
                 key |= {"seed": seed}
@@ -106,16 +106,16 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
                 steps, seen = part["looks"][seed].numpy(), part["flatness"][seed].numpy()
                 flatness.append(pd.DataFrame({**key, "step": steps, "flatness": seen}))
     return {
-        "networks": networks(study),
-        "summary": summary(study),
+        "networks": networks(results),
+        "summary": summary(results),
         "accuracy": pd.concat(accuracy, ignore_index=True),
         "flatness": pd.concat(flatness, ignore_index=True),
     }
 
 
-def listings(study: Study) -> list[Listing]:
+def listings(results: Results) -> list[Listing]:
     """The paper's table, and ours for each task."""
-    found = summary(study)
+    found = summary(results)
     published = Listing(
         "The paper's table",
         "As published, for a two-layer ReLU MLP on CIFAR-100; the last column is the time over "
@@ -124,12 +124,12 @@ def listings(study: Study) -> list[Listing]:
         ("λ", "final accuracy", "best accuracy", "average flatness", "time, s", "multiple"),
         PUBLISHED,
     )
-    return [published, *(_listing(study, task, found) for task in study.tasks)]
+    return [published, *(_listing(results, task, found) for task in results.tasks)]
 
 
-def _listing(study: Study, task: Task, found: pd.DataFrame) -> Listing:
+def _listing(results: Results, task: Task, found: pd.DataFrame) -> Listing:
     rows = []
-    for way in study.preset.ways(task).values():
+    for way in results.preset.ways(task).values():
         chosen = (found["task"] == task.name) & (found["method"] == way.kind)
         row = found[chosen & (found["strength"] == way.strength)].iloc[0]
         percent = [
@@ -143,7 +143,7 @@ def _listing(study: Study, task: Task, found: pd.DataFrame) -> Listing:
         failed = f" ({row['failed']} of {row['networks']} failed)" if row["failed"] else ""
         rows.append((way.title + failed, *percent, *others, number(row["multiple"])))
     return Listing(
-        study.titles[task.name],
+        results.titles[task.name],
         f"Means over {task.seeds} seeds and standard errors; λ = 0 is plain SGD, and λ > 0 "
         "the flatness-aware penalty. Average flatness is the mean of Tr(H²)/B over batches of "
         f"{task.batch} seen in training, Tr H² that of the training loss at the end. The time is "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowland.studies.hsr.boundary import boundary_length
 from lowland.studies.hsr.landscape import REACH, rise
-from lowland.studies.hsr.run import Study
+from lowland.studies.hsr.run import Results
 from lowland.studies.hsr.sweep import gains, interval
 from lowland.studies.hsr.task import samples
 from lowland.studies.reporting.reproduction import Claim
@@ -30,28 +30,28 @@ SADDLE = 0.01  # fall of the loss, as a fraction of it, along the bottom eigenve
 Array = NDArray[np.float64]
 
 
-def judge(study: Study) -> list[Claim]:
+def judge(results: Results) -> list[Claim]:
     """Every claim of the study that a number can decide."""
     claims = [
-        *_data(study),
-        *_search(study),
-        *_gradient(study),
-        *_direction(study),
-        *_training(study),
-        *_spectrum(study),
-        *_accuracy(study),
-        *_boundaries(study),
-        *_sizes(study),
+        *_data(results),
+        *_search(results),
+        *_gradient(results),
+        *_direction(results),
+        *_training(results),
+        *_spectrum(results),
+        *_accuracy(results),
+        *_boundaries(results),
+        *_sizes(results),
     ]
     return sorted(claims, key=lambda claim: claim.figure or 0)
 
 
-def _data(study: Study) -> list[Claim]:
-    x, y = (part[0] for part in samples(study.preset, study.preset.test_size, test=True))
+def _data(results: Results) -> list[Claim]:
+    x, y = (part[0] for part in samples(results.preset, results.preset.test_size, test=True))
     classes = [x[y == label] for label in (0, 1)]
     spread = torch.stack([part.T.cov() for part in classes])
-    error = (2 / (len(x) / 2)) ** 0.5 * study.preset.variance  # standard, of a sample variance
-    off = float((spread - study.preset.variance * torch.eye(2)).abs().max())
+    error = (2 / (len(x) / 2)) ** 0.5 * results.preset.variance  # standard, of a sample variance
+    off = float((spread - results.preset.variance * torch.eye(2)).abs().max())
     return [
         Claim(
             8,
@@ -64,9 +64,9 @@ def _data(study: Study) -> list[Claim]:
     ]
 
 
-def _search(study: Study) -> list[Claim]:
-    selection, found = study.selection, study.found
-    converged = len(selection.converged) / study.preset.seeds
+def _search(results: Results) -> list[Claim]:
+    selection, found = results.selection, results.found
+    converged = len(selection.converged) / results.preset.seeds
     distinct = len(selection.distinct) / max(1, len(selection.converged))
     bound = found["upper_bound"][selection.distinct].numpy()
     largest = found["lambda_max"][selection.distinct].numpy()
@@ -77,7 +77,7 @@ def _search(study: Study) -> list[Claim]:
             None,
             "nearly all seeds converge",
             "93.3 % (2,799 of 3,000)",
-            f"{converged:.1%} of {study.preset.seeds}; the settings were chosen for it",
+            f"{converged:.1%} of {results.preset.seeds}; the settings were chosen for it",
             abs(converged - 0.933) <= 0.02,
         ),
         Claim(
@@ -104,8 +104,8 @@ def _search(study: Study) -> list[Claim]:
     ]
 
 
-def _gradient(study: Study) -> list[Claim]:
-    timing, agreement = study.theory["timing"], study.theory["agreement"]
+def _gradient(results: Results) -> list[Claim]:
+    timing, agreement = results.theory["timing"], results.theory["agreement"]
     over_samples = timing["samples"].numpy()
     slower = np.concatenate(
         [t[:, 1] / t[:, 2] for t in (over_samples, timing["parameters"].numpy())]
@@ -117,12 +117,12 @@ def _gradient(study: Study) -> list[Claim]:
         float((rows[:, :2] / rows[:, 2:]).max())
         for rows in (agreement["trace"], agreement["trace_sq"])
     )
-    fit = study.theory["fit"]
+    fit = results.theory["fit"]
     residual, norm = _numpy(fit["residual"]).ravel(), _numpy(fit["norm"]).ravel()
     fitted = residual <= np.quantile(residual, 0.1)
     leaves = np.median(norm[fitted]) / np.median(norm[~fitted])
     lower = float(stats.mannwhitneyu(norm[fitted], norm[~fitted], alternative="less").pvalue)
-    covariance = study.theory["covariance"]
+    covariance = results.theory["covariance"]
     ends = [0, -1]
     middle = len(covariance["covariance"]) // 2
     grows = {
@@ -170,8 +170,8 @@ def _gradient(study: Study) -> list[Claim]:
     ]
 
 
-def _direction(study: Study) -> list[Claim]:
-    parts, descent = study.theory["parts"], study.theory["descent"]
+def _direction(results: Results) -> list[Claim]:
+    parts, descent = results.theory["parts"], results.theory["descent"]
     larger = (parts["spread"] > parts["mean"]).numpy()
     sign = stats.binomtest(int(larger.sum()), len(larger), alternative="greater")
     eigenvalues = descent["eigenvalues"]
@@ -199,12 +199,12 @@ def _direction(study: Study) -> list[Claim]:
     ]
 
 
-def _training(study: Study) -> list[Claim]:
-    preset = study.preset
+def _training(results: Results) -> list[Claim]:
+    preset = results.preset
     steps = np.array(preset.schedule.checkpoint_steps)
     ends = int(np.searchsorted(steps, preset.schedule.active_steps, side="right")) - 1
     curves = {
-        method: _numpy(study.controlled["sharp", method]["curve_lambda_max"])[:, ends]
+        method: _numpy(results.controlled["sharp", method]["curve_lambda_max"])[:, ends]
         for method in ("baseline", "a-sam", "hsr")
     }
     claims = []
@@ -220,27 +220,27 @@ def _training(study: Study) -> list[Claim]:
                 p < SIGNIFICANCE,
             )
         )
-    return [*claims, *_lines(study)]
+    return [*claims, *_lines(results)]
 
 
-def _lines(study: Study) -> list[Claim]:
+def _lines(results: Results) -> list[Claim]:
     """Figures 11 and 13: the loss itself, along eigenvectors."""
 
     def change(kind: str, method: str, end: str) -> Array:
-        part = study.controlled[kind, method]
-        return _numpy(rise(study.preset, part["parameters"], part[end], (-REACH, REACH)))
+        part = results.controlled[kind, method]
+        return _numpy(rise(results.preset, part["parameters"], part[end], (-REACH, REACH)))
 
-    steep = {name: change("sharp", name, "top").max(0) for name in study.preset.methods}
+    steep = {name: change("sharp", name, "top").max(0) for name in results.preset.methods}
     p = _largest(_greater(steep[name], steep["hsr"]) for name in steep if name != "hsr")
     tails = {name: np.quantile(values, 0.9) for name, values in steep.items()}
     medians = ", ".join(
-        f"{study.preset.methods[name].title} {np.median(values):.3f}"
+        f"{results.preset.methods[name].title} {np.median(values):.3f}"
         for name, values in steep.items()
     )
     falls = {}
     for method in ("a-sam", "hsr"):
-        kind, worst = study.most_negative(method)
-        part = study.controlled[kind, method]
+        kind, worst = results.most_negative(method)
+        part = results.controlled[kind, method]
         # The mean of both sides: what is left of a slope falls on one and rises on the other.
         fall = -float(change(kind, method, "bottom")[:, worst].mean())
         falls[method] = max(0.0, fall) / float(part["curve_loss"][worst, -1])
@@ -272,9 +272,9 @@ def _lines(study: Study) -> list[Claim]:
     ]
 
 
-def _spectrum(study: Study) -> list[Claim]:
+def _spectrum(results: Results) -> list[Claim]:
     def largest(kind: str, method: str) -> Array:
-        return _numpy(study.controlled[kind, method]["eigenvalues"][:, -1])
+        return _numpy(results.controlled[kind, method]["eigenvalues"][:, -1])
 
     def lower(better: str, worse: str) -> tuple[str, bool]:
         p = _greater(largest("sharp", worse), largest("sharp", better))
@@ -292,13 +292,13 @@ def _spectrum(study: Study) -> list[Claim]:
         for text, better, worse in orders
     ]
     tails = {
-        method: float(study.controlled["flat", method]["eigenvalues"][:, 0].min())
-        for method in study.preset.methods
+        method: float(results.controlled["flat", method]["eigenvalues"][:, 0].min())
+        for method in results.preset.methods
     }
     rest = min(value for method, value in tails.items() if method != "a-sam")
-    flat = [float(np.median(largest("flat", method))) for method in study.preset.methods]
+    flat = [float(np.median(largest("flat", method))) for method in results.preset.methods]
     alike = _alike(
-        [np.log(largest("flat", method)) for method in study.preset.methods], math.log(1.1)
+        [np.log(largest("flat", method)) for method in results.preset.methods], math.log(1.1)
     )
     return [
         *claims,
@@ -320,9 +320,9 @@ def _spectrum(study: Study) -> list[Claim]:
     ]
 
 
-def _accuracy(study: Study) -> list[Claim]:
+def _accuracy(results: Results) -> list[Claim]:
     def score(kind: str, method: str) -> Array:
-        return _numpy(study.controlled[kind, method]["macro_f1"])
+        return _numpy(results.controlled[kind, method]["macro_f1"])
 
     claims = []
     for method, title in (("hsr", "HSR"), ("a-sam", "A-SAM"), ("hessian-trace", "Hessian reg.")):
@@ -339,7 +339,7 @@ def _accuracy(study: Study) -> list[Claim]:
         )
     alike = (
         ("from sharp seeds A-SAM and HSR classify alike", "sharp", ["a-sam", "hsr"]),
-        ("from flat seeds all methods classify alike", "flat", list(study.preset.methods)),
+        ("from flat seeds all methods classify alike", "flat", list(results.preset.methods)),
     )
     for text, kind, methods in alike:
         scores = [score(kind, method) for method in methods]
@@ -358,9 +358,9 @@ def _accuracy(study: Study) -> list[Claim]:
     return claims
 
 
-def _boundaries(study: Study) -> list[Claim]:
+def _boundaries(results: Results) -> list[Claim]:
     length = {
-        method: boundary_length(study.preset, study.controlled["sharp", method]["parameters"])
+        method: boundary_length(results.preset, results.controlled["sharp", method]["parameters"])
         for method in ("baseline", "hsr")
     }
     p = _greater(length["baseline"], length["hsr"])
@@ -376,15 +376,15 @@ def _boundaries(study: Study) -> list[Claim]:
     ]
 
 
-def _sizes(study: Study) -> list[Claim]:
+def _sizes(results: Results) -> list[Claim]:
     """Our figure 16: the paper's claim about accuracy, over the number of training samples."""
-    preset = study.preset
+    preset = results.preset
     few = [n for n in preset.sweep_train_sizes if n <= FEW] or [min(preset.sweep_train_sizes)]
     many = max(preset.sweep_train_sizes)
     converged = np.mean(
-        [float(study.sweep[h, n]["converged"].mean()) for h in preset.sweep_hidden for n in few]
+        [float(results.sweep[h, n]["converged"].mean()) for h in preset.sweep_hidden for n in few]
     )
-    values = {name: _pooled(study, name, few) for name in preset.sweep_methods}
+    values = {name: _pooled(results, name, few) for name in preset.sweep_methods}
     arrays: list[Array] = [np.asarray(value, dtype=np.float64) for value in values.values()]
     raw = [_greater(array, np.zeros_like(array)) for array in arrays]
     claims = []
@@ -403,7 +403,7 @@ def _sizes(study: Study) -> list[Claim]:
                 p < SIGNIFICANCE,
             )
         )
-    last = {name: _pooled(study, name, [many]) for name in preset.sweep_methods}
+    last = {name: _pooled(results, name, [many]) for name in preset.sweep_methods}
     p = _largest(_within(values.to_numpy() / 100, F1_MARGIN) for values in last.values())
     means = [float(values.mean()) for values in last.values()]
     return [
@@ -419,9 +419,11 @@ def _sizes(study: Study) -> list[Claim]:
     ]
 
 
-def _pooled(study: Study, method: str, sizes: list[int]) -> pd.Series[float]:
+def _pooled(results: Results, method: str, sizes: list[int]) -> pd.Series[float]:
     """One gain a data set: those of several sizes, and networks of several widths, share seeds."""
-    cells = [study.sweep[hidden, size] for hidden in study.preset.sweep_hidden for size in sizes]
+    cells = [
+        results.sweep[hidden, size] for hidden in results.preset.sweep_hidden for size in sizes
+    ]
     means: pd.Series[float] = (
         pd.concat([gains(cell, method) for cell in cells]).groupby(level=0).mean()
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 from lowland.studies.hsr import theory
 from lowland.studies.hsr.boundary import chances, window
 from lowland.studies.hsr.landscape import REACH, rise
-from lowland.studies.hsr.run import KINDS, Study
+from lowland.studies.hsr.run import KINDS, Results
 from lowland.studies.hsr.sweep import gains, interval
 from lowland.studies.hsr.task import samples
 from lowland.studies.reporting import plots
@@ -47,9 +47,9 @@ BOUNDARIES = 5  # networks in figure 15
 SHOWN = 100  # samples of either class in each of its panels
 
 
-def figure_2(study: Study) -> Figure:
+def figure_2(results: Results) -> Figure:
     """Time of one gradient of ``Tr H^2``, over the samples and over the parameters."""
-    timing = study.theory["timing"]
+    timing = results.theory["timing"]
     ways = (
         ("numerical", FIRST, "^"),
         ("analytic, pairs of samples", SECOND, "o"),
@@ -79,13 +79,13 @@ def figure_2(study: Study) -> Figure:
     return figure
 
 
-def figure_3(study: Study) -> Figure:
+def figure_3(results: Results) -> Figure:
     """Distance of the numerical from the analytic gradient against the gradient's size."""
     with _styled(9.6, 4.4) as figure:
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
         titles = {"trace": r"$t_1 = \mathrm{Tr}\,H$", "trace_sq": r"$t_2 = \mathrm{Tr}\,H^2$"}
         for ax, (moment, title) in zip(axes, titles.items(), strict=True):
-            table = study.theory["agreement"][moment].numpy()
+            table = results.theory["agreement"][moment].numpy()
             for column, (name, color, marker) in enumerate((("W", FIRST, "o"), ("v", SECOND, "s"))):
                 ax.plot(
                     table[:, column + 2],
@@ -125,9 +125,9 @@ def figure_3(study: Study) -> Figure:
     return figure
 
 
-def figure_4(study: Study) -> Figure:
+def figure_4(results: Results) -> Figure:
     """Each sample's share in the bound's gradient against how well it is fitted."""
-    fit = study.theory["fit"]
+    fit = results.theory["fit"]
     residual, norm = fit["residual"].flatten().numpy(), fit["norm"].flatten().numpy()
     keep = (residual > 0) & (norm > 0)
     residual, norm = residual[keep], norm[keep]
@@ -159,9 +159,9 @@ def figure_4(study: Study) -> Figure:
     return figure
 
 
-def figure_5(study: Study) -> Figure:
+def figure_5(results: Results) -> Figure:
     """Gradient of ``Tr H^2`` against the covariance of the inputs."""
-    result = study.theory["covariance"]
+    result = results.theory["covariance"]
     covariance = result["covariance"].numpy()
     middle = int(np.abs(covariance).argmin())
     looks = {"identity": ("linear units", FIRST, "o"), "sigmoid": ("sigmoid units", SECOND, "s")}
@@ -184,9 +184,9 @@ def figure_5(study: Study) -> Figure:
     return figure
 
 
-def figure_6(study: Study) -> Figure:
+def figure_6(results: Results) -> Figure:
     """The mean part and the spread part of the direction at random parameters."""
-    mean, spread = (study.theory["parts"][name].numpy() for name in ("mean", "spread"))
+    mean, spread = (results.theory["parts"][name].numpy() for name in ("mean", "spread"))
     keep = (mean > 0) & (spread > 0)
     mean, spread = mean[keep], spread[keep]
     ratio = spread / mean
@@ -217,9 +217,9 @@ def figure_6(study: Study) -> Figure:
     return figure
 
 
-def figure_7(study: Study) -> Figure:
+def figure_7(results: Results) -> Figure:
     """Descent on the bound alone: both ends of the spectrum, and all of it."""
-    result = study.theory["descent"]
+    result = results.theory["descent"]
     values = result["eigenvalues"].numpy()
     steps = np.linspace(0, theory.DESCENT_STEPS, len(values))
     with _styled(9.6, 4.2) as figure:
@@ -248,9 +248,9 @@ def figure_7(study: Study) -> Figure:
     return figure
 
 
-def figure_8(study: Study) -> Figure:
+def figure_8(results: Results) -> Figure:
     """The samples of both classes."""
-    preset = study.preset
+    preset = results.preset
     with _styled(9.2, 5.4) as figure:
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
         sets = (("training", preset.train_size, False), ("test", preset.test_size, True))
@@ -285,9 +285,9 @@ def figure_8(study: Study) -> Figure:
     return figure
 
 
-def figure_9(study: Study) -> Figure:
+def figure_9(results: Results) -> Figure:
     """The bound at the distinct critical points: against the eigenvalue, and its histogram."""
-    found, selection = study.found, study.selection
+    found, selection = results.found, results.selection
     with _styled(9.6, 4.4) as figure:
         left, right = figure.subplots(1, 2)
         groups = (
@@ -311,7 +311,7 @@ def figure_9(study: Study) -> Figure:
         for threshold, name in ((selection.low, "lower"), (selection.high, "upper")):
             right.axvline(threshold, color=INK, linewidth=0.9, linestyle=":")
             right.annotate(
-                f"{name} {study.preset.share:.0%}\n{threshold:.3g}",
+                f"{name} {results.preset.share:.0%}\n{threshold:.3g}",
                 (threshold, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(-4 if name == "lower" else 4, 0),
@@ -331,7 +331,7 @@ def figure_9(study: Study) -> Figure:
     return figure
 
 
-def figure_10(study: Study) -> Figure:
+def figure_10(results: Results) -> Figure:
     """Loss and largest eigenvalue over training."""
     panels = (
         ("loss", "training loss  $L$"),
@@ -341,15 +341,15 @@ def figure_10(study: Study) -> Figure:
         axes = figure.subplots(2, 2, sharex=True, sharey="col")
         for row, kind in zip(axes, KINDS, strict=True):
             for ax, (name, title) in zip(row, panels, strict=True):
-                for method in study.preset.methods:
-                    result = study.controlled[kind, method]
-                    steps = np.array(study.preset.schedule.checkpoint_steps)
+                for method in results.preset.methods:
+                    result = results.controlled[kind, method]
+                    steps = np.array(results.preset.schedule.checkpoint_steps)
                     curves = result[f"curve_{name}"].T.numpy()
                     _band(ax, steps, list(curves), COLORS[method])
-                ax.axvspan(0, study.preset.active * steps[-1], color=SHADE, zorder=0, linewidth=0)
+                ax.axvspan(0, results.preset.active * steps[-1], color=SHADE, zorder=0, linewidth=0)
                 ax.set_title(f"{kind} seeds:  {title}")
                 ax.set_xlim(0, steps[-1])
-        late = torch.cat([r["curve_loss"][:, 1:].flatten() for r in study.controlled.values()])
+        late = torch.cat([r["curve_loss"][:, 1:].flatten() for r in results.controlled.values()])
         # The first steps from far away would press all that follows into one line.
         axes[0, 0].set_ylim(float(late.min()) * 0.998, float(late.quantile(0.99)) * 1.005)
         axes[0, 1].set_ylim(bottom=0)
@@ -359,30 +359,30 @@ def figure_10(study: Study) -> Figure:
             "method active", (0.49, 0.98), xycoords="axes fraction", ha="right", va="top",
             color="#8a8063",
         )  # fmt: skip
-        _legend(figure, study, line=True)
+        _legend(figure, results, line=True)
     return figure
 
 
-def figure_11(study: Study) -> Figure:
+def figure_11(results: Results) -> Figure:
     """Loss along the top eigenvector at the points where training ended."""
     reach = np.linspace(-REACH, REACH, 41)
     with _styled(9.6, 4.2) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for ax, kind in zip(axes, KINDS, strict=True):
-            for method in study.preset.methods:
-                result = study.controlled[kind, method]
-                change = rise(study.preset, result["parameters"], result["top"], list(reach))
+            for method in results.preset.methods:
+                result = results.controlled[kind, method]
+                change = rise(results.preset, result["parameters"], result["top"], list(reach))
                 # An eigenvector has no sign; turned so that the loss rises faster to the right.
                 change = torch.where(change[0] > change[-1], change.flip(0), change)
                 _band(ax, reach, list(change.numpy()), COLORS[method])
             ax.set_title(f"{kind} seeds")
             ax.set_xlabel(r"distance $\alpha$ along the top eigenvector $e_1$")
         axes[0].set_ylabel(r"$L(\theta + \alpha e_1) - L(\theta)$")
-        _legend(figure, study, line=True)
+        _legend(figure, results, line=True)
     return figure
 
 
-def figure_12(study: Study) -> Figure:
+def figure_12(results: Results) -> Figure:
     """Box plots of the final spectrum."""
     quantities: tuple[tuple[str, Callable[[Tensors], Tensor]], ...] = (
         (r"largest eigenvalue  $\lambda_{\max}$", lambda result: result["eigenvalues"][:, -1]),
@@ -392,7 +392,7 @@ def figure_12(study: Study) -> Figure:
     )
     with _styled(9.6, 6.6) as figure:
         for ax, (title, quantity) in zip(figure.subplots(2, 2).flat, quantities, strict=True):
-            values = _boxes(ax, study, quantity)
+            values = _boxes(ax, results, quantity)
             ax.set_title(title)
             low, high = ax.get_ylim()
             middle = float(np.median(values))
@@ -403,23 +403,25 @@ def figure_12(study: Study) -> Figure:
                     ax.set_yscale("symlog", linthresh=-middle)
             else:
                 ax.set_ylim(bottom=0)
-        _legend(figure, study)
+        _legend(figure, results)
     return figure
 
 
-def figure_13(study: Study) -> Figure:
+def figure_13(results: Results) -> Figure:
     """Loss along both extreme eigenvectors where A-SAM and HSR have their smallest eigenvalue."""
     reach = np.linspace(-REACH, REACH, 81)
     with _styled(9.6, 4.6) as figure:
         axes = figure.subplots(1, 2)
         for method in ("a-sam", "hsr"):
-            kind, worst = study.most_negative(method)
-            result = study.controlled[kind, method]
+            kind, worst = results.most_negative(method)
+            result = results.controlled[kind, method]
             one = slice(worst, worst + 1)
             for ax, end, index in ((axes[0], "top", -1), (axes[1], "bottom", 0)):
                 value = float(result["eigenvalues"][worst, index])
-                line = rise(study.preset, result["parameters"][one], result[end][one], list(reach))
-                title = study.preset.methods[method].title
+                line = rise(
+                    results.preset, result["parameters"][one], result[end][one], list(reach)
+                )
+                title = results.preset.methods[method].title
                 label = f"{title}, {kind} seed {int(result['seed'][worst])}:"
                 name = r"\max" if index else r"\min"
                 label += rf"  $\lambda_{{{name}}} = {value:.3g}$"
@@ -437,30 +439,30 @@ def figure_13(study: Study) -> Figure:
     return figure
 
 
-def figure_14(study: Study) -> Figure:
+def figure_14(results: Results) -> Figure:
     """Box plots of the macro-F1 on the test samples."""
     with _styled(7.2, 4.4) as figure:
         ax = figure.subplots()
-        _boxes(ax, study, lambda result: result["macro_f1"])
+        _boxes(ax, results, lambda result: result["macro_f1"])
         ax.set_ylabel("macro-F1 on test samples")
-        _legend(figure, study)
+        _legend(figure, results)
     return figure
 
 
-def figure_15(study: Study) -> Figure:
+def figure_15(results: Results) -> Figure:
     """Decision boundaries of the baseline and of HSR from the same seeds."""
-    seeds = study.controlled["sharp", "baseline"]["seed"].tolist()
+    seeds = results.controlled["sharp", "baseline"]["seed"].tolist()
     # The selection goes from the least to the most sharp.
     shown = list(range(len(seeds)))[: -BOUNDARIES - 1 : -1]
-    (x,), (y,) = (part.numpy() for part in samples(study.preset, study.preset.train_size))
-    axis = window(study.preset, 61)
+    (x,), (y,) = (part.numpy() for part in samples(results.preset, results.preset.train_size))
+    axis = window(results.preset, 61)
     line, half = axis.numpy(), float(axis[-1])
     pale = mpl.colormaps["RdBu_r"](np.linspace(0.22, 0.78, 10)).tolist()  # samples stay visible
     with _styled(1.4 + 2.1 * len(shown), 4.9) as figure:
         axes = figure.subplots(2, len(shown), sharex=True, sharey=True, squeeze=False)
         for row, method in zip(axes, ("baseline", "hsr"), strict=True):
-            result = study.controlled["sharp", method]
-            maps = chances(study.preset, result["parameters"][shown], axis).numpy()
+            result = results.controlled["sharp", method]
+            maps = chances(results.preset, result["parameters"][shown], axis).numpy()
             for ax, index, values in zip(row, shown, maps, strict=True):
                 field = ax.contourf(line, line, values.T, np.linspace(0, 1, 11), colors=pale)
                 field.set_rasterized(True)
@@ -478,16 +480,16 @@ def figure_15(study: Study) -> Figure:
                 ax.set_title(rf"seed {seeds[index]}:  $\lambda_{{\max}}$ = {value:.2f}", fontsize=9)
                 ax.set(aspect="equal", xlim=(-half, half), ylim=(-half, half))
                 ax.grid(visible=False)
-            row[0].set_ylabel(f"{study.preset.methods[method].title}\n$x_2$")
+            row[0].set_ylabel(f"{results.preset.methods[method].title}\n$x_2$")
         for ax in axes[1]:
             ax.set_xlabel("$x_1$")
         figure.colorbar(field, ax=axes, label="probability of class 1", shrink=0.7, aspect=30)
     return figure
 
 
-def figure_16(study: Study) -> Figure:
+def figure_16(results: Results) -> Figure:
     """Gain in macro-F1 over the training size, one panel a width."""
-    preset = study.preset
+    preset = results.preset
     sizes = np.array(preset.sweep_train_sizes)
     names = list(preset.sweep_methods)
     handles = []
@@ -498,7 +500,7 @@ def figure_16(study: Study) -> Figure:
             for index, name in enumerate(names):
                 method = preset.sweep_methods[name]
                 own = method == preset.methods[method.name]  # the study's own strength
-                cells = [gains(study.sweep[hidden, size], name) for size in sizes.tolist()]
+                cells = [gains(results.sweep[hidden, size], name) for size in sizes.tolist()]
                 middle, low, high = np.array([interval(cell) for cell in cells]).T
                 # Side by side, or intervals would hide each other.
                 where = sizes * 1.06 ** (2 * index - len(names) + 1)
@@ -689,15 +691,15 @@ def _band(
     )
 
 
-def _boxes(ax: Axes, study: Study, measure: Callable[[Tensors], Tensor]) -> Array:
+def _boxes(ax: Axes, results: Results, measure: Callable[[Tensors], Tensor]) -> Array:
     """A box and all points per method, sharp seeds at the left, flat ones at the right."""
-    methods = list(study.preset.methods)
+    methods = list(results.preset.methods)
     everything = []
     centers = [index * (len(methods) + 1) + (len(methods) - 1) / 2 for index in range(len(KINDS))]
     for index, kind in enumerate(KINDS):
         for offset, method in enumerate(methods):
             position = index * (len(methods) + 1) + offset
-            values = measure(study.controlled[kind, method]).numpy()
+            values = measure(results.controlled[kind, method]).numpy()
             everything.append(values)
             color = COLORS[method]
             ax.boxplot(
@@ -728,7 +730,7 @@ def _boxes(ax: Axes, study: Study, measure: Callable[[Tensors], Tensor]) -> Arra
     return np.concatenate(everything)
 
 
-def _legend(figure: Figure, study: Study, *, line: bool = False) -> None:
+def _legend(figure: Figure, results: Results, *, line: bool = False) -> None:
     """The methods, outside the axes, where no data can be."""
     handles: Iterable[Line2D | Patch] = [
         Line2D([], [], color=COLORS[name], linewidth=2, label=method.title)
@@ -738,6 +740,6 @@ def _legend(figure: Figure, study: Study, *, line: bool = False) -> None:
             edgecolor=COLORS[name],
             label=method.title,
         )
-        for name, method in study.preset.methods.items()
+        for name, method in results.preset.methods.items()
     ]
     figure.legend(handles=list(handles), loc="outside lower center", ncols=4)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lowland.studies.ensembles.training import BASELINE, METHODS, Method, Schedule
-from lowland.studies.runs.presets import PresetError, Rules, check, parse, preset_text
+from lowland.studies.runs.presets import PresetError, Rules, load_settings
 
 PACKAGE = "lowland.studies.hsr"
 """Where the presets are."""
@@ -137,11 +137,11 @@ def load_preset(name: str) -> Preset:
     Raises:
         PresetError: If there is no such preset, or its settings are not those of :class:`Preset`.
     """
-    settings = parse(preset_text(PACKAGE, name), name)
-    entries = check(settings, Preset, RULES, repr(name))
-    if len(settings["sweep_train_sizes"]) != len(settings["sweep_datasets"]):
+    preset = load_settings(PACKAGE, name, Preset, RULES)
+    sizes, datasets = preset.sweep_train_sizes, preset.sweep_datasets
+    if len(sizes) != len(datasets):
         raise PresetError(
             f"{name!r}: sweep_datasets must have one number for each of sweep_train_sizes; got "
-            f"{len(settings['sweep_datasets'])} for {len(settings['sweep_train_sizes'])}"
+            f"{len(datasets)} for {len(sizes)}"
         )
-    return Preset(**entries)
+    return preset

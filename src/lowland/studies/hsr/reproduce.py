@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from lowland.studies.hsr.claims import judge
 from lowland.studies.hsr.figures import FIGURES
-from lowland.studies.hsr.preset import PACKAGE, load_preset
-from lowland.studies.hsr.run import STAGES, Study, run_study
+from lowland.studies.hsr.preset import load_preset
+from lowland.studies.hsr.run import STAGES, Results, run_study
 from lowland.studies.hsr.tables import tables
-from lowland.studies.reporting.reproduction import Paper, Reproduction, drawing
+from lowland.studies.reporting.reproduction import Experiment, Reproduction, drawing
 from lowland.threads import threads
 
 
-def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
+def reproduction(results: Results, *, settings: str, command: str) -> Reproduction:
     """All of it.
 
     Args:
-        study: With every stage.
+        results: Of every stage.
         settings: The preset's text.
         command: What repeats the run.
     """
-    preset, selection = study.preset, study.selection
+    preset, selection = results.preset, results.selection
     with threads(1):
-        claims = judge(study)
+        claims = judge(results)
     controlled = len(selection.sharp) + len(selection.flat)
     return Reproduction(
         "HSR regularization, reproduced",
@@ -29,12 +29,12 @@ def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
         f"searched for critical points, of which {len(selection.converged):,} converged and "
         f"{len(selection.distinct):,} were distinct; the sharpest and the flattest, {controlled} "
         "in all, trained again by four methods.",
-        [drawing(figure, study) for figure in FIGURES.values()],
+        [drawing(figure, results) for figure in FIGURES.values()],
         claims,
-        tables(study),
+        tables(results),
         settings,
         command,
     )
 
 
-PAPER = Paper("hsr", PACKAGE, load_preset, STAGES, run_study, FIGURES, reproduction)
+EXPERIMENT = Experiment(load_preset, STAGES, run_study, FIGURES, reproduction)

@@ -14,8 +14,8 @@ from lowland.studies.hsr.control import control
 from lowland.studies.hsr.preset import Preset
 from lowland.studies.hsr.search import NOTHING, Selection, search, select
 from lowland.studies.hsr.sweep import sweep
-from lowland.studies.reporting.reproduction import Progress, run_stage
 from lowland.studies.runs.jobs import Pieces, Store, Tensors
+from lowland.studies.runs.stages import Progress, run_stage
 
 KINDS = ("sharp", "flat")
 FITTED = 8  # converged networks whose samples figure 4 looks at
@@ -35,7 +35,7 @@ STAGES = (
 
 
 @dataclass(frozen=True)
-class Study:
+class Results:
     """Everything the figures and the claims are made of; empty where a stage was not run.
 
     Attributes:
@@ -69,7 +69,7 @@ def run_study(
     stages: Collection[str] = STAGES,
     executor: Executor | None = None,
     on_progress: Progress | None = None,
-) -> Study:
+) -> Results:
     """Run what is missing from the store, and load all of it.
 
     Args:
@@ -105,7 +105,7 @@ def run_study(
         if name in stages
     }
     results |= run("training and measuring", rest)
-    return Study(
+    return Results(
         preset,
         found,
         selection,

@@ -5,41 +5,41 @@ from __future__ import annotations
 import pandas as pd
 
 from lowland.studies.ensembles.training import CURVES
-from lowland.studies.hsr.run import Study
+from lowland.studies.hsr.run import Results
 from lowland.studies.runs.jobs import Tensors
 
 
-def tables(study: Study) -> dict[str, pd.DataFrame]:
+def tables(results: Results) -> dict[str, pd.DataFrame]:
     """``search``, ``control`` with its ``curves``, and ``sweep``; without what was not run."""
     result = {}
-    if study.found:
-        result["search"] = search_table(study)
-    if study.controlled:
+    if results.found:
+        result["search"] = search_table(results)
+    if results.controlled:
         result["control"] = pd.concat(
-            [_control(*key, part) for key, part in study.controlled.items()], ignore_index=True
+            [_control(*key, part) for key, part in results.controlled.items()], ignore_index=True
         )
-        steps = study.preset.schedule.checkpoint_steps
+        steps = results.preset.schedule.checkpoint_steps
         result["curves"] = pd.concat(
-            [_curves(steps, *key, part) for key, part in study.controlled.items()],
+            [_curves(steps, *key, part) for key, part in results.controlled.items()],
             ignore_index=True,
         )
-    if study.sweep:
+    if results.sweep:
         result["sweep"] = pd.concat(
-            [_sweep(*key, cell) for key, cell in study.sweep.items()], ignore_index=True
+            [_sweep(*key, cell) for key, cell in results.sweep.items()], ignore_index=True
         )
     return result
 
 
-def search_table(study: Study) -> pd.DataFrame:
+def search_table(results: Results) -> pd.DataFrame:
     """One row a seed; ``kind`` is sharp, flat, distinct, duplicate or unconverged."""
     columns = ("seed", "steps", "loss", "lambda_max", "lambda_min", "upper_bound", "lower_bound")
-    table = pd.DataFrame({name: study.found[name].numpy() for name in columns})
+    table = pd.DataFrame({name: results.found[name].numpy() for name in columns})
     kinds = pd.Series("unconverged", index=table.index)
     for kind, index in (
-        ("duplicate", study.selection.converged),
-        ("distinct", study.selection.distinct),
-        ("flat", study.selection.flat),
-        ("sharp", study.selection.sharp),
+        ("duplicate", results.selection.converged),
+        ("distinct", results.selection.distinct),
+        ("flat", results.selection.flat),
+        ("sharp", results.selection.sharp),
     ):
         kinds.iloc[index.numpy()] = kind
     table.insert(1, "kind", kinds)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from lowland.studies.illusion.preset import LARGE, SMALL, Task
 from lowland.studies.illusion.published import published
-from lowland.studies.illusion.run import Study
+from lowland.studies.illusion.run import Results
 from lowland.studies.illusion.tables import (
     MEASURES,
     asked,
@@ -39,18 +39,18 @@ ORDERS = 10.0
 TABLES_OF = {"pairs": "tables 4 and 5", "selection": "table 3", "advantage": "tables 1 and 2"}
 
 
-def judge(study: Study) -> list[Claim]:
+def judge(results: Results) -> list[Claim]:
     """Every claim about every task, and the two questions that join in."""
-    table = networks(study)
+    table = networks(results)
     claims: list[Claim] = []
-    for task in study.tasks("pairs"):
-        claims += _pairs(study, table, task)
-    for task in study.tasks("selection"):
-        claims += _selection(study, table, task)
-    for task in study.tasks("advantage"):
-        claims += _advantage(study, table, task)
-    claims += _rescaled(study)
-    claims += _hsr(study)
+    for task in results.tasks("pairs"):
+        claims += _pairs(results, table, task)
+    for task in results.tasks("selection"):
+        claims += _selection(results, table, task)
+    for task in results.tasks("advantage"):
+        claims += _advantage(results, table, task)
+    claims += _rescaled(results)
+    claims += _hsr(results)
     return claims
 
 
@@ -64,9 +64,11 @@ def _signed(found: Correlation, sign: int) -> bool:
     return found.p < SIGNIFICANCE and found.rho * sign > 0
 
 
-def _correlates(study: Study, part: pd.DataFrame, task: Task, measure: str, *, sign: int) -> Claim:
+def _correlates(
+    results: Results, part: pd.DataFrame, task: Task, measure: str, *, sign: int
+) -> Claim:
     told = published(task, task.sizes[0])
-    found = correlation(study, part, measure)
+    found = correlation(results, part, measure)
     return _claim(
         task,
         f"test accuracy {_VERBS[sign]} with the {MEASURES[measure]}",
@@ -76,15 +78,15 @@ def _correlates(study: Study, part: pd.DataFrame, task: Task, measure: str, *, s
     )
 
 
-def _pairs(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
+def _pairs(results: Results, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
     told = published(task, task.sizes[0])
-    ((_, part),) = asked(study, table, task)
+    ((_, part),) = asked(results, table, task)
     if not varies(part, "pair_proxy"):
         return
     for measure, sign in (("pair_proxy", 1), ("trace", -1)):
-        yield _correlates(study, part, task, measure, sign=sign)
+        yield _correlates(results, part, task, measure, sign=sign)
     values = {name: part[name].to_numpy(np.float64) for name in ("pair_proxy", "trace", "accuracy")}
-    margin, low, high = lead(*values.values(), resamples=study.preset.resamples)
+    margin, low, high = lead(*values.values(), resamples=results.preset.resamples)
     yield _claim(
         task,
         "the pair proxy predicts test accuracy better than the Hessian trace",
@@ -94,24 +96,26 @@ def _pairs(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
     )
     if varies(part, "joint"):
         joint, proxy = (part[name].to_numpy(np.float64) for name in ("joint", "pair_proxy"))
-        margin, low, high = lead(joint, proxy, values["accuracy"], resamples=study.preset.resamples)
+        margin, low, high = lead(
+            joint, proxy, values["accuracy"], resamples=results.preset.resamples
+        )
         if math.isnan(margin):
             return
         yield _claim(
             task,
             "the joint weakness, future work in the paper, predicts better than the pair proxy",
             "",
-            f"{correlation(study, part, 'joint')}; |ρ| larger by {margin:+.2f} [{low:+.2f}, "
+            f"{correlation(results, part, 'joint')}; |ρ| larger by {margin:+.2f} [{low:+.2f}, "
             f"{high:+.2f}]",
             holds=low > 0,
         )
 
 
-def _selection(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
+def _selection(results: Results, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
     told = published(task, task.sizes[0])
-    ((_, part),) = asked(study, table, task)
-    yield _correlates(study, part, task, "free_regions", sign=1)
-    found = correlation(study, part, "trace")
+    ((_, part),) = asked(results, table, task)
+    yield _correlates(results, part, task, "free_regions", sign=1)
+    found = correlation(results, part, "trace")
     yield _claim(
         task,
         "the Hessian trace says nothing about which network to choose",
@@ -121,8 +125,8 @@ def _selection(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]
     )
 
 
-def _advantage(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
-    parts = dict(asked(study, table, task))
+def _advantage(results: Results, table: pd.DataFrame, task: Task) -> Iterator[Claim]:
+    parts = dict(asked(results, table, task))
     each = {size: advantage(part) for size, part in parts.items()}
     shown = ", ".join(
         f"{plus_minus(100 * gain, 100 * error)} at {size:,}"
@@ -154,9 +158,9 @@ def _advantage(study: Study, table: pd.DataFrame, task: Task) -> Iterator[Claim]
         )
     for size, part in parts.items():
         for measure, sign in (("trace", -1), ("patterns_2", 1), ("agreement", -1)):
-            found = correlation(study, part, measure)
+            found = correlation(results, part, measure)
             within = "; ".join(
-                f"{name} batches alone {correlation(study, own, measure)}"
+                f"{name} batches alone {correlation(results, own, measure)}"
                 for name, own in part.groupby("batch", sort=False)
             )
             yield _claim(
@@ -185,8 +189,8 @@ def _traces(part: pd.DataFrame) -> str:
     return f"{number(_trace(part, LARGE))} against {number(_trace(part, SMALL))}"
 
 
-def _rescaled(study: Study) -> Iterator[Claim]:
-    for task, regime, found in study.rescalings():
+def _rescaled(results: Results) -> Iterator[Claim]:
+    for task, regime, found in results.rescalings():
         ratio, layers = rise(found), found["layer"][0].numpy()
         moved = ", ".join(
             f"{number(ratio[kind])} times with factor {factor:g} on layer {layer + 1:g}"
@@ -219,10 +223,10 @@ def rise(found: Tensors) -> Array:
     return ratio
 
 
-def _hsr(study: Study) -> Iterator[Claim]:
-    if not study.hsr:
+def _hsr(results: Results) -> Iterator[Claim]:
+    if not results.hsr:
         return
-    table = hsr_networks(study)
+    table = hsr_networks(results)
     values = {
         name: table[name].to_numpy(np.float64)
         for name in ("pair_proxy", "lambda_max", "macro_f1", "seed")
@@ -231,11 +235,12 @@ def _hsr(study: Study) -> Iterator[Claim]:
         values["pair_proxy"],
         values["lambda_max"],
         values["macro_f1"],
-        resamples=study.preset.resamples,
+        resamples=results.preset.resamples,
         clusters=values["seed"],
     )
     proxy, sharp = (
-        hsr_correlation(study, table, name, together=True) for name in ("pair_proxy", "lambda_max")
+        hsr_correlation(results, table, name, together=True)
+        for name in ("pair_proxy", "lambda_max")
     )
     yield Claim(
         7,

@@ -18,7 +18,7 @@ from lowland.studies.ensembles.training import METHODS
 from lowland.studies.illusion.claims import advantage, rise
 from lowland.studies.illusion.preset import LARGE, SMALL
 from lowland.studies.illusion.published import published
-from lowland.studies.illusion.run import Study
+from lowland.studies.illusion.run import Results
 from lowland.studies.illusion.tables import (
     ASKED,
     HSR_MEASURES,
@@ -59,15 +59,15 @@ def _label(title: str) -> str:
     return title.replace("λ_max", r"$\lambda_{\max}$")
 
 
-def figure_1(study: Study) -> Figure:
+def figure_1(results: Results) -> Figure:
     """Every correlation with its interval, and the paper's."""
-    table = networks(study)
+    table = networks(results)
     groups: list[tuple[str, list[tuple[str, Correlation, float | None]]]] = []
-    for task in study.tasks():
-        for size, part in asked(study, table, task):
+    for task in results.tasks():
+        for size, part in asked(results, table, task):
             told = published(task, size)
             lines = [
-                (measure, correlation(study, part, measure), told.rho.get(measure))
+                (measure, correlation(results, part, measure), told.rho.get(measure))
                 for measure in ASKED[task.kind]
                 if varies(part, measure)
             ]
@@ -115,21 +115,21 @@ def figure_1(study: Study) -> Figure:
     return figure
 
 
-def figure_2(study: Study) -> Figure:
+def figure_2(results: Results) -> Figure:
     """Test accuracy over the Hessian trace, the pair proxy, and the joint weakness."""
-    return _scatters(study, "pairs", ("trace", "pair_proxy", "joint"))
+    return _scatters(results, "pairs", ("trace", "pair_proxy", "joint"))
 
 
-def figure_3(study: Study) -> Figure:
+def figure_3(results: Results) -> Figure:
     """Test accuracy over the Hessian trace, the L2 norm and the free regions."""
-    return _scatters(study, "selection", ("trace", "l2_norm", "free_regions"))
+    return _scatters(results, "selection", ("trace", "l2_norm", "free_regions"))
 
 
-def _scatters(study: Study, kind: str, measures: Sequence[str]) -> Figure:
+def _scatters(results: Results, kind: str, measures: Sequence[str]) -> Figure:
     """A row of panels for each task."""
-    table = networks(study)
-    tasks = study.tasks(kind)
-    parts = {task.name: next(asked(study, table, task))[1] for task in tasks}
+    table = networks(results)
+    tasks = results.tasks(kind)
+    parts = {task.name: next(asked(results, table, task))[1] for task in tasks}
     shown = [
         measure for measure in measures if any(varies(part, measure) for part in parts.values())
     ]
@@ -140,7 +140,7 @@ def _scatters(study: Study, kind: str, measures: Sequence[str]) -> Figure:
                 if not varies(part, measure):
                     ax.set_axis_off()
                     continue
-                _cloud(ax, part, measure, str(correlation(study, part, measure)))
+                _cloud(ax, part, measure, str(correlation(results, part, measure)))
             row[0].set_ylabel(f"{task.name}\ntest accuracy, %")
     return figure
 
@@ -159,13 +159,13 @@ def _cloud(ax: Axes, part: pd.DataFrame, measure: str, title: str) -> None:
     ax.set_xlabel(_label(MEASURES[measure]))
 
 
-def figure_4(study: Study) -> Figure:
+def figure_4(results: Results) -> Figure:
     """Accuracy and Hessian trace with small and large batches over the training points."""
-    table = networks(study)
-    tasks = study.tasks("advantage")
+    table = networks(results)
+    tasks = results.tasks("advantage")
     with _panels(len(tasks), 3) as (figure, axes):
         for (left, middle, right), task in zip(axes, tasks, strict=True):
-            parts = dict(asked(study, table, task))
+            parts = dict(asked(results, table, task))
             for batch, (shade, marker) in BATCH.items():
                 for ax, column, scale in ((left, "accuracy", 100), (middle, "trace", 1)):
                     values = [
@@ -222,13 +222,13 @@ def _gains(part: pd.DataFrame) -> tuple[float, float]:
     return 100 * gain, 100 * error
 
 
-def figure_5(study: Study) -> Figure:
+def figure_5(results: Results) -> Figure:
     """Test accuracy over the Hessian trace and the ensemble agreement, both regimes."""
-    table = networks(study)
+    table = networks(results)
     rows = [
         (task, size, part)
-        for task in study.tasks("advantage")
-        for size, part in asked(study, table, task)
+        for task in results.tasks("advantage")
+        for size, part in asked(results, table, task)
     ]
     measures = ("trace", "patterns_2", "agreement")
     with _panels(len(rows), len(measures)) as (figure, axes):
@@ -246,7 +246,7 @@ def figure_5(study: Study) -> Figure:
                         markeredgewidth=0,
                         label=f"{batch} batches",
                     )
-                ax.set_title(str(correlation(study, part, measure)), fontsize=9)
+                ax.set_title(str(correlation(results, part, measure)), fontsize=9)
                 ax.set_xlabel(_label(MEASURES[measure]))
             row[0].set_ylabel(f"{task.name}, n = {size:,}\ntest accuracy, %")
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -254,10 +254,10 @@ def figure_5(study: Study) -> Figure:
     return figure
 
 
-def figure_6(study: Study) -> Figure:
+def figure_6(results: Results) -> Figure:
     """The Hessian trace under rescalings, and what they leave alone."""
-    with _panels(1, len(study.rescaled)) as (figure, axes):
-        for ax, (task, regime, found) in zip(axes[0], study.rescalings(), strict=False):
+    with _panels(1, len(results.rescaled)) as (figure, axes):
+        for ax, (task, regime, found) in zip(axes[0], results.rescalings(), strict=False):
             layers, factors = (found[key][0].numpy() for key in ("layer", "factor"))
             ratio = rise(found)
             for layer, marker in ((0, "o"), (1, "s")):
@@ -301,13 +301,13 @@ def figure_6(study: Study) -> Figure:
     return figure
 
 
-def figure_7(study: Study) -> Figure:
+def figure_7(results: Results) -> Figure:
     """Test F1 of the HSR study's networks over sharpness and over weakness."""
     measures = ("lambda_max", "pair_proxy", "free_regions")
-    with _panels(min(1, len(study.hsr)), len(measures)) as (figure, axes):
-        table = hsr_networks(study)
+    with _panels(min(1, len(results.hsr)), len(measures)) as (figure, axes):
+        table = hsr_networks(results)
         for ax, measure in zip(axes[0], measures, strict=True):
-            for kind, method in study.hsr:
+            for kind, method in results.hsr:
                 own = table[(table["kind"] == kind) & (table["method"] == method)]
                 ax.plot(
                     own[measure],
@@ -318,7 +318,7 @@ def figure_7(study: Study) -> Figure:
                     alpha=0.8,
                     markerfacecolor=METHOD_COLORS[method] if kind == "sharp" else "none",
                 )
-            ax.set_title(str(hsr_correlation(study, table, measure, together=True)), fontsize=9)
+            ax.set_title(str(hsr_correlation(results, table, measure, together=True)), fontsize=9)
             ax.set_xlabel(_label(HSR_MEASURES[measure]))
             if measure == "lambda_max":
                 ax.set_xscale("log")

@@ -11,7 +11,7 @@ from scipy import stats
 from lowland.studies.illusion.claims import advantage, rise
 from lowland.studies.illusion.preset import LARGE, SMALL, Task
 from lowland.studies.illusion.published import published
-from lowland.studies.illusion.run import Study
+from lowland.studies.illusion.run import Results
 from lowland.studies.illusion.tables import (
     ASKED,
     HSR_MEASURES,
@@ -29,47 +29,48 @@ from lowland.studies.reporting.reproduction import Listing
 BRACKETS = "In brackets the middle 95 % of bootstrap samples of networks."
 
 
-def listings(study: Study) -> list[Listing]:
+def listings(results: Results) -> list[Listing]:
     """One for each task, then the rescalings, then the HSR study's networks."""
-    table = networks(study)
+    table = networks(results)
     found = [
-        *(_correlations(study, table, task) for kind in ASKED for task in study.tasks(kind)),
-        *(_advantage(study, table, task) for task in study.tasks("advantage")),
-        *_rescalings(study),
+        *(_correlations(results, table, task) for kind in ASKED for task in results.tasks(kind)),
+        *(_advantage(results, table, task) for task in results.tasks("advantage")),
+        *_rescalings(results),
     ]
-    return [*found, _hsr(study)] if study.hsr else found
+    return [*found, _hsr(results)] if results.hsr else found
 
 
-def _correlations(study: Study, table: pd.DataFrame, task: Task) -> Listing:
+def _correlations(results: Results, table: pd.DataFrame, task: Task) -> Listing:
     rows = []
-    for size, part in asked(study, table, task):
+    for size, part in asked(results, table, task):
         told = published(task, size)
         for measure in ASKED[task.kind]:
             if varies(part, measure):
                 place = [f"{size:,}"] if len(task.sizes) > 1 else []
-                ours = str(correlation(study, part, measure))
+                ours = str(correlation(results, part, measure))
                 rows.append((MEASURES[measure], *place, ours, told.of(measure)))
     header = ["measure", *(["n"] if len(task.sizes) > 1 else []), "with test accuracy", "published"]
     if not any(row[-1] for row in rows):
         rows, header = [row[:-1] for row in rows], header[:-1]
     return Listing(
-        f"{task.name}: {study.titles[task.name]}",
-        f"Spearman's rank correlation with test accuracy. {BRACKETS} {_facts(study, table, task)}",
+        f"{task.name}: {results.titles[task.name]}",
+        f"Spearman's rank correlation with test accuracy. {BRACKETS} "
+        f"{_facts(results, table, task)}",
         header,
         rows,
     )
 
 
-def _facts(study: Study, table: pd.DataFrame, task: Task) -> str:
+def _facts(results: Results, table: pd.DataFrame, task: Task) -> str:
     """What the networks are, in sentences."""
     own = table[table["task"] == task.name]
-    learnt = int((own["learnt"] >= study.preset.enough).sum())
+    learnt = int((own["learnt"] >= results.preset.enough).sum())
     units = "-".join(map(str, task.hidden))
     facts = (
         f"{len(own)} networks with {units} hidden units, {learnt} of which learnt all of their "
         "training points"
     )
-    compared = own[own["learnt"] >= study.preset.enough] if task.kind == "pairs" else own
+    compared = own[own["learnt"] >= results.preset.enough] if task.kind == "pairs" else own
     if not len(compared):
         return f"{facts}: nothing can be compared."
     right, trace = 100 * compared["accuracy"], compared["trace"]
@@ -93,9 +94,9 @@ def _facts(study: Study, table: pd.DataFrame, task: Task) -> str:
     return facts
 
 
-def _advantage(study: Study, table: pd.DataFrame, task: Task) -> Listing:
+def _advantage(results: Results, table: pd.DataFrame, task: Task) -> Listing:
     rows = []
-    for size, part in asked(study, table, task):
+    for size, part in asked(results, table, task):
         told = published(task, size)
         sides = [part[part["batch"] == name] for name in (SMALL, LARGE)]
         gain, error, _ = advantage(part)
@@ -131,8 +132,8 @@ def _slash(values: tuple[float, ...]) -> str:
     return " / ".join(f"{value:g}" for value in values)
 
 
-def _rescalings(study: Study) -> Iterator[Listing]:
-    for task, regime, found in study.rescalings():
+def _rescalings(results: Results) -> Iterator[Listing]:
+    for task, regime, found in results.rescalings():
         rows = []
         trace = found["trace"].numpy()
         for kind, ratio in enumerate(rise(found)):
@@ -163,16 +164,16 @@ def _rescalings(study: Study) -> Iterator[Listing]:
         )
 
 
-def _hsr(study: Study) -> Listing:
-    table = hsr_networks(study)
+def _hsr(results: Results) -> Listing:
+    table = hsr_networks(results)
     methods = list(dict.fromkeys(table["method"]))
     rows = []
     for measure, title in HSR_MEASURES.items():
         each = [
-            hsr_correlation(study, table[table["method"] == method], measure, together=False)
+            hsr_correlation(results, table[table["method"] == method], measure, together=False)
             for method in methods
         ]
-        whole = hsr_correlation(study, table, measure, together=True)
+        whole = hsr_correlation(results, table, measure, together=True)
         rows.append((title, *map(str, (whole, *each))))
     return Listing(
         "The HSR study's networks: sharpness, weakness, and test F1",
@@ -180,7 +181,7 @@ def _hsr(study: Study) -> Listing:
         f"from sharp and flat seeds. {BRACKETS} Networks from one seed by several methods hang "
         "together: of all of them seeds are drawn, and there is no p-value. The classes overlap, "
         "so that the pair proxy is that of the labels which the network itself gives to its "
-        f"training points, over {study.preset.hsr_unseen:,} test points.",
+        f"training points, over {results.preset.hsr_unseen:,} test points.",
         ("measure", "all", *methods),
         rows,
     )

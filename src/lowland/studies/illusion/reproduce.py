@@ -8,43 +8,45 @@ from contextlib import suppress
 from lowland.studies.illusion.claims import judge
 from lowland.studies.illusion.figures import FIGURES, NothingToDrawError
 from lowland.studies.illusion.listings import listings
-from lowland.studies.illusion.preset import PACKAGE, load_preset
-from lowland.studies.illusion.run import STAGES, Study, run_study
+from lowland.studies.illusion.preset import load_preset
+from lowland.studies.illusion.run import STAGES, Results, run_study
 from lowland.studies.illusion.tables import tables
-from lowland.studies.reporting.reproduction import Drawing, Paper, Reproduction, drawing
+from lowland.studies.reporting.reproduction import Drawing, Experiment, Reproduction, drawing
 
 
-def reproduction(study: Study, *, settings: str, command: str) -> Reproduction:
+def reproduction(results: Results, *, settings: str, command: str) -> Reproduction:
     """All of it.
 
     Args:
-        study: With every stage.
+        results: Of every stage.
         settings: The preset's text.
         command: What repeats the run.
     """
-    count = sum(task.seeds * len(study.preset.regimes(task)) for task in study.tasks())
-    left_out = f" Left out for want of files: {', '.join(study.skipped)}." if study.skipped else ""
-    theirs = sum(len(part["seed"]) for part in study.hsr.values())
+    count = sum(task.seeds * len(results.preset.regimes(task)) for task in results.tasks())
+    left_out = (
+        f" Left out for want of files: {', '.join(results.skipped)}." if results.skipped else ""
+    )
+    theirs = sum(len(part["seed"]) for part in results.hsr.values())
     joined = f", and {theirs} of the HSR study" if theirs else ""
     return Reproduction(
         "Are flat minima an illusion? Reproduced",
         f"Sharpness against weakness as what tells which network is right on new points: {count:,} "
-        f"networks on {'; '.join(dict.fromkeys(study.titles.values()))}{joined}. The claims are "
+        f"networks on {'; '.join(dict.fromkeys(results.titles.values()))}{joined}. The claims are "
         f"those of arXiv:2605.05209.{left_out}",
-        list(_drawings(study)),
-        judge(study),
-        tables(study),
+        list(_drawings(results)),
+        judge(results),
+        tables(results),
         settings,
         command,
-        listings(study),
+        listings(results),
     )
 
 
-def _drawings(study: Study) -> Iterator[Drawing]:
+def _drawings(results: Results) -> Iterator[Drawing]:
     """Those of which the run has networks."""
     for figure in FIGURES.values():
         with suppress(NothingToDrawError):
-            yield drawing(figure, study)
+            yield drawing(figure, results)
 
 
-PAPER = Paper("illusion", PACKAGE, load_preset, STAGES, run_study, FIGURES, reproduction)
+EXPERIMENT = Experiment(load_preset, STAGES, run_study, FIGURES, reproduction)

@@ -18,8 +18,8 @@ from lowland.studies.illusion import pieces
 from lowland.studies.illusion.pieces import LastLayer
 from lowland.studies.illusion.preset import SMALL, Preset, Regime, Task
 from lowland.studies.illusion.tasks import points, title
-from lowland.studies.reporting.reproduction import Progress, run_stage
 from lowland.studies.runs.jobs import Pieces, Store, Tensors
+from lowland.studies.runs.stages import Progress, run_stage
 
 STAGES = ("pairs", "joint", "selection", "advantage", "rescaling", "hsr")
 """What can be run by itself; each trains the networks that it needs."""
@@ -28,7 +28,7 @@ _NEEDS = {"joint": "pairs", "rescaling": "advantage"}
 
 
 @dataclass(frozen=True)
-class Study:
+class Results:
     """Everything the figures and the claims are made of; empty where a stage was not run.
 
     Attributes:
@@ -77,7 +77,7 @@ def run_study(
     stages: Collection[str] = STAGES,
     executor: Executor | None = None,
     on_progress: Progress | None = None,
-) -> Study:
+) -> Results:
     """Run what is missing from the store, and load all of it.
 
     Args:
@@ -96,7 +96,7 @@ def run_study(
     kinds = {_NEEDS.get(stage, stage) for stage in stages}
     tasks, skipped = available([task for task in preset.tasks if task.kind in kinds], source)
     run = partial(run_stage, store=store, executor=executor, on_progress=on_progress)
-    study = Study(
+    results = Results(
         preset,
         {task.name: title(task, source) for task in tasks},
         skipped,
@@ -104,23 +104,23 @@ def run_study(
     )
     if tasks:
         done = run("training networks", _training_pieces(preset, tasks, source))
-        study = replace(study, trained=_by_regime(preset, tasks, done))
+        results = replace(results, trained=_by_regime(preset, tasks, done))
     rest: dict[str, Callable[[], Tensors]] = {}
     if "rescaling" in stages:
-        rest |= _rescaling_pieces(study, source)
+        rest |= _rescaling_pieces(results, source)
     if "joint" in stages:
-        rest |= _joint_pieces(study, source)
+        rest |= _joint_pieces(results, source)
     if "pairs" in stages:
-        rest |= _pair_pieces(study, source)
+        rest |= _pair_pieces(results, source)
     found = run("measuring networks", rest) if rest else {}
-    study = replace(
-        study,
-        pairs=_by_network(study, found, "pairs"),
-        joint=_by_network(study, found, "joint"),
-        rescaled=_rescaled(study, found),
+    results = replace(
+        results,
+        pairs=_by_network(results, found, "pairs"),
+        joint=_by_network(results, found, "joint"),
+        rescaled=_rescaled(results, found),
     )
     if "hsr" not in stages or not preset.hsr:
-        return study
+        return results
     theirs = load_hsr(preset.hsr)
     controlled = run_hsr(
         theirs, store, stages=["control"], executor=executor, on_progress=on_progress
@@ -130,7 +130,7 @@ def run_study(
         for (kind, method), networks in controlled.items()
     }
     found = run("measuring HSR's networks", work)
-    return replace(study, hsr={key: found[f"hsr/{'-'.join(key)}"] for key in controlled})
+    return replace(results, hsr={key: found[f"hsr/{'-'.join(key)}"] for key in controlled})
 
 
 def _training_pieces(preset: Preset, tasks: list[Task], source: Source) -> Pieces:
@@ -165,17 +165,17 @@ def _by_regime(preset: Preset, tasks: list[Task], done: dict[str, Tensors]) -> d
     return found
 
 
-def _learnt(study: Study, task: Task) -> list[int]:
+def _learnt(results: Results, task: Task) -> list[int]:
     """The networks of a task with pair proxies that learnt their points."""
-    (regime,) = study.preset.regimes(task)
-    enough = study.trained[regime.name]["learnt"] >= study.preset.enough
+    (regime,) = results.preset.regimes(task)
+    enough = results.trained[regime.name]["learnt"] >= results.preset.enough
     return enough.nonzero().flatten().tolist()
 
 
-def _last_layer(study: Study, task: Task, index: int, unseen: int, source: Source) -> LastLayer:
-    (regime,) = study.preset.regimes(task)
+def _last_layer(results: Results, task: Task, index: int, unseen: int, source: Source) -> LastLayer:
+    (regime,) = results.preset.regimes(task)
     data = points(task, regime.size, source)
-    networks = study.trained[regime.name]
+    networks = results.trained[regime.name]
     return LastLayer(
         networks["features_train"][index].clone(),
         data.y_train[0],
@@ -184,35 +184,35 @@ def _last_layer(study: Study, task: Task, index: int, unseen: int, source: Sourc
     )
 
 
-def _pair_pieces(study: Study, source: Source) -> Pieces:
+def _pair_pieces(results: Results, source: Source) -> Pieces:
     return {
         f"pairs/{task.name}/{index:04d}": partial(
-            pieces.pairs, _last_layer(study, task, index, task.unseen, source)
+            pieces.pairs, _last_layer(results, task, index, task.unseen, source)
         )
-        for task in study.tasks("pairs")
-        for index in _learnt(study, task)
+        for task in results.tasks("pairs")
+        for index in _learnt(results, task)
     }
 
 
-def _joint_pieces(study: Study, source: Source) -> Pieces:
+def _joint_pieces(results: Results, source: Source) -> Pieces:
     return {
         f"joint/{task.name}/{index:04d}": partial(
             pieces.joint,
-            study.preset,
-            _last_layer(study, task, index, task.joint_unseen, source),
+            results.preset,
+            _last_layer(results, task, index, task.joint_unseen, source),
             index,
         )
-        for task in study.tasks("pairs")
+        for task in results.tasks("pairs")
         if task.joint_unseen
-        for index in _learnt(study, task)
+        for index in _learnt(results, task)
         if index < task.joint_networks
     }
 
 
-def _by_network(study: Study, found: dict[str, Tensors], kind: str) -> dict[str, Tensors]:
+def _by_network(results: Results, found: dict[str, Tensors], kind: str) -> dict[str, Tensors]:
     """What was found of a task's networks; NaN where nothing was looked for."""
     tables = {}
-    for task in study.tasks("pairs"):
+    for task in results.tasks("pairs"):
         prefix = f"{kind}/{task.name}/"
         own = {
             int(n.removeprefix(prefix)): part for n, part in found.items() if n.startswith(prefix)
@@ -231,11 +231,11 @@ def _rescaling_regimes(preset: Preset, task: Task) -> list[Regime]:
     return [regime for regime in preset.regimes(task) if wanted and regime.batch == SMALL]
 
 
-def _rescaling_pieces(study: Study, source: Source) -> Pieces:
+def _rescaling_pieces(results: Results, source: Source) -> Pieces:
     work = {}
-    for task in study.tasks("advantage"):
-        for regime in _rescaling_regimes(study.preset, task):
-            found = study.trained[regime.name]
+    for task in results.tasks("advantage"):
+        for regime in _rescaling_regimes(results.preset, task):
+            found = results.trained[regime.name]
             layers = [found[f"weights_{place}"] for place in range(len(task.hidden) + 1)]
             for index in range(len(layers[0])):
                 one = tuple(layer[index : index + 1].clone() for layer in layers)
@@ -245,10 +245,10 @@ def _rescaling_pieces(study: Study, source: Source) -> Pieces:
     return work
 
 
-def _rescaled(study: Study, found: dict[str, Tensors]) -> dict[str, Tensors]:
+def _rescaled(results: Results, found: dict[str, Tensors]) -> dict[str, Tensors]:
     tables = {}
-    for task in study.tasks("advantage"):
-        for regime in _rescaling_regimes(study.preset, task):
+    for task in results.tasks("advantage"):
+        for regime in _rescaling_regimes(results.preset, task):
             prefix = f"rescaling/{regime.name}/"
             parts = [part for name, part in found.items() if name.startswith(prefix)]
             if parts:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from lowland.studies.illusion.preset import LARGE, SMALL, Task
-from lowland.studies.illusion.run import Study
+from lowland.studies.illusion.run import Results
 from lowland.studies.reporting.correlation import Correlation, spearman
 from lowland.studies.runs.jobs import Tensors
 from lowland.weakness import ensemble_agreement
@@ -52,15 +52,15 @@ HSR_MEASURES = {
 _PARTS = ("weights_", "features_", "predictions")
 
 
-def networks(study: Study) -> pd.DataFrame:
+def networks(results: Results) -> pd.DataFrame:
     """One row a network: where it belongs, what it got right, and every measure."""
     rows = []
-    for task in study.tasks():
-        agreement = _agreement(study, task)
-        for regime in study.preset.regimes(task):
-            found = study.trained[regime.name]
+    for task in results.tasks():
+        agreement = _agreement(results, task)
+        for regime in results.preset.regimes(task):
+            found = results.trained[regime.name]
             values = {k: v.numpy() for k, v in found.items() if not k.startswith(_PARTS)}
-            extra = study.joint.get(task.name, {})
+            extra = results.joint.get(task.name, {})
             values |= {
                 name: extra[key].numpy()
                 for name, key in (
@@ -69,7 +69,7 @@ def networks(study: Study) -> pd.DataFrame:
                 )
                 if extra
             }
-            pairs = study.pairs.get(task.name)
+            pairs = results.pairs.get(task.name)
             if pairs:
                 values["pair_proxy"] = pairs["count"].numpy()
                 values["undecided"] = pairs["undecided"].numpy()
@@ -88,19 +88,19 @@ def networks(study: Study) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
-def _agreement(study: Study, task: Task) -> dict[str, np.ndarray]:
+def _agreement(results: Results, task: Task) -> dict[str, np.ndarray]:
     """Of each network with all others of its size, whatever their batch."""
     found = {}
     for size in task.sizes:
-        regimes = [regime for regime in study.preset.regimes(task) if regime.size == size]
-        classes = torch.cat([study.trained[regime.name]["predictions"] for regime in regimes])
-        values = ensemble_agreement(classes.long(), study.labels[task.name]).numpy()
+        regimes = [regime for regime in results.preset.regimes(task) if regime.size == size]
+        classes = torch.cat([results.trained[regime.name]["predictions"] for regime in regimes])
+        values = ensemble_agreement(classes.long(), results.labels[task.name]).numpy()
         for regime, part in zip(regimes, np.split(values, len(regimes)), strict=True):
             found[regime.name] = part
     return found
 
 
-def asked(study: Study, table: pd.DataFrame, task: Task) -> Iterator[tuple[int, pd.DataFrame]]:
+def asked(results: Results, table: pd.DataFrame, task: Task) -> Iterator[tuple[int, pd.DataFrame]]:
     """The networks of each size that are compared.
 
     A pair proxy is one of networks that learnt their points; the other measures of that task are
@@ -108,7 +108,7 @@ def asked(study: Study, table: pd.DataFrame, task: Task) -> Iterator[tuple[int, 
     """
     own = table[table["task"] == task.name]
     if task.kind == "pairs":
-        own = own[own["learnt"] >= study.preset.enough]
+        own = own[own["learnt"] >= results.preset.enough]
     for size in task.sizes:
         yield size, own[own["size"] == size]
 
@@ -118,33 +118,33 @@ def varies(part: pd.DataFrame, measure: str) -> bool:
     return measure in part and bool(part[measure].max() > part[measure].min())
 
 
-def correlations(study: Study) -> pd.DataFrame:
+def correlations(results: Results) -> pd.DataFrame:
     """One row for each measure of a task, a size and a regime: its correlation with accuracy."""
-    table, rows = networks(study), []
-    for task in study.tasks():
-        for size, part in asked(study, table, task):
+    table, rows = networks(results), []
+    for task in results.tasks():
+        for size, part in asked(results, table, task):
             groups = {"all": part}
             if task.large_batch:
                 groups |= {name: part[part["batch"] == name] for name in (SMALL, LARGE)}
             for batch, group in groups.items():
                 for measure in ASKED[task.kind]:
                     if varies(group, measure):
-                        found = correlation(study, group, measure)
+                        found = correlation(results, group, measure)
                         key = {"task": task.name, "size": size, "batch": batch}
                         rows.append({**key, "measure": measure, **vars(found)})
     return pd.DataFrame(rows)
 
 
-def correlation(study: Study, group: pd.DataFrame, measure: str) -> Correlation:
+def correlation(results: Results, group: pd.DataFrame, measure: str) -> Correlation:
     """Of a measure and the test accuracy."""
     x, y = (group[name].to_numpy(np.float64) for name in (measure, "accuracy"))
-    return spearman(x, y, resamples=study.preset.resamples)
+    return spearman(x, y, resamples=results.preset.resamples)
 
 
-def rescalings(study: Study) -> pd.DataFrame:
+def rescalings(results: Results) -> pd.DataFrame:
     """One row for each network and rescaling."""
     rows = []
-    for task, regime, found in study.rescalings():
+    for task, regime, found in results.rescalings():
         count, kinds = found["factor"].shape
         rows.append(
             pd.DataFrame(
@@ -159,9 +159,9 @@ def rescalings(study: Study) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
-def hsr_networks(study: Study) -> pd.DataFrame:
+def hsr_networks(results: Results) -> pd.DataFrame:
     """One row for each network of the HSR study."""
-    return pd.concat([_hsr(*key, part) for key, part in study.hsr.items()], ignore_index=True)
+    return pd.concat([_hsr(*key, part) for key, part in results.hsr.items()], ignore_index=True)
 
 
 def _hsr(kind: str, method: str, part: Tensors) -> pd.DataFrame:
@@ -170,35 +170,35 @@ def _hsr(kind: str, method: str, part: Tensors) -> pd.DataFrame:
     )
 
 
-def hsr_correlations(study: Study) -> pd.DataFrame:
+def hsr_correlations(results: Results) -> pd.DataFrame:
     """One row for each measure and method of the HSR study: its correlation with the test F1.
 
     Networks of one seed under several methods hang together: of all of them there is an interval,
     which draws seeds, and no p-value.
     """
-    table, rows = hsr_networks(study), []
+    table, rows = hsr_networks(results), []
     groups = {"all": table, **{str(name): own for name, own in table.groupby("method", sort=False)}}
     for method, group in groups.items():
         for measure in HSR_MEASURES:
-            found = hsr_correlation(study, group, measure, together=method == "all")
+            found = hsr_correlation(results, group, measure, together=method == "all")
             rows.append({"method": method, "measure": measure, **vars(found)})
     return pd.DataFrame(rows)
 
 
 def hsr_correlation(
-    study: Study, group: pd.DataFrame, measure: str, *, together: bool
+    results: Results, group: pd.DataFrame, measure: str, *, together: bool
 ) -> Correlation:
     """Of a measure and the test F1."""
     x, y, seeds = (group[name].to_numpy(np.float64) for name in (measure, "macro_f1", "seed"))
     clusters = seeds if together else None
-    return spearman(x, y, resamples=study.preset.resamples, clusters=clusters)
+    return spearman(x, y, resamples=results.preset.resamples, clusters=clusters)
 
 
-def tables(study: Study) -> dict[str, pd.DataFrame]:
+def tables(results: Results) -> dict[str, pd.DataFrame]:
     """Everything, by name: ``networks``, ``correlations``, ``rescalings``, ``hsr``..."""
-    result = {"networks": networks(study), "correlations": correlations(study)}
-    if study.rescaled:
-        result["rescalings"] = rescalings(study)
-    if study.hsr:
-        result |= {"hsr": hsr_networks(study), "hsr_correlations": hsr_correlations(study)}
+    result = {"networks": networks(results), "correlations": correlations(results)}
+    if results.rescaled:
+        result["rescalings"] = rescalings(results)
+    if results.hsr:
+        result |= {"hsr": hsr_networks(results), "hsr_correlations": hsr_correlations(results)}
     return result

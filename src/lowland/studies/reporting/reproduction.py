@@ -12,11 +12,9 @@ from matplotlib.figure import Figure
 
 from lowland.studies.reporting.pages import data_uri, render
 from lowland.studies.reporting.plots import render as render_figure
-from lowland.studies.runs.jobs import Pieces, Store, Tensors, run_pieces
+from lowland.studies.runs.jobs import Store
+from lowland.studies.runs.stages import Progress
 from lowland.threads import threads
-
-Progress = Callable[[str, int, int], None]
-"""Called with the title of a stage, and how many of its pieces are done and in all."""
 
 
 @dataclass(frozen=True)
@@ -238,27 +236,24 @@ class Runner(Protocol):
 
 @runtime_checkable
 class Report(Protocol):
-    """What makes a finished study a reproduction."""
+    """What makes the results of all stages a reproduction."""
 
-    def __call__(self, study: Any, *, settings: str, command: str) -> Reproduction: ...  # noqa: D102
+    def __call__(self, results: Any, *, settings: str, command: str) -> Reproduction: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
-class Paper:
-    """A paper's study, as the command line runs it.
+class Experiment:
+    """How a study runs, and what it shows.
 
     Attributes:
-        name: On the command line, and of its runs' folders.
-        package: Where its presets are.
         load: A preset by name or path; it has a ``to_dict()`` of what decides the results.
         stages: Everything that can be run.
-        run: Runs them.
-        figures: Its figures, by number.
+        run: Runs them. Where its results have a dictionary ``skipped``, these are tasks that could
+            not be run, and why.
+        figures: By number.
         report: Makes a run of all stages a reproduction.
     """
 
-    name: str
-    package: str
     load: Callable[[str], Any]
     stages: Collection[str]
     run: Runner
@@ -270,31 +265,8 @@ class Paper:
         return {stage for number in numbers for stage in self.figures[number].stage.split()}
 
 
-def drawing(figure: StudyFigure, study: object) -> Drawing:
+def drawing(figure: StudyFigure, results: object) -> Drawing:
     """A figure of a study's results, drawn."""
     with threads(1):
-        svg = render_figure(figure.draw(study), "svg")
+        svg = render_figure(figure.draw(results), "svg")
     return Drawing(figure.number, figure.title, figure.caption, svg)
-
-
-def run_stage(
-    title: str,
-    pieces: Pieces,
-    store: Store,
-    *,
-    executor: Executor | None,
-    on_progress: Progress | None,
-) -> dict[str, Tensors]:
-    """Compute what is missing of a stage's pieces, and load them all.
-
-    Raises:
-        JobError: If a worker process died.
-    """
-
-    def on_done(done: int) -> None:
-        if on_progress is not None:
-            on_progress(title, done, len(pieces))
-
-    if pieces:
-        run_pieces(pieces, store, executor=executor, on_done=on_done)
-    return {piece: store.load(piece) for piece in pieces}

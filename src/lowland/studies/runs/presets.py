@@ -40,6 +40,12 @@ class Rules:
     empty: tuple[str, ...] = ()
 
 
+def preset_names(package: str) -> list[str]:
+    """The presets that a study has, by the names of their files."""
+    found = (files(package) / "presets").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in found if file.name.endswith(".toml"))
+
+
 def preset_text(package: str, name: str) -> str:
     """The TOML text of a study's preset, with the reasons for its values.
 
@@ -53,7 +59,10 @@ def preset_text(package: str, name: str) -> str:
     known = files(package) / "presets" / f"{name}.toml"
     source = known if known.is_file() else Path(name)
     if not source.is_file():
-        raise PresetError(f"unknown preset {name!r}: expected 'quick', 'paper' or a TOML file")
+        raise PresetError(
+            f"unknown preset {name!r}: expected {', '.join(map(repr, preset_names(package)))} or a "
+            "TOML file"
+        )
     try:
         return source.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -70,6 +79,21 @@ def parse(text: str, name: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PresetError(f"{name!r} is not a TOML file: {error}") from None
+
+
+def load_settings(package: str, name: str, kind: type[T], rules: Rules) -> T:
+    """A preset without tasks.
+
+    Args:
+        package: Where the study's folder of presets is.
+        name: One of these, or the path of another TOML file.
+        kind: The dataclass of its settings.
+        rules: What their values must be.
+
+    Raises:
+        PresetError: If there is no such preset, or its settings are not those of ``kind``.
+    """
+    return kind(**check(parse(preset_text(package, name), name), kind, rules, repr(name)))
 
 
 def load_tasks(

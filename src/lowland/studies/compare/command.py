@@ -17,10 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lowland.activations import ACTIVATIONS
-from lowland.cli.common import check_own_folder, one_line_errors, require
 from lowland.errors import UserError
 from lowland.studies.compare.settings import DEFAULT_DATA, DEFAULTS, Settings
 from lowland.studies.ensembles.training import METHODS, Method, Schedule
+from lowland.studies.runs.console import check_own_folder, one_line_errors, require
 from lowland.studies.runs.output import check_writable, publish
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _defaults(show: Callable[[Settings], object]) -> str:
     return "; ".join([values[first], *own])
 
 
-def compare(  # noqa: PLR0917 - typer fills in every one by name
+def command(  # noqa: PLR0917 - typer fills in every one by name
     table: Annotated[
         Path | None,
         typer.Argument(
@@ -134,10 +134,7 @@ def compare(  # noqa: PLR0917 - typer fills in every one by name
         Path, typer.Option(metavar="DIR", help="Folder for the page, tables and figures.")
     ] = Path("lowland-results/compare"),
 ) -> None:
-    """Train on real data with and without curvature control, and compare.
-
-    Writes a page (index.html), tables (CSV) and figures (PNG, SVG).
-    """
+    """Compare, with settings from the command line; writes a page, tables and figures."""
     with one_line_errors("nothing was written"):
         if data is not None and data not in DEFAULTS:
             raise UserError(
@@ -293,8 +290,8 @@ def spell_out(settings: Settings, source: Sequence[str], out: Path) -> str:
 
 def _files(comparison: Comparison, command: str) -> dict[str, bytes]:
     """Everything to write, by file name; the page last."""
-    from lowland.studies.compare import report  # noqa: PLC0415 - as in compare
-    from lowland.studies.reporting import plots  # noqa: PLC0415 - as in compare
+    from lowland.studies.compare import report  # noqa: PLC0415 - as in command
+    from lowland.studies.reporting import plots  # noqa: PLC0415 - as in command
 
     networks, history = comparison.networks, comparison.history
     active_steps = comparison.settings.schedule.active_steps
@@ -317,7 +314,7 @@ def _files(comparison: Comparison, command: str) -> dict[str, bytes]:
 
 def _show(comparison: Comparison) -> None:
     """The table and what it says, in the terminal."""
-    from lowland.studies.compare import report  # noqa: PLC0415 - as in compare
+    from lowland.studies.compare import report  # noqa: PLC0415 - as in command
 
     view = Table(box=SIMPLE_HEAD, title=comparison.dataset.name, pad_edge=False)
     view.add_column("", no_wrap=True)

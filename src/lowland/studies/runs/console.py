@@ -1,4 +1,4 @@
-"""What every command does alike."""
+"""What every command does alike: progress, refusals, and errors in one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from rich.progress import (
 )
 
 from lowland.errors import UserError
-from lowland.studies.ensembles.training import DivergenceError
 
 
 @contextmanager
@@ -30,12 +29,10 @@ def one_line_errors(state: str) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"Stopped; {state}.", err=True)
         raise typer.Exit(130) from None
-    except DivergenceError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+        # What was asked for was in order where only the numbers left their range.
+        raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
 
 
 def require(met: bool, option: str, expected: str, got: float) -> None:  # noqa: FBT001

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from scipy import stats
 
-from lowland.experiments.hsr.control import control
-from lowland.experiments.hsr.preset import Preset, load_preset
-from lowland.experiments.hsr.search import distinct_points, search, select
+from lowland.studies.hsr.control import control
+from lowland.studies.hsr.preset import Preset, load_preset
+from lowland.studies.hsr.search import distinct_points, search, select
 
 PUBLISHED_CONVERGED, PUBLISHED_DISTINCT = 0.933, 0.402
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from page import keep
 
-from lowland.experiments.illusion.preset import load_preset
-from lowland.experiments.illusion.run import run_study
-from lowland.images import data_folder
-from lowland.jobs import Store
-from lowland.workers import workers
+from lowland.studies.data.images import data_folder
+from lowland.studies.illusion.preset import load_preset
+from lowland.studies.illusion.run import run_study
+from lowland.studies.runs.jobs import Store
+from lowland.studies.runs.workers import workers
 
 PROCESSES = 2
 TRAINED, MEASURED = 60, 600  # seconds that are to be kept

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lowland import _moved
+
 if TYPE_CHECKING:
     from lowland import exact, weakness
     from lowland.auditing import Audit, audit
@@ -51,6 +53,8 @@ __all__ = [
     "spectrum",
     "weakness",
 ]
+
+_moved.install()
 
 
 def __getattr__(name: str) -> object:

@@ -18,7 +18,7 @@ def main() -> None:
         # λ and ± where the terminal or the file has no such letters: "?", not an error.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        from lowland.cli import app  # noqa: PLC0415 - the library itself must not need the extra
+        from lowland.cli.app import app  # noqa: PLC0415 - the library itself must not need the extra
     except ModuleNotFoundError as error:
         sys.exit(
             f"Error: lowland's command line needs the package {error.name!r}; install it with "

@@ -31,7 +31,7 @@ def draw(audit: Audit) -> Figure:
         import matplotlib as mpl  # noqa: PLC0415 - optional
         from matplotlib.figure import Figure  # noqa: PLC0415 - optional
 
-        from lowland.plots import STYLE, plain_log_ticks  # noqa: PLC0415 - optional
+        from lowland.studies.reporting.plots import STYLE, plain_log_ticks  # noqa: PLC0415 - optional
     except ImportError as error:
         raise ImportError(f"plot needs matplotlib ({error}): pip install 'lowland[cli]'") from error
     with mpl.rc_context(STYLE):
@@ -52,7 +52,7 @@ def draw(audit: Audit) -> Figure:
 
 def _draw_scales(audit: Audit, ax: Axes) -> None:
     """Sharpness and norms, each relative to its value at factor 1."""
-    from lowland.plots import plain_log_ticks  # noqa: PLC0415 - optional
+    from lowland.studies.reporting.plots import plain_log_ticks  # noqa: PLC0415 - optional
 
     ax.axhline(1, color=_INK, linewidth=0.8)
     drawn = []

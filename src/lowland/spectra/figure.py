@@ -25,7 +25,7 @@ def draw(spectrum: Spectrum, ax: Axes | None) -> Axes:
         import matplotlib as mpl  # noqa: PLC0415 - optional
         from matplotlib import pyplot as plt  # noqa: PLC0415 - optional
 
-        from lowland.plots import STYLE  # noqa: PLC0415 - optional
+        from lowland.studies.reporting.plots import STYLE  # noqa: PLC0415 - optional
     except ImportError as error:
         raise ImportError(f"plot needs matplotlib ({error}): pip install 'lowland[cli]'") from error
     with mpl.rc_context(STYLE):

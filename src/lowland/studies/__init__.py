@@ -1,0 +1,1 @@
+"""Studies of trained networks: what serves them all, and a folder for each."""

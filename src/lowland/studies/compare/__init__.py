@@ -1,0 +1,1 @@
+"""Networks trained with and without each penalty, and what comes out."""

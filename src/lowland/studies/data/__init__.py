@@ -1,0 +1,1 @@
+"""The data of studies: carried by packages, or read from local files."""

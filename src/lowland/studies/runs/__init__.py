@@ -1,0 +1,1 @@
+"""Long runs: what they are told, who computes them, and where results are kept."""

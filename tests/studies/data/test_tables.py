@@ -1,0 +1,262 @@
+import numpy as np
+import pytest
+import torch
+
+from lowland.studies.data.tables import (
+    DataError,
+    breast_cancer,
+    digits,
+    read_csv,
+    stratified_splits,
+)
+
+
+def write(tmp_path, text, name="table.csv"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_breast_cancer_is_the_table_of_569_patients():
+    dataset = breast_cancer()
+    assert dataset.x.shape == (569, 30)
+    assert dataset.classes == ("malignant", "benign")
+    assert int(dataset.y.sum()) == 357  # benign
+    assert dataset.features[0] == "mean radius"
+    assert dataset.counts == [212, 357]
+
+
+def test_digits_are_the_images_of_ten_classes():
+    dataset = digits()
+    assert dataset.x.shape == (1797, 64)
+    assert (dataset.x.min(), dataset.x.max()) == (0, 16)
+    assert dataset.classes == tuple("0123456789")
+    assert dataset.features[9] == "pixel_1_1"
+    assert dataset.y.dtype == torch.int64
+    assert dataset.counts == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+@pytest.mark.parametrize(
+    ("cells", "classes", "y"),
+    [
+        (["no", "yes", "no"], ("no", "yes"), [0, 1, 0]),
+        (["True", "False", "True"], ("False", "True"), [1, 0, 1]),
+        (["10", "2", "2"], ("2", "10"), [1, 0, 0]),
+        (["1", "1.0", "0"], ("0", "1"), [1, 1, 0]),
+        (["1.5", "-3", "1.5"], ("-3", "1.5"), [1, 0, 1]),
+        (["b", "1", "b"], ("1", "b"), [1, 0, 1]),
+    ],
+)
+def test_a_target_of_any_type_becomes_zero_and_one(tmp_path, cells, classes, y):
+    rows = "\n".join(f"{i},{cell}" for i, cell in enumerate(cells))
+    dataset = read_csv(write(tmp_path, f"a,t\n{rows}\n"), "t")
+    assert dataset.classes == classes
+    assert dataset.y.tolist() == y
+    assert dataset.name == "table"
+
+
+@pytest.mark.parametrize(
+    ("cells", "classes", "y"),
+    [
+        (["c", "a", "b", "a"], ("a", "b", "c"), [2, 0, 1, 0]),
+        (["10", "2", "3.0", "3"], ("2", "3.0", "10"), [2, 0, 1, 1]),
+        (["1", "x", "10", "2"], ("1", "10", "2", "x"), [0, 3, 1, 2]),
+    ],
+)
+def test_a_target_of_many_classes_is_numbered_in_their_order(tmp_path, cells, classes, y):
+    rows = "\n".join(f"{i},{cell}" for i, cell in enumerate(cells))
+    dataset = read_csv(write(tmp_path, f"a,t\n{rows}\n"), "t")
+    assert dataset.classes == classes
+    assert dataset.y.tolist() == y
+    assert dataset.y.dtype == torch.int64
+    assert sum(dataset.counts) == len(cells)
+
+
+def test_true_and_false_in_a_feature_are_one_and_zero(tmp_path):
+    text = "a,b,t\nTrue,FALSE,x\n false,true,y\n"
+    assert read_csv(write(tmp_path, text), "t").x.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_columns_may_be_counted(tmp_path):
+    assert read_csv(write(tmp_path, "0,1,2\n5.5,1,x\n3,4,y\n"), "2").features == ("0", "1")
+
+
+def test_a_table_is_read_whatever_its_spaces_quotes_and_line_ends(tmp_path):
+    text = '\ufeff a ,"b, c",t\r\n 1 , 2.5e3,x\r\n\r\n"3",4, y \r\n'
+    dataset = read_csv(write(tmp_path, text), "t")
+    assert dataset.features == ("a", "b, c")
+    assert dataset.x.tolist() == [[1.0, 2500.0], [3.0, 4.0]]
+    assert dataset.classes == ("x", "y")
+
+
+BAD_TABLES = {
+    "empty": ("", "is empty; it needs a header line and rows"),
+    "blank": ("\n\n", "is empty"),
+    "header only": ("a,t\n", "has a header line but no rows"),
+    "not UTF-8": ("a,t\n1,h\xe9\n".encode("latin-1"), "not text in UTF-8; save it as"),
+    "binary": (b"\x89PNG\r\n\x1a\n\x00\xff\xfe", "not text in UTF-8"),
+    "ragged": ("a,t\n1,x\n2,y,z\n", "not a comma-separated table: Expected 2 fields in line 3"),
+    "no target": ("a,b\n1,2\n3,4\n", "no column 't' in .*; its columns are 'a', 'b'"),
+    "semicolons": ("a;t\n1;x\n2;y\n", "'a;t'; columns must be separated by commas"),
+    "target alone": ("t\nx\ny\n", "has no column beside the target 't'"),
+    "duplicate names": ("a,a,t\n1,2,x\n3,4,y\n", "several columns named 'a'; give each its own"),
+    "no header": ("17.5,20,M\n1,2,B\n", "first line .* must name the columns, .* number '17.5'"),
+    "negative": ("3,-4,M\n1,2,B\n", "holds the number '-4'; add a header line"),
+    "whole numbers": ("3,4,M\n1,2,B\n", "'3', '4', 'M'; if that is data, add a header line"),
+    "equal numbers": ("0,0,M\n1,2,B\n", "several columns named '0'; .* add a header line if"),
+    "nameless column": (",a,t\n0,1,x\n1,2,y\n", "column 1 of .* has no name in the header"),
+    "one class": ("a,t\n1,x\n2,x\n", "'t' must have two classes or more; it has one: 'x'"),
+    "missing target": ("a,t\n1,x\n2,\n3,y\n", "column 't' is empty or NaN in row 2;"),
+    "NaN": ("a,t\n1,x\nNaN,x\n3,y\nnan,y\n,y\n?,y\n", "NaN in rows 2, 4, 5 and 1 more; impute"),
+    "short row": ("a,b,t\n1,x\n2,3,y\n", "column 't' is empty or NaN in row 1"),
+    "text": ("a,t\n1,x\nred,y\n", "'a' must hold numbers; it has text in row 2, such as 'red'"),
+    "half booleans": ("a,t\nTrue,x\n1,y\nFalse,y\n", "text in rows 1, 3, such as 'True'; encode"),
+    "one boolean": ("a,t\nTrue,x\ntrue,y\n", r"'a' is constant \(True\)"),
+    "infinite": ("a,t\n1,x\n-inf,y\n", "must hold finite numbers; it is infinite in row 2"),
+    "overflow": ("a,t\n1,x\n1e999,y\n", "infinite in row 2"),
+    "constant": ("a,b,t\n1,7,x\n2,7.0,y\n", r"'b' is constant \(7\), .*; drop it"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_a_bad_table_is_refused_in_one_line(tmp_path, text, message):
+    with pytest.raises(DataError, match=message) as caught:
+        read_csv(write(tmp_path, text), "t")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [f"{i / 7:.2f}" for i in range(60)],  # a measurement
+        [str(1000 + 7 * i) for i in range(60)],  # a count
+        [f"{i % 25 / 10}" for i in range(600)],  # on a coarse scale
+        ["0.5", "1.25", "2.5", "3", "4"],  # in a small table
+        [f"patient {i}" for i in range(60)],
+    ],
+)
+def test_a_target_that_is_a_quantity_is_refused(tmp_path, cells):
+    rows = "\n".join(f"{i},{cell}" for i, cell in enumerate(cells))
+    message = (
+        rf"'t' must name the class of each row; it has {len(set(cells))} different values in "
+        rf"{len(cells)} rows, such as '{cells[0]}'.*choose a column of classes, or divide"
+    )
+    with pytest.raises(DataError, match=message):
+        read_csv(write(tmp_path, f"a,t\n{rows}\n"), "t")
+
+
+@pytest.mark.parametrize(
+    "cells", [["0.5", "1"], ["0.5", "1", "1.5"] * 9, [str(i) for i in range(26)] * 4]
+)
+def test_few_or_whole_numbers_are_classes(tmp_path, cells):
+    rows = "\n".join(f"{i},{cell}" for i, cell in enumerate(cells))
+    assert len(read_csv(write(tmp_path, f"a,t\n{rows}\n"), "t").classes) == len(set(cells))
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"there is no file .*missing\.csv"):
+        read_csv(tmp_path / "missing.csv", "t")
+    with pytest.raises(DataError, match=r"cannot read .*: Is a directory"):
+        read_csv(tmp_path, "t")
+
+
+def test_splits_are_stratified_and_standardized_on_the_training_part_alone():
+    dataset = breast_cancer()
+    splits = stratified_splits(dataset, range(3, 6), test_size=0.25)
+    assert splits.x_train.shape == (3, 426, 30)
+    assert splits.x_test.shape == (3, 143, 30)
+    whole = dataset.y.mean()
+    assert (splits.y_train.mean(1) - whole).abs().max() < 2e-3
+    assert (splits.y_test.mean(1) - whole).abs().max() < 5e-3
+    torch.testing.assert_close(
+        splits.x_train.mean(1), torch.zeros(3, 30).double(), atol=1e-9, rtol=0
+    )
+    torch.testing.assert_close(splits.x_train.std(1, correction=0), torch.ones(3, 30).double())
+    # Undone with the training part's own scale, the test part is the data's other rows.
+    assert splits.x_test.mean(1).abs().max() > 0.01
+
+
+def test_a_split_is_the_data_in_another_order_on_one_scale():
+    dataset = breast_cancer()
+    splits = stratified_splits(dataset, range(1), test_size=0.4)
+    both = torch.cat([splits.x_train[0], splits.x_test[0]])
+    labels = torch.cat([splits.y_train[0], splits.y_test[0]])
+    for column in (0, 17):
+        ranks = [
+            torch.cat([v[:, column, None], t[:, None]], 1)
+            for v, t in ((both, labels), (dataset.x, dataset.y))
+        ]
+        first, second = (v[np.lexsort((v[:, 1], v[:, 0]))] for v in ranks)
+        assert torch.equal(first[:, 1], second[:, 1])
+        slope = (second[:, 0] - second[0, 0]) / (second[-1, 0] - second[0, 0])
+        torch.testing.assert_close(
+            (first[:, 0] - first[0, 0]) / (first[-1, 0] - first[0, 0]), slope
+        )
+
+
+def test_a_seeds_split_does_not_depend_on_the_others():
+    dataset = breast_cancer()
+    many = stratified_splits(dataset, range(4, 8), test_size=0.25)
+    one = stratified_splits(dataset, range(6, 7), test_size=0.25)
+    assert torch.equal(many.x_train[2], one.x_train[0])
+    assert torch.equal(many.y_test[2], one.y_test[0])
+    assert not torch.equal(many.x_train[1], many.x_train[2])
+
+
+@pytest.mark.parametrize(
+    ("counts", "test_size"), [((1, 30), 0.25), ((2, 100), 0.1), ((20, 20), 0.01), ((5, 5), 0.95)]
+)
+def test_too_few_samples_of_a_class_are_refused(tmp_path, counts, test_size):
+    rows = [f"{i},{'y' if i < counts[0] else 'z'}" for i in range(sum(counts))]
+    dataset = read_csv(write(tmp_path, "a,t\n" + "\n".join(rows)), "t")
+    message = rf"{sum(counts)} rows \({counts[0]} of class 'y', {counts[1]} of class 'z'\) are too"
+    with pytest.raises(DataError, match=message):
+        stratified_splits(dataset, range(20), test_size=test_size)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "message"),
+    [
+        (
+            (30, 30, 1),
+            r"61 rows \(1 of class 'c2', 30 of class 'c0', 30 of class 'c1'\) are",
+        ),
+        ((1,) * 12, r"12 rows \(1 of class 'c0', .* and 4 more\) are .* on every class"),
+    ],
+)
+def test_every_class_must_be_trained_and_tested_on(tmp_path, repeats, message):
+    labels = [label for label, count in enumerate(repeats) for _ in range(count)]
+    rows = [f"{i},c{label}" for i, label in enumerate(labels)]
+    dataset = read_csv(write(tmp_path, "a,t\n" + "\n".join(rows)), "t")
+    with pytest.raises(DataError, match=message):
+        stratified_splits(dataset, range(20), test_size=0.25)
+
+
+def test_features_of_one_unit_are_scaled_together():
+    dataset = digits()
+    splits = stratified_splits(dataset, range(2), test_size=0.25)
+    assert splits.x_train.shape == (2, 1347, 64)
+    torch.testing.assert_close(
+        splits.x_train.mean(1), torch.zeros(2, 64).double(), atol=1e-12, rtol=0
+    )
+    torch.testing.assert_close(splits.x_train.square().mean((1, 2)), torch.ones(2).double())
+    spread = splits.x_train.std(1)
+    # A pixel's spread beside the others' is the same as in the data.
+    torch.testing.assert_close(
+        spread / spread.amax(1, keepdim=True),
+        (dataset.x.std(0) / dataset.x.std(0).max()).expand(2, 64),
+        atol=0.05,
+        rtol=0,
+    )
+    for part in (splits.y_train, splits.y_test):
+        counts = torch.stack([row.bincount() for row in part]).double()
+        assert (counts / counts.sum(1, keepdim=True) - 0.1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("odd", ["1", "1e300"])
+def test_a_column_constant_or_huge_in_one_training_part_is_refused(tmp_path, odd):
+    # All but one value are equal, so the column is constant wherever that row is tested on.
+    rows = [f"{i},{odd if i == 7 else 0},{i % 2}" for i in range(40)]
+    dataset = read_csv(write(tmp_path, "a,rare,t\n" + "\n".join(rows)), "t")
+    with pytest.raises(DataError, match=r"'rare' cannot be standardized: in the training part of"):
+        stratified_splits(dataset, range(30), test_size=0.25)

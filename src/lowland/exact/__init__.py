@@ -1,6 +1,6 @@
 """The closed form: exact moments, their gradient, and what contributes to it."""
 
-from lowland.exact.api import OrderChoice, hessian, loss_gradient, moments, trace
+from lowland.exact.api import hessian, loss_gradient, moments, trace
 from lowland.exact.attribution import (
     Direction,
     direction,
@@ -8,6 +8,7 @@ from lowland.exact.attribution import (
     sample_contributions,
 )
 from lowland.exact.modules import register_criterion
+from lowland.exact.plan import OrderChoice
 
 __all__ = [
     "Direction",

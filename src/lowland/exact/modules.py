@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from lowland.activations import ACTIVATIONS, Activation, compose, leaky_relu
 from lowland.errors import UnsupportedModelError
-from lowland.exact.api import OrderChoice, Reduction, Setup, prepare
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
+from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, OrderChoice
+from lowland.exact.setup import Reduction, Setup, prepare
 from lowland.losses import LOSSES, Loss
 from lowland.moments import HessianMoments
 from lowland.validation import (

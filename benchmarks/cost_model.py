@@ -17,9 +17,9 @@ from deep import Case
 from scipy.optimize import nnls
 
 from lowland.exact import problem as problems
-from lowland.exact.api import Setup
 from lowland.exact.modules import read
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, PRICES, Path, cost, work
+from lowland.exact.setup import Setup
 from lowland.exact.size import Size
 
 SAMPLES = (30, 100, 300, 1_000, 3_000)

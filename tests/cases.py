@@ -7,7 +7,7 @@ import oracle
 import torch
 from hypothesis import strategies as st
 
-from lowland.exact import api
+from lowland.exact.setup import prepare as prepare_tensors
 from lowland.losses import Coupled, Loss, Separable
 
 ORDERS = ("samples", "parameters")
@@ -203,7 +203,9 @@ def prepare(case, *, activation=None, **options):
     """The library's own preparation of a case; ``activation`` takes the place of the case's."""
     names = case.settings
     activation = activation or names["activation"]
-    return api.prepare(*case.arguments, activation, names["loss"], names["reduction"], **options)
+    return prepare_tensors(
+        *case.arguments, activation, names["loss"], names["reduction"], **options
+    )
 
 
 def smallest_budget(case, order, **options):

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from lowland import exact
 from lowland.activations import ACTIVATIONS, Activation, leaky_relu
 from lowland.exact import c_backend
-from lowland.exact.api import prepare
 from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
 from lowland.exact.problem import run_moments
+from lowland.exact.setup import prepare
 from lowland.losses import LOSSES
 
 BOTH_TYPES = (torch.float64, torch.float32)

@@ -1,13 +1,14 @@
 """The closed form: exact moments, their gradient, and what contributes to it."""
 
 from lowland.criteria import register_criterion
-from lowland.exact.api import OrderChoice, hessian, loss_gradient, moments, trace
+from lowland.exact.api import hessian, loss_gradient, moments, trace
 from lowland.exact.attribution import (
     Direction,
     direction,
     pair_contributions,
     sample_contributions,
 )
+from lowland.exact.plan import OrderChoice
 
 __all__ = [
     "Direction",

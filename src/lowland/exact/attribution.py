@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowland.exact.api import Activations, OrderChoice, Reduction, prepare
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
+from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, OrderChoice
 from lowland.exact.problem import run_moments
+from lowland.exact.setup import Activations, Reduction, prepare
 from lowland.exact.torch_backend import TorchBackend
 from lowland.losses import Loss
 from lowland.moments import HessianMoments

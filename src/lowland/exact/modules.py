@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowland.activations import ACTIVATIONS, Activation, compose, leaky_relu
 from lowland.criteria import Criterion, encode, read_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
-from lowland.exact.api import Setup, prepare
+from lowland.exact.setup import Setup, prepare
 from lowland.layers import has_hooks, is_plain_sequence, walk
 from lowland.validation import check_initialized, check_tensor
 

@@ -15,6 +15,7 @@ from lowland.exact.c_backend import choose_block, packed_entries
 from lowland.exact.size import Size
 
 Order = Literal["samples", "parameters"]
+OrderChoice = Literal["auto", "samples", "parameters"]
 
 MEBIBYTE = 1 << 20
 DEFAULT_MEMORY_BUDGET = 256 * MEBIBYTE
@@ -105,7 +106,7 @@ def gradient_cost(size: Size) -> float:
 
 def make_plan(
     size: Size,
-    order: Literal["auto", "samples", "parameters"],
+    order: OrderChoice,
     budget: int,
     *,
     on_cpu: bool,

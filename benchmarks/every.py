@@ -21,8 +21,8 @@ from lowland.dense import dense_hessian
 WEIGHTS = (0.001, 0.003, 0.01)
 WAYS = {
     "every 4": {"every": 4},
-    "finite": {"products": "finite"},
-    "finite, every 4": {"products": "finite", "every": 4},
+    "differences": {"products": "differences"},
+    "finite, every 4": {"products": "differences", "every": 4},
 }
 CRITERION = nn.CrossEntropyLoss()
 

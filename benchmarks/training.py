@@ -147,9 +147,9 @@ JOBS = {
     "Tr H², by hand": Job(by_hand),
     "Tr H², exact": Job(penalized(lowland.FlatnessAware), 5.5),
     "HSR, exact": Job(penalized(lowland.HSR), 5.5),
-    "HSR, finite": Job(penalized(lowland.HSR, products="finite"), 4.2),
+    "HSR, finite": Job(penalized(lowland.HSR, products="differences"), 4.2),
     "HSR, exact, every 4": Job(penalized(lowland.HSR, every=4), 2.2, 4),
-    "HSR, finite, every 4": Job(penalized(lowland.HSR, every=4, products="finite"), 2.2, 4),
+    "HSR, finite, every 4": Job(penalized(lowland.HSR, every=4, products="differences"), 2.2, 4),
 }
 
 
@@ -206,7 +206,7 @@ def _allocated(step: Step) -> int:
 
 def main() -> None:
     # These networks have kinks; what differences across them are worth is not the matter here.
-    warnings.filterwarnings("ignore", "products='finite' with")
+    warnings.filterwarnings("ignore", "products='differences' with")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=201)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))

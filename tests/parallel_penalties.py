@@ -10,7 +10,7 @@ KINDS = [lowland.HSR, lowland.HessianTrace, lowland.FlatnessAware]
 CASES = [
     {"kind": kind, "products": products, "loss": False, "unbiased": False}
     for kind in range(len(KINDS))
-    for products in ("exact", "finite")
+    for products in ("autograd", "differences")
 ]
 CASES += [{**case, "loss": True} for case in CASES[:2]]
 CASES += [{**case, "unbiased": True} for case in CASES[4:6]]

@@ -510,12 +510,12 @@ def test_without_a_solver_the_pair_proxy_is_left_out(without):
 
 
 @pytest.mark.parametrize(
-    ("missing", "extra"), [("curvlinops", "spectrum"), ("pandas", "cli"), ("matplotlib", "cli")]
+    ("missing", "extra"), [("scipy", "spectrum"), ("pandas", "cli"), ("matplotlib", "cli")]
 )
 def test_a_missing_extra_is_named(missing, extra, audited, without):
     without(missing)
     call = {
-        "curvlinops": lambda: lowland.audit(*case()[:1], CE, *case()[1:]),
+        "scipy": lambda: lowland.audit(*case()[:1], CE, *case()[1:]),
         "pandas": audited.to_frame,
         "matplotlib": audited.plot,
     }[missing]

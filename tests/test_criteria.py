@@ -15,7 +15,7 @@ from torch.nn import functional
 import lowland
 from lowland import criteria
 from lowland.objective import objective
-from lowland.products import products_with
+from lowland.products import hessian_products
 
 N, CLASSES = 10, 3
 
@@ -98,7 +98,7 @@ def by_all_engines(model, criterion, x, y):
         [part.view_as(p) for part, p in zip(row.split(sizes), target.parameters, strict=True)]
         for row in eye
     ]
-    matrix = torch.stack([flat(each) for each in products_with(target, directions, "exact")])
+    matrix = torch.stack([flat(each) for each in hessian_products(target, directions, "autograd")])
     yield "products", matrix.trace(), matrix.square().sum()
     batches = [(x[:3], y[:3]), (x[3:], y[3:])]
     for name, data in (("spectrum", (x, y)), ("spectrum of batches", batches)):

@@ -152,24 +152,49 @@ def test_brute_force_looks_at_its_data_too(x, message):
         lowland.hessian_moments(model, nn.MSELoss(), x, torch.zeros(len(x), 1))
 
 
-def test_layers_in_training_mode_are_pointed_to():
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
-    x, y = torch.randn(9, 3), torch.randn(9, 1)
-    with pytest.raises(RuntimeError, match=r"call model\.eval\(\) first"):
-        lowland.hessian_moments(model, nn.MSELoss(), x, y, "dense")
+def test_layers_in_training_mode_are_measured_by_their_batch_and_left_as_they_were():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    x, y = torch.randn(9, 3).double(), torch.randn(9, 1).double()
+    before = [buffer.clone() for buffer in model.buffers()]
+    found = lowland.hessian_moments(model, nn.MSELoss(), x, y, "dense")
+    found.upper.backward()
+    assert all(map(torch.equal, before, model.buffers()))
+    by_hand = nn.Sequential(model[0], Normalized(model[1]), model[2])
+    expected = torch.autograd.functional.hessian
+    parameters = tuple(p.detach() for p in model.parameters())
+
+    def loss(*values):
+        names = [name for name, _ in by_hand.named_parameters()]
+        output = torch.func.functional_call(by_hand, dict(zip(names, values, strict=True)), (x,))
+        return nn.functional.mse_loss(output, y)
+
+    blocks = expected(loss, parameters)
+    square = sum(block.square().sum() for row in blocks for block in row)
+    torch.testing.assert_close(found.trace_sq.detach(), square, rtol=1e-10, atol=0)
     assert lowland.hessian_moments(model, nn.MSELoss(), x, y).method == "probes"
     assert lowland.hessian_moments(model.eval(), nn.MSELoss(), x, y).dim == 22
 
 
+class Normalized(nn.Module):
+    """A batch normalization in training mode, in plain operations."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x):
+        centered = x - x.mean(0)
+        return centered / (centered.square().mean(0) + self.eps).sqrt() * self.weight + self.bias
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
-def test_the_look_beforehand_leaves_random_numbers_alone(device):
+def test_a_matrix_leaves_random_numbers_alone(device):
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 1)).to(device)
     x, y = torch.randn(9, 3, device=device), torch.randn(9, 1, device=device)
     torch.manual_seed(0)
     expected = torch.rand(5, device=device)
     torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match=r"call model\.eval\(\) first"):
-        dense_hessian(model, MSE, x, y)
+    dense_hessian(model, MSE, x, y)
     assert torch.equal(torch.rand(5, device=device), expected)
 
 

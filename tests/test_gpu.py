@@ -82,7 +82,7 @@ def test_penalties_train_a_model_there(criterion, no_waiting):
 
 
 @pytest.mark.parametrize("home", ["cpu", "cuda"])
-@pytest.mark.parametrize("products", ["exact", "finite"])
+@pytest.mark.parametrize("products", ["autograd", "differences"])
 @pytest.mark.parametrize("kind", [lowland.HSR, lowland.HessianTrace, lowland.FlatnessAware])
 def test_a_step_with_an_estimated_penalty_never_waits(kind, products, home, no_waiting):
     model, x, y = any_models.build("cnn", samples=32, dtype=torch.float32)
@@ -106,7 +106,7 @@ def test_a_step_with_an_estimated_penalty_never_waits(kind, products, home, no_w
         step(penalty)
 
 
-@pytest.mark.parametrize("products", ["exact", "finite"])
+@pytest.mark.parametrize("products", ["autograd", "differences"])
 @pytest.mark.parametrize("name", any_models.MODELS)
 def test_estimates_are_those_of_the_cpu(name, products):
     model, x, y = any_models.build(name, samples=32)
@@ -124,7 +124,7 @@ def test_estimates_are_those_of_the_cpu(name, products):
         )
         parts = torch.autograd.grad(moments.trace_sq, any_models.trainable(model))
         found.append([part.cpu() for part in (moments.trace, moments.trace_sq, *parts)])
-    assert any_models.error(*found) < (1e-8 if products == "exact" else 1e-2)
+    assert any_models.error(*found) < (1e-8 if products == "autograd" else 1e-2)
 
 
 def test_dropout_draws_one_mask_for_all_gradients_there():
@@ -132,7 +132,7 @@ def test_dropout_draws_one_mask_for_all_gradients_there():
     model = nn.Sequential(nn.Linear(4, 64), nn.GELU(), nn.Dropout(), nn.Linear(64, 2))
     model, x = model.double().cuda(), torch.randn(32, 4).double().cuda()
     y, found = torch.arange(32).cuda() % 2, []
-    for products in ("exact", "finite"):
+    for products in ("autograd", "differences"):
         torch.manual_seed(1)
         penalty = lowland.FlatnessAware(
             any_models.CROSS_ENTROPY,

@@ -123,7 +123,7 @@ def test_models_beyond_the_closed_form_are_penalized_by_estimates(data):
     model = nn.Sequential(*layers).double()
     penalty = lowland.HSR(BCE, weight=1.0)
     penalty(model, *data).backward()
-    assert penalty.took == "probes"
+    assert penalty.used == "probes"
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with pytest.raises(lowland.UnsupportedModelError, match="layer 2 of the model, LayerNorm"):
         lowland.HSR(BCE, weight=1.0, method="exact")(model, *data)

@@ -21,7 +21,7 @@ from lowland.passes import frozen_statistics
 from lowland.products import measure
 
 PENALTIES = [lowland.HSR, lowland.HessianTrace, lowland.FlatnessAware]
-PRODUCTS = ["exact", "finite"]
+PRODUCTS = ["autograd", "differences"]
 
 
 def signs(seed=0):
@@ -42,7 +42,7 @@ def test_the_slopes_of_hsr_at_the_averages_give_the_gradient_of_the_bound():
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 1, bias=False))
     model, x, y = model.double(), torch.randn(4, 2).double(), torch.rand(4, 1).double()
     target = objective(model, nn.MSELoss(), x, y)
-    _, traces, squares = measure([target], list(signs_that_cover(model)), "exact")
+    _, traces, squares = measure([target], list(signs_that_cover(model)), "autograd")
     exact = dense_moments(model, nn.MSELoss(), x, y)
     penalty = lowland.HSR(nn.MSELoss(), 1.0).eval()
     penalty.average.copy_(torch.stack([exact.trace, exact.trace_sq, torch.ones(())]).detach() / 4)
@@ -50,7 +50,7 @@ def test_the_slopes_of_hsr_at_the_averages_give_the_gradient_of_the_bound():
     moments = [
         HessianMoments(6, a, b, stderr=(nan, nan)) for a, b in zip(traces, squares, strict=True)
     ]
-    values = torch.stack([penalty.of(each, 4) for each in moments])
+    values = torch.stack([penalty.value(each, 4) for each in moments])
     parameters = list(model.parameters())
     close(
         grad(values.mean(), parameters, retain_graph=True), grad(exact.upper, parameters), rtol=1e-9
@@ -76,7 +76,7 @@ def test_one_step_that_overflows_is_not_remembered():
     for bad in (torch.nan, torch.inf):
         nan, one, value = torch.tensor([torch.nan, 1.0, bad]).double()
         moments = HessianMoments(9, one, value, stderr=(nan, nan))
-        assert not penalty.of(moments, 4).isfinite()
+        assert not penalty.value(moments, 4).isfinite()
         assert torch.equal(penalty.average, before)
     assert penalty(model, x, y).isfinite()
 
@@ -99,12 +99,12 @@ def test_a_checkpoint_continues_bit_for_bit(kind):
     first = start(0)
     train(*first)
     parts = [copy.deepcopy(part.state_dict()) for part in first[:3]]
-    drawn = first[1].generator.get_state()
+    drawn = first[1].estimation.generator.get_state()
     train(*first)
     second = start(1)
     for part, state in zip(second[:3], parts, strict=True):
         part.load_state_dict(state)
-    second[1].generator.set_state(drawn)
+    second[1].estimation.generator.set_state(drawn)
     train(*second[:3], *first[3:])
     assert first[1].calls == second[1].calls == 8
     for one, other in zip(first[0].parameters(), second[0].parameters(), strict=True):
@@ -264,7 +264,7 @@ def test_under_autocast_the_gradient_is_about_that_of_single_precision(name, pro
         assert value.dtype == torch.float32
         value.backward()
         grads.append([p.grad for p in model.parameters()])
-    assert error(*grads) < (0.1 if products == "exact" else 1e-6)
+    assert error(*grads) < (0.1 if products == "autograd" else 1e-6)
 
 
 @pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.BCEWithLogitsLoss()])
@@ -362,7 +362,7 @@ def test_training_lowers_the_curvature_that_it_penalizes(name, products, kind):
             optimizer.step()
         with frozen_statistics(model):
             found = dense_moments(model, CROSS_ENTROPY, x, y)
-        after.append(penalty.of(found, 32).detach())
+        after.append(penalty.value(found, 32).detach())
     assert after[1] < after[0]
 
 
@@ -398,7 +398,7 @@ def test_activation_checkpointing_changes_nothing(products):
     found = []
     for make in (Checkpointed, NotCheckpointed):
         torch.manual_seed(0)
-        model = make(nn.Identity() if products == "exact" else nn.BatchNorm1d(5)).double()
+        model = make(nn.Identity() if products == "autograd" else nn.BatchNorm1d(5)).double()
         x, y = torch.randn(8, 4).double(), torch.arange(8) % 2
         penalty = lowland.HSR(
             CROSS_ENTROPY, 0.1, method="probes", products=products, generator=signs()
@@ -421,7 +421,7 @@ def test_compiled_models_are_penalized_as_they_were_written(name, in_place):
             wrapped = torch.compile(model, backend="aot_eager")
         penalty = lowland.HSR(CROSS_ENTROPY, 0.1, generator=signs())
         (CROSS_ENTROPY(wrapped(x), y) + penalty(wrapped, x, y)).backward()
-        took.add(penalty.took)
+        took.add(penalty.used)
         found.append([p.grad for p in model.parameters()])
     close(*found, rtol=1e-9)
     assert took == {"exact" if name == "mlp" else "probes"}
@@ -433,7 +433,7 @@ def test_several_processes_penalize_the_curvature_of_all_samples(tmp_path):
         for one, other in zip(results, expected, strict=True):
             assert error(one, other) < 1e-4  # differences amplify rounding
         for case, one, other in zip(parallel_penalties.CASES, results, expected, strict=False):
-            if case["products"] == "exact":
+            if case["products"] == "autograd":
                 close(one, other, rtol=1e-10, atol=1e-12)
         assert len(errors) == 4
         assert all("DistributedDataParallel model needs method='probes'" in each for each in errors)
@@ -466,7 +466,7 @@ def test_parameters_of_another_model(method):
     ("settings", "message"),
     [
         ({"probes": 0}, "probes must be a whole number of at least 1; got 0"),
-        ({"products": "x"}, "unknown products 'x': expected 'exact' or 'finite'"),
+        ({"products": "x"}, "unknown products 'x': expected 'autograd' or 'differences'"),
         ({"every": 0}, "every must be a whole number of at least 1; got 0"),
         ({"every": 1.5}, "every must be a whole number of at least 1; got 1.5"),
         ({"active": (3, 3)}, r"active must be \(start, stop\).*got \(3, 3\)"),
@@ -480,6 +480,8 @@ def test_settings_that_make_no_sense(settings, message):
 
 
 def test_print_shows_what_is_not_usual():
-    penalty = lowland.HSR(CROSS_ENTROPY, 0.1, probes=3, products="finite", every=2, active=(1, 5))
-    assert "probes=3, products='finite', every=2, active=(1, 5)" in repr(penalty)
+    penalty = lowland.HSR(
+        CROSS_ENTROPY, 0.1, probes=3, products="differences", every=2, active=(1, 5)
+    )
+    assert "probes=3, products='differences', every=2, active=(1, 5)" in repr(penalty)
     assert "products" not in repr(lowland.HSR(CROSS_ENTROPY, 0.1))

@@ -10,9 +10,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lowland
 from lowland.dense import dense_hessian
+from lowland.estimation import Estimation
 from lowland.objective import objective
-from lowland.probes import loader_moments, loss_and_moments, probe_moments, rademacher
+from lowland.probes import Estimate, probe_moments, rademacher
 from lowland.products import measure
+
+
+def loader_moments(model, criterion, loader, **settings):
+    return lowland.hessian_moments(model, criterion, loader, method="probes", **settings)
 
 
 def signs(seed=0):
@@ -37,7 +42,7 @@ def test_moments_are_the_means_of_single_directions_and_errors_theirs(name):
     assert all(error.isnan() for error in single.stderr)
 
 
-@pytest.mark.parametrize("products", ["exact", "finite"])
+@pytest.mark.parametrize("products", ["autograd", "differences"])
 def test_standard_errors_cover_the_truth(products):
     model, x, y = build("cnn_in_evaluation")
     exact = lowland.dense.dense_moments(model, CROSS_ENTROPY, x, y)
@@ -91,7 +96,7 @@ def test_a_subset_is_measured_by_its_own_block():
     subset = [model[0].bias, model[4].weight]
     target = objective(model, CROSS_ENTROPY, x, y, iter(subset))
     directions = [rademacher(subset, signs())]
-    _, trace, square = measure([target], directions, "exact")
+    _, trace, square = measure([target], directions, "autograd")
     chosen = [*range(20, 25), *range(43, 49)]
     block = dense_hessian(model, CROSS_ENTROPY, x, y)[chosen][:, chosen]
     v = any_models.flat(directions[0])
@@ -102,12 +107,12 @@ def test_a_subset_is_measured_by_its_own_block():
     assert found.dim == 11
 
 
-@pytest.mark.parametrize("products", ["exact", "finite"])
+@pytest.mark.parametrize("products", ["autograd", "differences"])
 def test_the_loss_comes_with_the_moments(products):
     model, x, y = build("cnn")
-    loss, found = loss_and_moments(
-        model, CROSS_ENTROPY, x, y, products=products, generator=signs(), probes=3
-    )
+    settings = Estimation(3, products, signs())
+    target = objective(model, CROSS_ENTROPY, x, y)
+    loss, found = Estimate(target, settings).loss_and_moments()
     assert model[2].num_batches_tracked == 1
     again = probe_moments(
         model, CROSS_ENTROPY, x, y, products=products, generator=signs(), probes=3
@@ -127,7 +132,7 @@ def test_the_loss_comes_with_the_moments(products):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("products", ["exact", "finite"])
+@pytest.mark.parametrize("products", ["autograd", "differences"])
 def test_a_loader_is_the_joined_data(products, reduction):
     model, x, y = build("Attention", samples=23)
     model.eval()
@@ -136,7 +141,7 @@ def test_a_loader_is_the_joined_data(products, reduction):
     loader = DataLoader(TensorDataset(x, y), batch_size=7)  # the last one has 2
     found = loader_moments(model, criterion, loader, generator=signs(), **settings)
     expected = probe_moments(model, criterion, x, y, generator=signs(), **settings)
-    rtol = 1e-10 if products == "exact" else 1e-3
+    rtol = 1e-10 if products == "autograd" else 1e-3
     for mine, theirs in zip(
         (found.trace, found.trace_sq, *found.stderr),
         (expected.trace, expected.trace_sq, *expected.stderr),
@@ -194,7 +199,7 @@ def test_settings_that_make_no_sense():
     for probes in (0, -1, 1.5):
         with pytest.raises(ValueError, match="probes must be a whole number of at least 1; got"):
             probe_moments(model, CROSS_ENTROPY, x, y, probes=probes)
-    with pytest.raises(ValueError, match="unknown products 'x': expected 'exact' or 'finite'"):
+    with pytest.raises(ValueError, match="unknown products 'x': expected 'autograd' or"):
         loader_moments(model, CROSS_ENTROPY, [(x, y)], products="x")
     for parameters in ([nn.Linear(2, 2).weight], []):
         with pytest.raises(ValueError, match="parameters= must be trainable parameters of the mod"):

@@ -22,7 +22,7 @@ from lowland.dense import dense_hessian
 from lowland.objective import objective
 from lowland.passes import frozen_statistics
 from lowland.probes import rademacher
-from lowland.products import measure, products_with
+from lowland.products import hessian_products, measure
 
 
 def directions_for(model, count, generator):
@@ -37,7 +37,7 @@ def brute_force(model, x, y, directions, criterion=CROSS_ENTROPY):
     return (vectors * products).sum(1), products.square().sum(1)
 
 
-def measured(model, x, y, directions, products="exact", criterion=CROSS_ENTROPY):
+def measured(model, x, y, directions, products="autograd", criterion=CROSS_ENTROPY):
     target = objective(model, criterion, x, y)
     with frozen_statistics(target.model):
         return measure([target], directions, products)[1:]
@@ -49,7 +49,8 @@ def gradients(forms, model, slopes=(0.7, -0.3)):
         a * (form * torch.arange(1, len(form) + 1)).sum()
         for a, form in zip(slopes, forms, strict=True)
     )
-    return grad(weighed, trainable(model), retain_graph=True)
+    parameters = trainable(model)
+    return grad(weighed, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
 @pytest.mark.parametrize("name", any_models.MODELS)
@@ -60,7 +61,7 @@ def test_exact_products_are_those_of_brute_force(name, generator):
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     assert error(gradients(actual, model), gradients(expected, model)) < 1e-9
-    (found, _) = products_with(objective(model, CROSS_ENTROPY, x, y), directions, "exact")
+    (found, _) = hessian_products(objective(model, CROSS_ENTROPY, x, y), directions, "autograd")
     torch.testing.assert_close(flat(found).norm() ** 2, expected[1][0], rtol=1e-10, atol=0)
 
 
@@ -152,7 +153,7 @@ def test_halves_on_average_leave_out_each_samples_pair_with_itself():
     for first in combinations(range(4), 2):
         order = [*first, *(set(range(4)) - set(first))]
         target = objective(model, criterion, x[order], y[order])
-        loss, trace, square = measure(target.halves(), signs, "exact")
+        loss, trace, square = measure(target.halves(), signs, "autograd")
         torch.testing.assert_close(loss, criterion(model(x), y))
         squares.append(square.mean())
         traces.append(trace.mean())
@@ -176,7 +177,7 @@ def close(model, double, x, y, within, directions):
     """Whether differences of a model are close to the exact values of its double."""
     expected = measured(double, x.double(), y, directions)
     own = [[part.to(x.dtype) for part in direction] for direction in directions]
-    actual = measured(model, x, y, own, "finite")
+    actual = measured(model, x, y, own, "differences")
     # v'Hv may cancel; |v| |Hv| is what it cannot exceed.
     scale = (expected[1] * sum(p.numel() for p in trainable(model))).sqrt()
     values = max(
@@ -211,7 +212,7 @@ def test_kinks_are_no_place_for_differences(generator):
     )
     x, y = torch.randn(200, 4), torch.arange(200) % 2
     directions = directions_for(model, 3, generator)
-    exact, finite = (measured(model, x, y, directions, how) for how in ("exact", "finite"))
+    exact, finite = (measured(model, x, y, directions, how) for how in ("autograd", "differences"))
     assert error(gradients(finite, model), gradients(exact, model)) > 1
 
 
@@ -239,16 +240,16 @@ def test_differences_go_through_activation_checkpointing(generator):
     found = []
     for each in (plain, model):
         before = each.middle[2].running_mean.clone()
-        forms = measured(each, x, y, directions, "finite")
+        forms = measured(each, x, y, directions, "differences")
         found.append((*forms, *gradients(forms, each)))
         assert torch.equal(each.middle[2].running_mean, before)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
     with pytest.raises(RuntimeError, match="set use_reentrant=False"):
-        measured(Checkpointed(use_reentrant=True).double(), x, y, directions, "finite")
+        measured(Checkpointed(use_reentrant=True).double(), x, y, directions, "differences")
 
 
-@pytest.mark.parametrize("products", ["exact", "finite"])
+@pytest.mark.parametrize("products", ["autograd", "differences"])
 def test_compiled_models_are_run_as_they_were_written(products, generator):
     plain, x, y = build("mlp")
     directions = directions_for(plain, 2, generator)
@@ -304,10 +305,10 @@ def test_differences_see_one_dropout_mask_and_the_stream_goes_on(generator):
         torch.rand(3)  # what else happens before the backward pass
         return [*forms, *gradients(forms, model)], torch.rand(1)
 
-    (exact, after), (finite, again) = run("exact"), run("finite")
+    (exact, after), (finite, again) = run("autograd"), run("differences")
     assert error(finite, exact) < 1e-3
     assert torch.equal(after, again)
-    first, second = (measured(model, x, y, directions, "finite")[1] for _ in range(2))
+    first, second = (measured(model, x, y, directions, "differences")[1] for _ in range(2))
     assert not torch.equal(first, second)
 
 
@@ -351,7 +352,7 @@ def test_functions_that_can_be_differentiated_once_are_for_differences(generator
     double.load_state_dict(model.state_dict())
     x, y = torch.randn(9, 4).double(), torch.arange(9) % 2
     directions = directions_for(model, 2, generator)
-    with pytest.raises(RuntimeError, match="once_differentiable\nUse products='finite'"):
+    with pytest.raises(RuntimeError, match="once_differentiable\nUse products='differences'"):
         measured(model, x, y, directions)
     good, errors = close(model, double, x, y, (1e-4, 1e-3), directions)
     assert good, errors
@@ -365,7 +366,7 @@ def test_losses_without_curvature(criterion):
         measured(model, torch.randn(2, 3), y, directions_for(model, 1, None), criterion=criterion)
 
 
-@pytest.mark.parametrize("products", ["exact", "finite"])
+@pytest.mark.parametrize("products", ["autograd", "differences"])
 def test_losses_without_a_graph_or_with_nan(products):
     model, x, y = build("mlp")
     directions = directions_for(model, 1, None)
@@ -380,10 +381,24 @@ def test_losses_without_a_graph_or_with_nan(products):
         measured(model, x, y, directions, products, nn.CrossEntropyLoss(reduction="none"))
     with pytest.raises(ValueError, match="the loss is not finite"):
         measured(model, x * math.nan, y, directions, products)
+
+
+@pytest.mark.parametrize("products", ["autograd", "differences"])
+def test_parameters_that_a_batch_does_not_use_have_no_curvature(products):
+    model, x, y = build("mlp")
+    directions = directions_for(model, 1, None)
+    forms = measured(model, x, y, directions, products)
+    expected = [*gradients(forms, model), torch.zeros(1, 1).double(), torch.zeros(1).double()]
     model.register_module("spare", nn.Linear(1, 1).double())
     model.forward = functools.partial(nn.Sequential.forward, model[:5])
-    with pytest.raises(ValueError, match=r"does not depend on spare.weight, spare.bias: freeze"):
-        measured(model, x, y, directions_for(model, 1, None), products)
+    longer = [[*directions[0], torch.ones(1, 1).double(), torch.ones(1).double()]]
+    found = measured(model, x, y, longer, products)
+    torch.testing.assert_close(found, forms, rtol=1e-4, atol=1e-9)
+    assert error(gradients(found, model), expected) < 1e-3
+    dense = lowland.hessian_moments(model, CROSS_ENTROPY, x, y, "dense")
+    assert dense.dim == sum(p.numel() for p in model.parameters())
+    dense.upper.backward()
+    assert not model.spare.weight.grad.any()
 
 
 def test_products_that_are_not_finite():

@@ -104,8 +104,18 @@ def register_criterion(kind: type[nn.Module], read: Callable[[Any], Loss]) -> No
 
 
 def scalar_loss(criterion: Criterion, output: Any, y: Any) -> Tensor:
-    """``criterion(output, y)``, with targets as :func:`as_target` makes them."""
-    loss: Tensor = criterion(output, as_target(criterion, output, y))
+    """``criterion(output, y)``, with targets as :func:`as_target` makes them.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: As :func:`as_target`.
+    """
+    loss = criterion(output, as_target(criterion, output, y))
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"the criterion must return a scalar tensor; got {type(loss).__name__}: "
+            "a loss without derivatives has no Hessian"
+        )
     return loss
 
 

@@ -1,32 +1,209 @@
-"""Moments of any module by brute force: form the Hessian, take its traces."""
+r"""Moments of any module by brute force: form the Hessian, take its traces.
+
+The matrix is formed row by row, each a derivative of one entry of the gradient, in the memory of
+one product with the Hessian. So is the gradient of its moments: that of a function of the matrix is
+:math:`\nabla \langle C, H \rangle` with the constant :math:`C` of that function's slopes,
+
+.. math:: C = a I + 2 b H + 3 c H^2 + 4 d H^3 \quad \text{for} \quad
+    a \mathrm{Tr} H + b \mathrm{Tr} H^2 + c \mathrm{Tr} H^3 + d \mathrm{Tr} H^4,
+
+and a row of ``H`` with the row of ``C`` gives one term of it.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function, grad
 
-from lowland.criteria import Criterion, scalar_loss
+from lowland.criteria import Criterion
+from lowland.errors import UnsupportedModelError
+from lowland.estimation import Estimation
+from lowland.limits import DENSE_MEMORY
 from lowland.moments import HessianMoments, check_number
-from lowland.objective import objective
+from lowland.objective import Objective, objective
 from lowland.passes import frozen_statistics, remember_randomness
-from lowland.torch_fixes import differentiable_operations
-from lowland.validation import check_initialized, check_values
+from lowland.products import Parts, dot, gradient_graph, product
+from lowland.validation import check_values
 
-DEFAULT_MEMORY_LIMIT = 4 << 30
+
+@dataclass(frozen=True, eq=False)
+class BruteForce:
+    """The engine for small models of any kind: the Hessian itself.
+
+    Attributes:
+        target: The loss.
+        settings: Nothing of them matters here but that the samples are all there are.
+        memory_limit: Bytes that the matrix may take.
+    """
+
+    target: Objective
+    settings: Estimation
+    memory_limit: int = DENSE_MEMORY
+    name: ClassVar[Literal["dense"]] = "dense"
+
+    def moments(self, count: int = 2) -> HessianMoments:
+        """The moments, to rounding; running statistics of normalizations stay as they are.
+
+        Raises:
+            UnsupportedModelError: If the data set's moments are to be estimated from a batch.
+            ValueError, RuntimeError: As :func:`dense_hessian`.
+        """
+        if self.settings.unbiased:
+            raise UnsupportedModelError(
+                "unbiased=True needs the closed form or probes, which see some samples apart "
+                "from others; brute force sees their mean alone"
+            )
+        if self.target.data_require_grad:  # only a whole graph leads to them
+            powers = _powers(self.hessian(), count)
+        else:
+            self._check()
+            frame = _Frame(self.target)
+            powers = _Powers.apply(frame, count, *self.target.parameters)  # type: ignore[no-untyped-call]
+        higher = None if count < 4 else (powers[2], powers[3])
+        return HessianMoments(
+            self.target.dim, powers[0], powers[1], higher=higher, method=self.name
+        )
+
+    def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
+        """The model's own loss beside them."""
+        return self.target.step_loss(), self.moments(count)
+
+    def hessian(self) -> Tensor:
+        """The matrix, with its graph if gradients are enabled; errors as :func:`dense_hessian`."""
+        self._check()
+        return _Frame(self.target).matrix(wanted=torch.is_grad_enabled())
+
+    def _check(self) -> None:
+        for label, data in zip("xy", self.target.batch, strict=True):
+            if isinstance(data, Tensor):  # others are the model's and the criterion's own affair
+                check_values(data, label)
+        dim = self.target.dim
+        size = dim * dim * self.target.parameters[0].element_size()
+        if size > self.memory_limit:
+            raise ValueError(
+                f"the Hessian of {dim} parameters takes {size / 2**30:.3g} GiB, more than the "
+                f"limit of {self.memory_limit / 2**30:.3g} GiB; leave parameters out of it by "
+                "requires_grad_(False), or call lowland.dense.dense_moments or dense_hessian with "
+                "a larger memory_limit"
+            )
+
+
+class _Frame:
+    """The circumstances under which a matrix is formed, to be found again by a backward pass.
+
+    Args:
+        target: The loss.
+    """
+
+    def __init__(self, target: Objective) -> None:
+        self.target = target
+        kind = target.device.type
+        self.same_randomness = remember_randomness([target.device])
+        self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    @contextmanager
+    def gradient(self) -> Iterator[Parts]:
+        """The gradient of the loss with its graph, the same at each call."""
+        target, (enabled, dtype) = self.target, self.autocast
+        with ExitStack() as stack:
+            stack.enter_context(frozen_statistics(target.model))
+            stack.enter_context(target.others_frozen())
+            stack.enter_context(self.same_randomness())
+            stack.enter_context(torch.autocast(target.device.type, enabled=enabled, dtype=dtype))
+            yield stack.enter_context(gradient_graph(target))
+
+    def rows(self, gradient: Parts, *, wanted: bool) -> Iterator[Parts]:
+        """The rows of ``H`` one after another, each with its own graph if wanted."""
+        for part in gradient:
+            unit = part.new_zeros(part.shape)  # in one piece, whatever the gradient is
+            entries = unit.view(-1)
+            for index in range(part.numel()):
+                entries[index] = 1
+                yield product(self.target, [part], [unit.clone()], wanted=wanted)
+                entries[index] = 0
+
+    def matrix(self, *, wanted: bool) -> Tensor:
+        """``H``."""
+        with self.gradient() as gradient:
+            rows = [_flat(row) for row in self.rows(gradient, wanted=wanted)]
+        matrix = torch.stack(rows)
+        if wanted and not matrix.requires_grad:  # a constant, whose gradient is zero
+            matrix += 0 * torch.stack([p.sum() for p in self.target.parameters]).sum()
+        return matrix
+
+    def contracted(self, coefficients: Tensor) -> Parts:
+        r""":math:`\nabla \langle C, H \rangle`, row by row."""
+        parameters = self.target.parameters
+        total = [torch.zeros_like(p) for p in parameters]
+        sizes = [p.numel() for p in parameters]
+        with self.gradient() as gradient:
+            rows = self.rows(gradient, wanted=True)
+            for row, slopes in zip(rows, coefficients, strict=True):
+                parts = [s.view_as(p) for s, p in zip(slopes.split(sizes), parameters, strict=True)]
+                value = dot(row, parts)
+                if value.requires_grad:
+                    found = grad(
+                        value,
+                        parameters,
+                        retain_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                    torch._foreach_add_(total, list(found))
+        return total
+
+
+class _Powers(Function):
+    """Traces of powers of ``H``, whose backward pass forms it anew, row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, frame: _Frame, count: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        matrix = frame.matrix(wanted=False)
+        # The parameters, too, so that a change of theirs before the backward pass is noticed.
+        ctx.save_for_backward(matrix, *parameters)
+        ctx.frame, ctx.count = frame, count
+        return _powers(matrix, count)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        matrix, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of the gradient, too, there shall be a gradient
+            powers = _powers(ctx.frame.matrix(wanted=True), ctx.count)
+            found = grad(powers, parameters, slopes, create_graph=True, materialize_grads=True)
+            return None, None, *found
+        coefficients = 2 * slopes[1] * matrix
+        coefficients.diagonal().add_(slopes[0])
+        if ctx.count > 2:
+            square = matrix @ matrix
+            coefficients += 3 * slopes[2] * square + 4 * slopes[3] * square @ matrix
+        return None, None, *ctx.frame.contracted(coefficients)
+
+
+def _powers(matrix: Tensor, count: int) -> tuple[Tensor, ...]:
+    first, second = matrix.trace(), matrix.square().sum()
+    if count <= 2:
+        return first, second
+    square = matrix @ matrix
+    return first, second, (square * matrix).sum(), square.square().sum()
+
+
+def _flat(parts: Parts) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def dense_hessian(
     model: nn.Module,
     criterion: Criterion,
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any,
     *,
-    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    memory_limit: int = DENSE_MEMORY,
 ) -> Tensor:
     """The Hessian of ``criterion(model(x), y)`` in the trainable parameters, with its graph.
 
@@ -35,84 +212,39 @@ def dense_hessian(
         criterion: Maps the model's output and ``y`` to a scalar.
         x: Whatever the model takes.
         y: Whatever the criterion takes.
-        memory_limit: Bytes that the matrix itself may take.
+        memory_limit: Bytes that the matrix itself may take. Its graph, if gradients are enabled,
+            takes that of a product with the Hessian for each row.
 
     Returns:
         ``(P, P)``, parameters in the order of ``model.parameters()``, flattened. It can be
-        differentiated in the parameters if gradients are enabled.
+        differentiated in the parameters and the data if gradients are enabled.
 
     Raises:
         ValueError: If there is no trainable parameter, a lazy layer has seen no data, ``x`` or
             ``y`` is empty or not finite, the loss is not a scalar, or the matrix would exceed the
             limit.
         RuntimeError: If PyTorch cannot differentiate the model twice, with what may help.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowland.dense import dense_hessian
+        >>> model, x, y = nn.Linear(2, 1), torch.randn(5, 2), torch.randn(5)
+        >>> dense_hessian(model, nn.MSELoss(), x, y).shape
+        torch.Size([3, 3])
     """
-    for label, data in (("x", x), ("y", y)):
-        if isinstance(data, Tensor):  # other inputs are the model's and the criterion's own affair
-            check_values(data, label)
-    check_initialized(model)
     target = objective(model, criterion, x, y)
-    model, named = target.model, dict(zip(target.names, target.parameters, strict=True))
-    sizes = [p.numel() for p in named.values()]
-    dim, itemsize = sum(sizes), next(iter(named.values())).element_size()
-    if dim * dim * itemsize > memory_limit:
-        raise ValueError(
-            f"the Hessian of {dim} parameters takes {dim * dim * itemsize / 2**30:.3g} GiB, more "
-            f"than the limit of {memory_limit / 2**30:.3g} GiB; leave parameters out of it by "
-            "requires_grad_(False), or call lowland.dense.dense_moments or dense_hessian with a "
-            "larger memory_limit"
-        )
-
-    # Once as users call it: what is wrong then is said by PyTorch itself, or by us, without a word
-    # of derivatives; and a loss without a graph would have a Hessian of zeros.
-    again = remember_randomness({p.device for p in target.parameters})
-    with torch.enable_grad(), frozen_statistics(model), again():
-        target.loss()
-
-    def loss_of(flat: Tensor) -> Tensor:
-        parts = {
-            name: part.view_as(p)
-            for (name, p), part in zip(named.items(), flat.split(sizes), strict=True)
-        }
-        return scalar_loss(criterion, torch.func.functional_call(model, parts, (x,)), y)
-
-    flat = torch.cat([p.reshape(-1) for p in named.values()])
-    with untouched(model), differentiable_operations(model):
-        return _differentiate_twice(loss_of, flat)
-
-
-def _differentiate_twice(loss_of: Callable[[Tensor], Tensor], flat: Tensor) -> Tensor:
-    try:
-        matrix: Tensor = torch.func.hessian(loss_of)(flat)
-    except RuntimeError as error:  # NotImplementedError is one
-        raise RuntimeError(
-            f"brute force cannot differentiate this model and loss twice: {error}\n"
-            "Layers that draw random numbers or update running statistics must be in evaluation "
-            "mode: call model.eval() first. Layers without forward-mode derivatives are not "
-            "supported"
-        ) from error
-    return matrix
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put the parameters back: a functional call leaves its own in a module that occurs twice."""
-    before = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
-    try:
-        yield
-    finally:
-        for module, parameters in before:
-            module._parameters.update(parameters)  # noqa: SLF001
+    return BruteForce(target, Estimation(), memory_limit).hessian()
 
 
 def dense_moments(
     model: nn.Module,
     criterion: Criterion,
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any,
     *,
     moments: Literal[2, 4] = 2,
-    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    memory_limit: int = DENSE_MEMORY,
 ) -> HessianMoments:
     """Moments of :func:`dense_hessian`; arguments and errors are the same.
 
@@ -122,14 +254,18 @@ def dense_moments(
         ValueError: Also if ``moments`` is neither 2 nor 4.
 
     Notes:
-        Time and memory grow with ``P^2``, and differentiating through it takes several times that.
-        It is the reference for the other engines and the fallback for small models.
+        Time grows with ``P`` products with the Hessian, and twice that for the gradient; memory is
+        that of one product and of the matrix. It is the reference for the other engines and the
+        fallback for small models.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowland.dense import dense_moments
+        >>> model, x, y = nn.Linear(2, 1), torch.randn(5, 2), torch.randn(5)
+        >>> dense_moments(model, nn.MSELoss(), x, y).dim
+        3
     """
     check_number(moments)
-    matrix = dense_hessian(model, criterion, x, y, memory_limit=memory_limit)
-    higher = None
-    if moments == 4:
-        square = matrix @ matrix
-        higher = (square * matrix).sum(), square.square().sum()
-    dim = math.isqrt(matrix.numel())
-    return HessianMoments(dim, matrix.trace(), matrix.square().sum(), higher=higher)
+    target = objective(model, criterion, x, y)
+    return BruteForce(target, Estimation(), memory_limit).moments(moments)

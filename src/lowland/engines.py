@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
+from lowland.batches import as_pair
 from lowland.criteria import Criterion
-from lowland.dense import dense_moments
+from lowland.dense import BruteForce
 from lowland.errors import UnsupportedModelError
-from lowland.exact.api import Setup
-from lowland.exact.modules import read
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
+from lowland.estimation import Estimation, Products
+from lowland.exact.engine import ExactEngine
+from lowland.limits import (
+    DEFAULT_MEMORY_BUDGET,
+    DEFAULT_PROBES,
+    DENSE_LIMIT,
+    GRADIENTS_A_PROBE,
+    PROBES_WORTH,
+)
 from lowland.moments import HessianMoments, check_number
-from lowland.objective import data_parallel, only, unwrap
+from lowland.objective import Objective, objective
 from lowland.passes import unsteady
-from lowland.probes import loader_moments, probe_moments
-from lowland.products import Products
+from lowland.probes import Estimate, loader_moments
 
 Method = Literal["auto", "exact", "probes", "dense"]
 
-# Where the closed form does not cover a model.
-Fallback = Literal["probes", "dense"]
 
-# Above this many parameters brute force takes minutes rather than seconds; it must be asked for.
-DENSE_LIMIT = 2048
+@runtime_checkable
+class Engine(Protocol):
+    """Whatever finds the moments of one model, criterion and batch; :func:`choose` makes it.
 
-DEFAULT_PROBES = 32
+    An engine of your own gives these three, and any penalty can be a function of its moments.
+    """
 
-# What a probe and its gradient cost, in gradients of the loss; and how many probes an exact value
-# is worth, which has no noise.
-_GRADIENTS_A_PROBE = 4
-_PROBES_WORTH = 8
+    @property
+    def name(self) -> str:
+        """What :attr:`lowland.HessianMoments.method` says."""
+
+    def moments(self, count: int = 2) -> HessianMoments:
+        """The first ``count`` moments, 1, 2 or 4, differentiable in the parameters.
+
+        Of those that were not asked for nothing need be known; NaN stands for them.
+        """
+
+    def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
+        """The loss, as a step of training has it, and :meth:`moments`."""
 
 
 def hessian_moments(
@@ -44,7 +57,7 @@ def hessian_moments(
     method: Method = "auto",
     *,
     probes: int = DEFAULT_PROBES,
-    products: Products = "exact",
+    products: Products = "autograd",
     generator: Generator | None = None,
     parameters: Iterable[Tensor] | None = None,
     unbiased: bool = False,
@@ -71,7 +84,7 @@ def hessian_moments(
             brute force up to a few thousand parameters, and probes beyond. The result says which
             it was.
         probes: How many, for ``"probes"``. Standard errors fall with their square root.
-        products: ``"exact"`` or ``"finite"``, for ``"probes"``.
+        products: For ``"probes"``, ``"autograd"`` or ``"differences"`` of gradients.
         generator: Of the probes' signs; without one PyTorch's own is used.
         parameters: Those whose Hessian is meant, if not all that are trainable.
         unbiased: Take the samples for a batch of a larger data set, whose ``Tr H^2`` is to be
@@ -104,98 +117,19 @@ def hessian_moments(
     """
     check_number(moments)
     check_method(method)
-    if y is None and isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Tensor):
-        x, y = x
+    settings = Estimation(probes, products, generator, unbiased, memory_budget)
+    if y is None and (pair := as_pair(x)) is not None:
+        x, y = pair
+    target = objective(model, criterion, x, y, parameters)
     if y is None:
         if method not in ("auto", "probes") or moments != 2 or unbiased:
             raise UnsupportedModelError(
                 "the moments over a data loader are estimated: use method='probes', moments=2 and "
                 "unbiased=False; or pass all samples as tensors x and y"
             )
-        return replace(
-            loader_moments(
-                model,
-                criterion,
-                x,
-                probes=probes,
-                products=products,
-                generator=generator,
-                parameters=parameters,
-            ),
-            method="probes",
-        )
-    with only(model, parameters) as chosen:
-        took = choose(
-            model,
-            criterion,
-            x,
-            y,
-            method,
-            probes=probes,
-            dense_limit=0 if unbiased else DENSE_LIMIT,
-        )
-        if isinstance(took, Setup):
-            result = took.moments(memory_budget=memory_budget, unbiased=unbiased, moments=moments)
-            return replace(result, method="exact")
-        return without_closed_form(
-            took,
-            model,
-            criterion,
-            x,
-            y,
-            probes=probes,
-            products=products,
-            generator=generator,
-            parameters=chosen,
-            unbiased=unbiased,
-            moments=moments,
-        )
-
-
-def without_closed_form(
-    took: Fallback,
-    model: nn.Module,
-    criterion: Criterion,
-    x: Any,
-    y: Any,
-    *,
-    probes: int,
-    products: Products,
-    generator: Generator | None,
-    parameters: Iterable[Tensor] | None,
-    unbiased: bool,
-    moments: Literal[2, 4] = 2,
-) -> HessianMoments:
-    """The moments by brute force or by probes; arguments as for :func:`hessian_moments`.
-
-    Raises:
-        UnsupportedModelError: If the engine cannot do what is asked.
-    """
-    if took == "dense":
-        if unbiased:
-            raise UnsupportedModelError(
-                "unbiased=True needs the closed form or probes, which see some samples apart "
-                "from others; brute force sees their mean alone"
-            )
-        result = dense_moments(unwrap(model), criterion, x, y, moments=moments)
-    elif moments != 2:
-        raise UnsupportedModelError(
-            "moments=4 needs the closed form or brute force: probes estimate two moments; use "
-            "method='exact' or method='dense'"
-        )
-    else:
-        result = probe_moments(
-            model,
-            criterion,
-            x,
-            y,
-            probes=probes,
-            products=products,
-            generator=generator,
-            parameters=parameters,
-            unbiased=unbiased,
-        )
-    return replace(result, method=took)
+        return loader_moments(target, x, settings)
+    limit = 0 if unbiased else DENSE_LIMIT
+    return choose(target, method, settings, count=moments, dense_limit=limit).moments(moments)
 
 
 def check_method(method: str) -> None:
@@ -211,51 +145,48 @@ def check_method(method: str) -> None:
 
 
 def choose(
-    model: nn.Module,
-    criterion: Criterion,
-    x: Any,
-    y: Any,
+    target: Objective,
     method: Method,
+    settings: Estimation,
     *,
-    probes: int,
-    dense_limit: int,
-    linear: bool = False,
-) -> Setup | Fallback:
-    """The engine for a method; of the closed form what it has read.
+    count: int = 2,
+    dense_limit: int = DENSE_LIMIT,
+) -> Engine:
+    """The engine for a method; a model that the closed form may cover is read once, here.
 
     Args:
-        model: As for :func:`hessian_moments`.
-        criterion: As there.
-        x: As there.
-        y: As there.
-        method: As there.
-        probes: What the closed form competes with.
+        target: The loss.
+        method: ``"auto"``, or the name of an engine.
+        settings: What the engine may spend.
+        count: How many moments are wanted: ``Tr H`` alone, 1, the closed form has in linear time.
         dense_limit: Up to how many parameters ``"auto"`` may use brute force.
-        linear: Whether ``Tr H`` alone is wanted, which the closed form has in linear time.
 
     Raises:
         UnsupportedModelError: If the closed form is asked for and does not cover the model; or any
             engine but probes where the samples are several processes'.
         TypeError, ValueError: If the data do not fit it.
     """
-    if data_parallel(model):
+    if target.parallel:
         if method in ("exact", "dense"):
             raise UnsupportedModelError(
                 f"method={method!r} would take each process's samples for all of them: Tr H^2 of a "
                 "DistributedDataParallel model needs method='probes'"
             )
-        return "probes"
-    if method in ("probes", "dense"):
-        return method
+        return Estimate(target, settings)
+    if method == "probes":
+        return Estimate(target, settings)
+    if method == "dense":
+        return BruteForce(target, settings)
     try:
-        setup = read(unwrap(model), criterion, x, y)
+        exact = ExactEngine.read(target, settings)
     except UnsupportedModelError:
         if method == "exact":
             raise
     else:
-        worth = _GRADIENTS_A_PROBE * max(probes, _PROBES_WORTH)
-        if method == "exact" or linear or setup.relative_cost() <= worth:
-            return setup
-    dim = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Brute force differentiates one function, without side effects.
-    return "dense" if dim <= dense_limit and not any(map(unsteady, model.modules())) else "probes"
+        price = GRADIENTS_A_PROBE * max(settings.probes, PROBES_WORTH)
+        if method == "exact" or exact.relative_cost(count) <= price:
+            return exact
+    # Of layers that are others in each call a matrix would be of one draw.
+    if target.dim <= dense_limit and not any(map(unsteady, target.model.modules())):
+        return BruteForce(target, settings)
+    return Estimate(target, settings)

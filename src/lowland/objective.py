@@ -1,11 +1,11 @@
-"""A loss as a function of a model's parameters, for any module and criterion."""
+"""A loss as a function of a model's parameters, for any module, criterion and data."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,60 +14,124 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.parallel import DistributedDataParallel
 
-from lowland.criteria import Criterion, check_splits_evenly, scalar_loss
+from lowland.batches import Batch, any_requires_grad, to_device
+from lowland.criteria import Criterion, check_splits_evenly, mass, scalar_loss
 from lowland.torch_fixes import is_ordinary
+from lowland.validation import check_initialized
 
 Gradient = tuple[Tensor, list[Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Objective:
-    """``criterion(model(x), y)`` in some of the model's parameters.
+    r"""The loss of a model on its data, in some of the model's parameters.
+
+    .. math:: L(\theta) = \sum_b \frac{m_b}{m} \ell(f_\theta(x_b), y_b), \qquad m = \sum_b m_b
+
+    A batch counts by what its own mean divides by (:func:`lowland.criteria.mass`), so that ``L`` is
+    the mean over all samples however these are cut into batches.
 
     Attributes:
+        outer: The model as the caller has it.
         model: Without the wrappers that :func:`unwrap` takes off.
         criterion: Maps the model's output and ``y`` to a scalar.
-        x: Whatever the model takes.
-        y: Whatever the criterion takes.
+        batches: Pairs of whatever the model and the criterion take.
         names: Those of the parameters in the model.
         parameters: What the loss is a function of.
-        places: Where the model holds them, a tied one more than once: module, name and parameter.
+        others: Trainable parameters that are constants here.
+        total: ``m``; None where there is one batch, whose loss is meant as it is.
     """
 
+    outer: nn.Module
     model: nn.Module
     criterion: Criterion
-    x: Any
-    y: Any
+    batches: Iterable[Batch]
     names: list[str]
     parameters: list[Tensor]
-    places: list[tuple[nn.Module, str, Tensor]]
+    others: list[Tensor] = field(default_factory=list)
+    total: float | None = None
 
     @property
     def dim(self) -> int:
         """``P``, the number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.parameters[0].device
+
     @cached_property
     def is_ordinary(self) -> bool:
         """Whether model and criterion are, by :func:`lowland.torch_fixes.is_ordinary`."""
         return is_ordinary(self.model, self.criterion)
 
+    @property
+    def parallel(self) -> DistributedDataParallel | None:
+        """The data-parallel module that the model is wrapped in, if it is."""
+        return data_parallel(self.outer)
+
+    @property
+    def batch(self) -> Batch:
+        """The one batch that there is."""
+        (only_one,) = self.batches
+        return only_one
+
+    def on(self, *batches: Batch) -> Objective:
+        """The loss on other data, of one batch as it is."""
+        return replace(self, batches=batches, total=None)
+
+    def parts(self) -> Iterator[tuple[float, Objective]]:
+        """Each batch's share in the loss, and the loss on it, where the parameters are."""
+        if self.total is None:
+            yield 1.0, self
+            return
+        for x, y in self.batches:
+            there = to_device(x, self.device), to_device(y, self.device)
+            yield float(mass(self.criterion, there[1])) / self.total, self.on(there)
+
     def loss(self) -> Tensor:
         """The loss, with a graph to the parameters.
 
         Raises:
+            TypeError: If it is no tensor.
             ValueError: If it is no scalar, not finite, or has no graph.
         """
         return self._checked(self._loss())
 
+    def step_loss(self) -> Tensor:
+        """What a step of training without us would have computed: by the model as it is wrapped."""
+        x, y = self.batch
+        return scalar_loss(self.criterion, self.outer(x), y)
+
     def _loss(self) -> Tensor:
-        return scalar_loss(self.criterion, self.model(self.x), self.y)
+        if self.total is None:
+            x, y = self.batch
+            return scalar_loss(self.criterion, self.model(x), y)
+        losses = [part._loss() * share for share, part in self.parts()]  # noqa: SLF001 - its own
+        return torch.stack(losses).sum()
+
+    @property
+    def data_require_grad(self) -> bool:
+        """Whether somebody may ask for gradients in the data."""
+        return torch.is_grad_enabled() and any_requires_grad(self.batch)
+
+    @contextmanager
+    def others_frozen(self) -> Iterator[None]:
+        """All parameters that are constants here ask for no gradient meanwhile."""
+        for parameter in self.others:
+            parameter.requires_grad = False
+        try:
+            yield
+        finally:
+            for parameter in self.others:
+                parameter.requires_grad = True
 
     def gradient(self, at: Sequence[Tensor] | None = None) -> Gradient:
         """The loss and its gradient at other values of the parameters, without graphs.
 
         Raises:
-            ValueError: As :meth:`loss`, or if the loss does not depend on one of the parameters.
+            ValueError: As :meth:`loss`.
         """
         values = [v.detach().requires_grad_() for v in at or self.parameters]
 
@@ -97,15 +161,27 @@ class Objective:
                     for weight in module._flat_weights_names  # noqa: SLF001
                 ]
 
+    @cached_property
+    def places(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Where the model holds the parameters, a tied one more than once: module and name."""
+        chosen = {id(p) for p in self.parameters}
+        return [
+            (module, name, p)
+            for module in self.model.modules()
+            for name, p in module._parameters.items()  # noqa: SLF001
+            if p is not None and id(p) in chosen
+        ]
+
     def complete(self, parts: Sequence[Tensor | None]) -> list[Tensor]:
-        """The parts of a gradient, of which none may be missing."""
-        missing = [n for n, part in zip(self.names, parts, strict=True) if part is None]
-        if missing:
-            raise ValueError(
-                f"the loss does not depend on {', '.join(missing)}: freeze what the model does not "
-                "use by requires_grad_(False), or name the parameters to measure (parameters=...)"
-            )
-        return [part for part in parts if part is not None]
+        """The parts of a gradient; zero where the loss does not depend on a parameter.
+
+        So it is with routed experts, stochastic depth, or an early exit: the Hessian has rows of
+        zeros there.
+        """
+        return [
+            torch.zeros_like(p) if part is None else part
+            for p, part in zip(self.parameters, parts, strict=True)
+        ]
 
     def halves(self) -> list[Objective]:
         """The same with the two halves of the samples.
@@ -114,20 +190,19 @@ class Objective:
             TypeError: If the data are no tensors.
             ValueError: If the samples are not an even number, or the loss is not their mean.
         """
-        if not (isinstance(self.x, Tensor) and isinstance(self.y, Tensor)):
+        x, y = self.batch
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
             raise TypeError(
                 "unbiased=True splits the batch in two, for which x and y must be tensors; got "
-                f"{type(self.x).__name__} and {type(self.y).__name__}"
+                f"{type(x).__name__} and {type(y).__name__}"
             )
-        if len(self.x) < 2 or len(self.x) % 2:
+        if len(x) < 2 or len(x) % 2:
             raise ValueError(
                 "unbiased=True splits the batch in two halves of one size: it needs an even number "
-                f"of samples; got {len(self.x)}"
+                f"of samples; got {len(x)}"
             )
-        halves = [
-            replace(self, x=x, y=y) for x, y in zip(self.x.chunk(2), self.y.chunk(2), strict=True)
-        ]
-        check_splits_evenly(self.criterion, [half.y for half in halves])
+        halves = [self.on(half) for half in zip(x.chunk(2), y.chunk(2), strict=True)]
+        check_splits_evenly(self.criterion, [half.batch[1] for half in halves])
         return halves
 
     def _checked(self, loss: Tensor) -> Tensor:
@@ -138,8 +213,9 @@ class Objective:
             )
         if not loss.requires_grad:
             raise ValueError(
-                "the loss has no graph to the model's parameters: something in the model or the "
-                "criterion detaches it (torch.no_grad, .detach(), .item(), a rounding or an argmax)"
+                "the loss has no graph to the model's parameters, so it has no derivatives: "
+                "something in the model or the criterion detaches it (torch.no_grad, .detach(), "
+                ".item(), a rounding or an argmax), or counts, as accuracy does"
             )
         check_finite(loss, "the loss")
         return loss
@@ -155,21 +231,17 @@ def objective(
     """The loss as a function of the given parameters, or of all that are trainable.
 
     Raises:
-        ValueError: As :func:`trainable` and :func:`check_subset`.
+        ValueError: As :func:`trainable` and :func:`check_subset`; or if a lazy layer has seen no
+            data.
     """
-    model = unwrap(model)
-    named = trainable(model)
+    inside = unwrap(model)
+    check_initialized(inside)
+    named, others = trainable(inside), []
     if parameters is not None:
-        wanted = check_subset(model, parameters)
+        wanted = check_subset(inside, parameters)
+        others = [p for p in named.values() if id(p) not in wanted]
         named = {name: p for name, p in named.items() if id(p) in wanted}
-    chosen = {id(p) for p in named.values()}
-    places: list[tuple[nn.Module, str, Tensor]] = [
-        (module, name, p)
-        for module in model.modules()
-        for name, p in module._parameters.items()  # noqa: SLF001
-        if id(p) in chosen and p is not None
-    ]
-    return Objective(model, criterion, x, y, list(named), list(named.values()), places)
+    return Objective(model, inside, criterion, ((x, y),), list(named), list(named.values()), others)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -201,28 +273,6 @@ def check_subset(model: nn.Module, parameters: Iterable[Tensor]) -> set[int]:
             f"{len(wanted)} given {len(found)} are"
         )
     return wanted
-
-
-@contextmanager
-def only(model: nn.Module, parameters: Iterable[Tensor] | None) -> Iterator[list[Tensor] | None]:
-    """All other parameters frozen meanwhile; gives the parameters as a list.
-
-    Raises:
-        ValueError: As :func:`check_subset`.
-    """
-    if parameters is None:
-        yield None
-        return
-    parameters = list(parameters)
-    wanted = check_subset(model, parameters)
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
-    for parameter in others:
-        parameter.requires_grad = False
-    try:
-        yield parameters
-    finally:
-        for parameter in others:
-            parameter.requires_grad = True
 
 
 def unwrap(model: nn.Module) -> nn.Module:

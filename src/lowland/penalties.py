@@ -13,15 +13,14 @@ import torch.distributed
 from torch import Generator, Tensor, nn
 from torch.autograd import grad
 
+from lowland.batches import rows
 from lowland.criteria import Criterion, scalar_loss
-from lowland.engines import Fallback, Method, check_method, choose, without_closed_form
-from lowland.exact.api import Setup
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET
+from lowland.engines import Engine, Method, check_method, choose
+from lowland.estimation import Estimation, Products
+from lowland.limits import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments
-from lowland.objective import data_parallel, only
-from lowland.probes import check_settings, loss_and_moments
-from lowland.products import Products
-from lowland.validation import check_budget, is_number
+from lowland.objective import Objective, objective
+from lowland.validation import is_number
 
 
 class CurvaturePenalty(nn.Module, ABC):
@@ -40,10 +39,10 @@ class CurvaturePenalty(nn.Module, ABC):
         weight: Factor of the penalty, at least zero.
         method: The engine: ``"exact"``, ``"probes"``, ``"dense"``, or ``"auto"``, the closed form
             where it covers the model at the price of some probes, and probes elsewhere. Which it
-            was last is :attr:`took`.
+            was last is :attr:`used`.
         probes: Random directions in a step, for ``"probes"``. One is enough in training: the
             gradients of both traces are right on average.
-        products: ``"exact"`` or ``"finite"``, see :func:`lowland.probes.probe_moments`.
+        products: ``"autograd"`` or ``"differences"``, see :func:`lowland.probes.probe_moments`.
         generator: Of the probes' signs; without one PyTorch's own is used.
         unbiased: For training by mini-batches: penalize an unbiased estimate of the data set's
             ``Tr H^2`` rather than the batch's own, see :func:`lowland.hessian_moments`. Where the
@@ -67,7 +66,9 @@ class CurvaturePenalty(nn.Module, ABC):
         what HSR remembers, are part of ``penalty.state_dict()``.
     """
 
-    took: str | None = None
+    used: str | None = None
+    count: int = 2
+    """How many moments :meth:`value` reads: 1 for ``Tr H`` alone, or 2."""
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class CurvaturePenalty(nn.Module, ABC):
         *,
         method: Method = "auto",
         probes: int = 1,
-        products: Products = "exact",
+        products: Products = "autograd",
         generator: Generator | None = None,
         unbiased: bool = False,
         parameters: Iterable[Tensor] | None = None,
@@ -95,11 +96,9 @@ class CurvaturePenalty(nn.Module, ABC):
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be a finite number of at least 0; got {weight}")
         check_method(method)
-        check_settings(probes, products)
+        estimation = Estimation(probes, products, generator, unbiased, memory_budget)
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1; got {every!r}")
-        if not (generator is None or isinstance(generator, Generator)):
-            raise TypeError(f"generator must be a torch.Generator; got {generator!r}")
         subset = None if parameters is None else tuple(parameters)
         if subset == ():
             raise ValueError("parameters= must name at least one parameter; got none")
@@ -111,12 +110,10 @@ class CurvaturePenalty(nn.Module, ABC):
         self.criterion = criterion
         self.weight = weight
         self.method: Method = method
-        self.probes, self.products, self.generator = probes, products, generator
-        self.unbiased = unbiased
+        self.estimation = estimation
         # Not in a list of nn.Module's own: they are the model's to move and to save.
         self._subset = subset
         self.every, self.active = every, active
-        self.memory_budget = check_budget(memory_budget)
         self.calls = 0
 
     def forward(self, model: nn.Module, x: Any, y: Any) -> Tensor:
@@ -134,60 +131,29 @@ class CurvaturePenalty(nn.Module, ABC):
         factor = self._factor()
         if factor is None:
             return scalar_loss(self.criterion, model(x), y)
-        with only(model, self._subset):
-            took = self._choose(model, x, y)
-        # A data-parallel module reduces gradients of its own forward passes alone; and statistics
-        # of two halves are not the batch's.
-        alone = self._subset is not None or self.unbiased or _processes(model)
-        if took != "probes" or alone:
-            return scalar_loss(self.criterion, model(x), y) + factor * self.measure(model, x, y)
-        self.took = "probes"
-        loss, moments = loss_and_moments(
-            model,
-            self.criterion,
-            x,
-            y,
-            probes=self.probes,
-            products=self.products,
-            generator=self.generator,
-        )
-        return loss + factor * self.of(moments, _samples(model, x, y))
+        target = self._target(model, x, y)
+        loss, moments = self._engine(target).loss_and_moments(self.count)
+        return loss + factor * self.value(moments, _samples(target))
 
     def measure(self, model: nn.Module, x: Any, y: Any) -> Tensor:
         """The quantity that is penalized, before its weight."""
-        return self.of(self.moments(model, x, y), _samples(model, x, y))
+        target = self._target(model, x, y)
+        return self.value(self._engine(target).moments(self.count), _samples(target))
 
     @abstractmethod
-    def of(self, moments: HessianMoments, samples: int) -> Tensor:
-        """The quantity that is penalized as a function of the moments of so many samples."""
+    def value(self, moments: HessianMoments, samples: int) -> Tensor:
+        """The quantity that is penalized, a function of the moments of so many samples."""
 
     def moments(self, model: nn.Module, x: Any, y: Any) -> HessianMoments:
-        """What penalties are functions of."""
-        with only(model, self._subset) as parameters:
-            took = self._choose(model, x, y)
-            if isinstance(took, Setup):
-                self.took = "exact"
-                return self._exact(took)
-            self.took = took
-            return without_closed_form(
-                took,
-                model,
-                self.criterion,
-                x,
-                y,
-                probes=self.probes,
-                products=self.products,
-                generator=self.generator,
-                parameters=parameters,
-                unbiased=self.unbiased,
-            )
+        """What the penalty is a function of."""
+        return self._engine(self._target(model, x, y)).moments(self.count)
 
     def extra_repr(self) -> str:
         """The settings, for ``print(penalty)``."""
         settings = {
-            "probes": (self.probes, 1),
-            "products": (self.products, "exact"),
-            "unbiased": (self.unbiased, False),
+            "probes": (self.estimation.probes, 1),
+            "products": (self.estimation.products, "autograd"),
+            "unbiased": (self.estimation.unbiased, False),
             "every": (self.every, 1),
             "active": (self.active, (0, math.inf)),
         }
@@ -202,20 +168,13 @@ class CurvaturePenalty(nn.Module, ABC):
         """Put back what :meth:`get_extra_state` gave."""
         self.calls = state["calls"]
 
-    def _exact(self, setup: Setup) -> HessianMoments:
-        return setup.moments(memory_budget=self.memory_budget, unbiased=self.unbiased)
+    def _target(self, model: nn.Module, x: Any, y: Any) -> Objective:
+        return objective(model, self.criterion, x, y, self._subset)
 
-    def _choose(self, model: nn.Module, x: Any, y: Any) -> Setup | Fallback:
-        return choose(
-            model,
-            self.criterion,
-            x,
-            y,
-            self.method,
-            probes=self.probes,
-            dense_limit=0,
-            linear=isinstance(self, HessianTrace),
-        )
+    def _engine(self, target: Objective) -> Engine:
+        engine = choose(target, self.method, self.estimation, count=self.count, dense_limit=0)
+        self.used = engine.name
+        return engine
 
     def _factor(self) -> float | None:
         """What the quantity is multiplied by in this call; None for nothing."""
@@ -263,7 +222,7 @@ class HSR(CurvaturePenalty):
         # it has not seen yet.
         self.register_buffer("average", torch.zeros(3, dtype=torch.float64))
 
-    def of(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
+    def value(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
         """``U``; of estimates its linear part around their running average."""
         if moments.stderr is None:
             return moments.upper
@@ -297,13 +256,11 @@ class HessianTrace(CurvaturePenalty):
         Liu et al. (2023), who estimate it; here it is exact where the closed form covers the model.
     """
 
-    def of(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
+    count = 1
+
+    def value(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
         """``Tr H``."""
         return moments.trace
-
-    def _exact(self, setup: Setup) -> HessianMoments:
-        trace = setup.trace(self.memory_budget)
-        return HessianMoments(setup.size.dim, trace, torch.full_like(trace, math.nan))
 
 
 class FlatnessAware(CurvaturePenalty):
@@ -315,7 +272,7 @@ class FlatnessAware(CurvaturePenalty):
     Arguments and errors are those of :class:`CurvaturePenalty`.
     """
 
-    def of(self, moments: HessianMoments, samples: int) -> Tensor:
+    def value(self, moments: HessianMoments, samples: int) -> Tensor:
         """``Tr H^2 / B``."""
         return moments.trace_sq / samples
 
@@ -326,11 +283,8 @@ def _nothing(model: nn.Module) -> Tensor:
     return parameter.new_zeros((), requires_grad=torch.is_grad_enabled())
 
 
-def _processes(model: nn.Module) -> int:
-    """In how many a model is trained side by side; 0 for one alone."""
-    parallel = data_parallel(model)
-    return 0 if parallel is None else torch.distributed.get_world_size(parallel.process_group)
-
-
-def _samples(model: nn.Module, x: Any, y: Any) -> int:
-    return len(x if isinstance(x, Tensor) else y) * max(1, _processes(model))
+def _samples(target: Objective) -> int:
+    """Those of the batch, in all processes in which the model is trained side by side."""
+    parallel = target.parallel
+    processes = torch.distributed.get_world_size(parallel.process_group) if parallel else 1
+    return rows(*target.batch) * processes

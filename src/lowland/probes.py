@@ -7,19 +7,74 @@ With a random direction ``v`` of independent signs, :math:`E[v^T H v] = \mathrm{
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed
 from torch import Generator, Tensor, nn
 
+from lowland.batches import to_device
 from lowland.criteria import Criterion, is_sum, mass
+from lowland.errors import UnsupportedModelError
+from lowland.estimation import Estimation, Products
 from lowland.moments import HessianMoments
 from lowland.objective import Objective, data_parallel, objective
 from lowland.passes import frozen_statistics
-from lowland.products import Average, Parts, Products, dot, measure, products_with, warn_of_kinks
+from lowland.products import Average, Parts, dot, hessian_products, measure, warn_of_kinks
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """The engine for any module: moments from a few products with the Hessian.
+
+    Attributes:
+        target: The loss.
+        settings: How many products, and of which kind.
+    """
+
+    target: Objective
+    settings: Estimation
+    name: ClassVar[Literal["probes"]] = "probes"
+
+    def moments(self, count: int = 2) -> HessianMoments:
+        """Estimates with standard errors; running statistics stay as they are.
+
+        Raises:
+            UnsupportedModelError: If more than two moments are asked for.
+        """
+        if count > 2:
+            raise UnsupportedModelError(
+                "moments=4 needs the closed form or brute force: probes estimate two moments; use "
+                "method='exact' or method='dense'"
+            )
+        with frozen_statistics(self.target.model), self.target.others_frozen():
+            return self._estimate()[1]
+
+    def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
+        """Both from one forward pass, which counts as that of a step of training.
+
+        From two where that would be another loss: of parameters that are constants in the moments,
+        of two halves of a batch, whose statistics are not the batch's, or of a data-parallel
+        module, which averages the gradients of its own forward passes alone.
+        """
+        target = self.target
+        if target.others or target.parallel or self.settings.unbiased:
+            return target.step_loss(), self.moments(count)
+        return self._estimate()
+
+    def _estimate(self) -> tuple[Tensor, HessianMoments]:
+        target, settings = self.target, self.settings
+        if settings.products == "differences":
+            warn_of_kinks(target.model)
+        directions = _draw(target, settings)
+        parts = target.halves() if settings.unbiased else [target]
+        average = _average_over_processes(target.outer)
+        loss, traces, squares = measure(
+            parts, directions, settings.products, average, disposable=True
+        )
+        return loss, _moments(target.dim, traces, squares)
 
 
 def probe_moments(
@@ -29,7 +84,7 @@ def probe_moments(
     y: Any,
     *,
     probes: int = 1,
-    products: Products = "exact",
+    products: Products = "autograd",
     generator: Generator | None = None,
     unbiased: bool = False,
     parameters: Iterable[Tensor] | None = None,
@@ -45,9 +100,9 @@ def probe_moments(
         x: Whatever the model takes.
         y: Whatever the criterion takes.
         probes: How many directions, at least 1.
-        products: ``"exact"`` differentiates the gradient; ``"finite"`` takes differences of it, in
-            less memory and through anything that has a gradient, activation checkpointing included
-            (:mod:`lowland.products`). With smooth activations and pooling the gradient of
+        products: ``"autograd"`` differentiates the gradient; ``"differences"`` takes differences of
+            it, in less memory and through anything that has a gradient, activation checkpointing
+            included (:mod:`lowland.products`). With smooth activations and pooling the gradient of
             ``Tr H^2`` from one probe is then within some percent of the exact one in single
             precision, 0.1 % in double; across the kinks of ReLU or max pooling the gradient jumps,
             and what differences make of it may be a thousand times too large. Parameters of 16
@@ -75,40 +130,12 @@ def probe_moments(
         M. F. Hutchinson, A stochastic estimator of the trace of the influence matrix for Laplacian
         smoothing splines (1990).
     """
-    target = objective(model, criterion, x, y, parameters)
-    with frozen_statistics(target.model):
-        return _estimate(model, target, probes, products, generator, unbiased=unbiased)[1]
-
-
-def loss_and_moments(  # as above, for a step of training
-    model: nn.Module,
-    criterion: Criterion,
-    x: Any,
-    y: Any,
-    *,
-    probes: int = 1,
-    products: Products = "exact",
-    generator: Generator | None = None,
-    parameters: Iterable[Tensor] | None = None,
-) -> tuple[Tensor, HessianMoments]:
-    """The loss and :func:`probe_moments` from one forward pass, which counts as that of the step.
-
-    Arguments and errors are those of :func:`probe_moments`. Running statistics of normalizations
-    are updated as by the loss alone.
-    """
-    target = objective(model, criterion, x, y, parameters)
-    return _estimate(model, target, probes, products, generator, unbiased=False)
+    settings = Estimation(probes, products, generator, unbiased)
+    return Estimate(objective(model, criterion, x, y, parameters), settings).moments()
 
 
 def loader_moments(
-    model: nn.Module,
-    criterion: Criterion,
-    loader: Iterable[tuple[Any, Any]],
-    *,
-    probes: int = 1,
-    products: Products = "exact",
-    generator: Generator | None = None,
-    parameters: Iterable[Tensor] | None = None,
+    target: Objective, loader: Iterable[tuple[Any, Any]], settings: Estimation
 ) -> HessianMoments:
     """:func:`probe_moments` of all batches ``(x, y)`` together, without gradients.
 
@@ -119,35 +146,35 @@ def loader_moments(
     normalization should not depend on the batches. Each process of a ``DistributedDataParallel``
     module brings its own batches; sums are divided by the number of processes, as gradients are.
 
+    Args:
+        target: The loss, whose own batch is not looked at.
+        loader: What gives the batches.
+        settings: How many products, and of which kind.
+
     Raises:
         ValueError: As :func:`probe_moments`, or if the loader is empty.
     """
-    check_settings(probes, products)
-    parameters = None if parameters is None else list(parameters)
-    target = objective(model, criterion, None, None, parameters)
-    directions = [rademacher(target.parameters, generator, model) for _ in range(probes)]
+    directions = _draw(target, settings)
     totals = [[torch.zeros_like(p) for p in target.parameters] for _ in directions]
     samples = 0.0
-    device = target.parameters[0].device
     if isinstance(loader, Tensor):
         raise TypeError(
             "without targets y, a loader of batches (x, y) is expected; got a tensor of shape "
             f"{tuple(loader.shape)}"
         )
-    with frozen_statistics(target.model):
+    with frozen_statistics(target.model), target.others_frozen():
         for x, y in loader:
-            count = float(mass(criterion, y) if isinstance(y, Tensor) else len(y))
+            count = float(mass(target.criterion, y) if isinstance(y, Tensor) else len(y))
             samples += count
             if not count:  # all of its targets are ignored
                 continue
-            part = replace(target, x=_to(x, device), y=_to(y, device))
-            for total, product in zip(
-                totals, products_with(part, directions, products), strict=True
-            ):
+            part = target.on((to_device(x, target.device), to_device(y, target.device)))
+            found = hessian_products(part, directions, settings.products)
+            for total, product in zip(totals, found, strict=True):
                 torch._foreach_add_(total, product, alpha=count)
-    average = _average_over_processes(model)
+    average = _average_over_processes(target.outer)
     if average:  # each process has seen its share of the samples
-        counted = torch.tensor([samples], dtype=totals[0][0].dtype, device=device)
+        counted = torch.tensor([samples], dtype=totals[0][0].dtype, device=target.device)
         average([counted, *(each for total in totals for each in total)])
         samples = float(counted)
     if not samples:
@@ -155,53 +182,26 @@ def loader_moments(
             "the data loader is empty: it gave no batch (x, y); an iterator, which can be gone "
             "through once, may be used up"
         )
-    scale = 1 if is_sum(criterion) else 1 / samples
+    scale = 1 if is_sum(target.criterion) else 1 / samples
     values = [torch.stack(each) for each in zip(*map(_forms, totals, directions), strict=True)]
     return _moments(target.dim, values[0] * scale, values[1] * scale**2)
+
+
+def _draw(target: Objective, settings: Estimation) -> list[Parts]:
+    """As many directions of random signs as there are probes."""
+    return [
+        rademacher(target.parameters, settings.generator, target.outer)
+        for _ in range(settings.probes)
+    ]
 
 
 def _forms(product: Parts, direction: Parts) -> tuple[Tensor, Tensor]:
     return dot(product, direction), dot(product, product)
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if hasattr(value, "to") else value
-
-
-def _estimate(
-    model: nn.Module,
-    target: Objective,
-    probes: int,
-    products: Products,
-    generator: Generator | None,
-    *,
-    unbiased: bool,
-) -> tuple[Tensor, HessianMoments]:
-    check_settings(probes, products)
-    if products == "finite":
-        warn_of_kinks(target.model)
-    average = _average_over_processes(model)
-    directions = [rademacher(target.parameters, generator, model) for _ in range(probes)]
-    parts = target.halves() if unbiased else [target]
-    loss, traces, squares = measure(parts, directions, products, average, disposable=True)
-    return loss, _moments(target.dim, traces, squares)
-
-
 def _moments(dim: int, traces: Tensor, squares: Tensor) -> HessianMoments:
     errors = (_standard_error(traces), _standard_error(squares))
-    return HessianMoments(dim, traces.mean(), squares.mean(), stderr=errors)
-
-
-def check_settings(probes: int, products: str) -> None:
-    """Refuse what cannot be estimated with.
-
-    Raises:
-        ValueError: If there is no probe, or no such way to a product.
-    """
-    if not isinstance(probes, int) or probes < 1:
-        raise ValueError(f"probes must be a whole number of at least 1; got {probes!r}")
-    if products not in ("exact", "finite"):
-        raise ValueError(f"unknown products {products!r}: expected 'exact' or 'finite'")
+    return HessianMoments(dim, traces.mean(), squares.mean(), stderr=errors, method=Estimate.name)
 
 
 def _standard_error(values: Tensor) -> Tensor:

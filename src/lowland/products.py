@@ -4,8 +4,8 @@ With a direction ``v`` and :math:`u = Hv`, the gradient of any function of :math
 :math:`\lVert Hv \rVert^2` is one third derivative: :math:`\nabla^3 L[v, a v + 2 b u]` with that
 function's slopes ``a`` and ``b``. There are two ways to it:
 
-* exact: differentiate the graph of ``u``;
-* finite differences: ``u`` from the gradient ``g`` at two points, the third derivative from four,
+* autograd: differentiate the graph of ``u``;
+* differences: ``u`` from the gradient ``g`` at two points, the third derivative from four,
   for losses whose gradient is smooth,
 
       u = (g(t + eps v) - g(t)) / eps
@@ -20,15 +20,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
 
+from lowland.estimation import Products
 from lowland.objective import (
     Gradient,
     Objective,
@@ -40,7 +41,6 @@ from lowland.objective import (
 from lowland.passes import frozen_statistics, remember_randomness
 from lowland.torch_fixes import differentiable_operations
 
-Products = Literal["exact", "finite"]
 Parts = list[Tensor]
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -56,14 +56,15 @@ _NO_CURVATURE = (
 )
 _NOT_TWICE = (
     "this model and loss cannot be differentiated twice: {}\n"
-    "Use products='finite', which needs gradients alone; or replace what has no second derivative"
+    "Use products='differences', which needs gradients alone; or replace what has no second "
+    "derivative"
 )
 
 
 def measure(
     parts: Sequence[Objective],
     directions: Sequence[Parts],
-    products: Products,
+    products: Products = "autograd",
     average: Average | None = None,
     *,
     disposable: bool = False,
@@ -74,7 +75,7 @@ def measure(
         parts: The objective; or two, over the halves of its samples. Then their products with the
             Hessian meet each other, so that neither meets its own noise.
         directions: Each with one tensor a parameter.
-        products: ``"exact"`` or ``"finite"``.
+        products: ``"autograd"`` or ``"differences"``.
         average: Over the processes of data-parallel training.
         disposable: The directions may be written over, which saves their memory once.
 
@@ -88,18 +89,46 @@ def measure(
         ValueError: As :meth:`Objective.loss`, or if a product is not finite.
         RuntimeError: If the loss cannot be differentiated twice, with what may help.
     """
-    if products == "finite":
+    if products == "differences":
         if not disposable:
             directions = [_copies(direction) for direction in directions]
         run = _Differences(parts, directions, average)
         result: Measured = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
         return result
-    return _exact(parts, directions, average)
+    return _by_autograd(parts, directions, average)
 
 
-def products_with(part: Objective, directions: Sequence[Parts], products: Products) -> list[Parts]:
-    """``H v`` for each direction, without gradients; errors as :func:`measure`."""
-    if products == "finite":
+def hessian_products(
+    target: Objective, directions: Sequence[Parts], products: Products = "autograd"
+) -> list[Parts]:
+    """``H v`` for each direction, of the loss on all batches, without gradients.
+
+    Args:
+        target: The loss.
+        directions: Each with one tensor a parameter.
+        products: ``"autograd"`` or ``"differences"``.
+
+    Returns:
+        As many products, each with one tensor a parameter.
+
+    Raises:
+        ValueError, RuntimeError: As :func:`measure`; but a Hessian of zeros is one.
+    """
+    totals: list[Parts] = []
+    for share, part in target.parts():
+        found = _products_of_batch(part, directions, products)
+        if target.total is None:
+            return found
+        totals = totals or [[torch.zeros_like(each) for each in product] for product in found]
+        for total, product in zip(totals, found, strict=True):
+            torch._foreach_add_(total, product, alpha=share)
+    return totals
+
+
+def _products_of_batch(
+    part: Objective, directions: Sequence[Parts], products: Products
+) -> list[Parts]:
+    if products == "differences":
         run = _Differences([part], directions, None)
         _, gradient = run.first_gradient(part)
         shift, found = run.shift(), []
@@ -109,17 +138,28 @@ def products_with(part: Objective, directions: Sequence[Parts], products: Produc
             found.append(times(near, 1 / step))
             plus_(found[-1], gradient, -1 / step)
         return found
-    with torch.enable_grad(), not_compiled(), _kernels(part):
-        gradient = _gradient(part, part.loss())
-        return [_product(part, gradient, direction, wanted=False) for direction in directions]
+    with gradient_graph(part) as gradient:
+        return [product(part, gradient, direction, wanted=False) for direction in directions]
 
 
-def _exact(
+@contextmanager
+def gradient_graph(part: Objective) -> Iterator[Parts]:
+    """The gradient with its graph, where it can be differentiated again.
+
+    Raises:
+        ValueError: As :meth:`Objective.loss`.
+        RuntimeError: If something in it can be differentiated once only.
+    """
+    with torch.enable_grad(), not_compiled(), _operations(part):
+        yield _gradient(part, part.loss())
+
+
+def _by_autograd(
     parts: Sequence[Objective], directions: Sequence[Parts], average: Average | None
 ) -> Measured:
     wanted = torch.is_grad_enabled()
     scale = _loss_scale(parts[0].parameters[0].device)
-    with torch.enable_grad(), not_compiled(), _kernels(parts[0]):
+    with torch.enable_grad(), not_compiled(), _operations(parts[0]):
         losses = [part.loss() for part in parts]
         gradients = [
             _gradient(part, scale * loss) for part, loss in zip(parts, losses, strict=True)
@@ -127,12 +167,12 @@ def _exact(
         forms = []
         for direction in directions:
             products = [
-                _product(part, gradient, direction, wanted=wanted)
+                product(part, gradient, direction, wanted=wanted)
                 for part, gradient in zip(parts, gradients, strict=True)
             ]
             if scale != 1:
-                products = [[each / scale for each in product] for product in products]
-            values = [[each.detach() for each in product] for product in products]
+                products = [[each / scale for each in one] for one in products]
+            values = [[each.detach() for each in one] for one in products]
             forms.append(_forms(products, _averaged(values, average), direction))
         loss = sum(losses[1:], losses[0]) / len(losses)
     traces, squares = (torch.stack(each) for each in zip(*forms, strict=True))
@@ -161,31 +201,40 @@ def _carry(value: Tensor, slope: Tensor) -> Tensor:
     return value + (slope - slope.detach())
 
 
-def _kernels(part: Objective) -> AbstractContextManager[None]:
+def _operations(part: Objective) -> AbstractContextManager[None]:
     if part.is_ordinary:
         return nullcontext()
     return differentiable_operations(part.model)
 
 
 def _gradient(part: Objective, loss: Tensor) -> Parts:
+    if not part.is_ordinary:
+        _check_differentiable([loss])
     gradient = part.complete(grad(loss, part.parameters, create_graph=True, allow_unused=True))
     if not part.is_ordinary:
         _check_differentiable(gradient)
     return gradient
 
 
-def _check_differentiable(gradient: Parts) -> None:
-    """Refuse functions that are ``once_differentiable``.
+# The code of every backward pass that is marked so.
+_ONCE = once_differentiable(print).__code__
+
+
+def _check_differentiable(values: Parts) -> None:
+    """Refuse functions that are ``once_differentiable``, in the graph of a loss or a gradient.
 
     Their gradient has no way back to the parameters, so PyTorch leaves it out of the product rather
-    than run into the error at its end.
+    than run into the error at its end; and where they are handed a constant, as at the end of a
+    loss, there is not even that error in the gradient's graph.
     """
-    ahead, seen = [each.grad_fn for each in gradient], set()
+    ahead, seen = [each.grad_fn for each in values], set()
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "torch::autograd::Error":
+        own = getattr(type(node), "_forward_cls", None)
+        once = getattr(getattr(own, "backward", None), "__code__", None) is _ONCE
+        if once or node.name() == "torch::autograd::Error":
             raise RuntimeError(
                 _NOT_TWICE.format("a function in it is marked as once_differentiable")
             )
@@ -193,13 +242,13 @@ def _check_differentiable(gradient: Parts) -> None:
         ahead += [before for before, _ in node.next_functions]
 
 
-def _product(part: Objective, gradient: Parts, direction: Parts, *, wanted: bool) -> Parts:
-    """``H v``, with its graph if wanted."""
+def product(part: Objective, gradient: Parts, direction: Parts, *, wanted: bool) -> Parts:
+    """``H v``, with its graph if wanted; zeros where the gradient does not change."""
     used = [(g, v) for g, v in zip(gradient, direction, strict=True) if g.requires_grad]
     if not used:
-        raise ValueError(_NO_CURVATURE)
+        return [torch.zeros_like(p) for p in part.parameters]
     try:
-        product = grad(
+        result = grad(
             [g for g, _ in used],
             part.parameters,
             [v for _, v in used],
@@ -210,10 +259,10 @@ def _product(part: Objective, gradient: Parts, direction: Parts, *, wanted: bool
         )
     except RuntimeError as error:  # NotImplementedError is one
         raise RuntimeError(_NOT_TWICE.format(error)) from error
-    if may_look(product[0].device) and not norm(product).isfinite():
-        for name, each in zip(part.names, product, strict=True):
+    if may_look(result[0].device) and not norm(result).isfinite():
+        for name, each in zip(part.names, result, strict=True):
             check_finite(each.detach(), f"the Hessian's product with a direction, in {name},")
-    return list(product)
+    return list(result)
 
 
 class _Differences:
@@ -387,9 +436,9 @@ def warn_of_kinks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _WITH_KINKS):
             warnings.warn(
-                f"products='finite' with layer {name!r}, {type(module).__name__}: the "
+                f"products='differences' with layer {name!r}, {type(module).__name__}: the "
                 "gradient jumps at its kinks, and differences across them can be many times what "
-                "the Hessian is; use products='exact', or smooth layers (GELU, SiLU, average "
+                "the Hessian is; use products='autograd', or smooth layers (GELU, SiLU, average "
                 "pooling)",
                 stacklevel=4,
             )

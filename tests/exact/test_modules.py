@@ -426,7 +426,7 @@ NOT_COVERED = {
     ),
     "hooks on a lone layer": (
         lambda: _hooked()[1:2],
-        "forward hooks on layer 0 of the model, Tanh",
+        "forward hooks on layer 1 of the model, Tanh",
     ),
     "deep layers": (
         lambda: nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Sequential(nn.Softmax(1)))),

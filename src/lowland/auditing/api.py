@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lowland.auditing.readings import LANCZOS, Bench, Forward, Values
 from lowland.auditing.result import Audit
 from lowland.criteria import Criterion, scalar_loss
-from lowland.engines import DEFAULT_PROBES
 from lowland.errors import UnsupportedModelError
+from lowland.lanczos import need_scipy
+from lowland.limits import DEFAULT_PROBES
 from lowland.objective import unwrap
-from lowland.spectra.surface import check_mode, need_curvlinops
+from lowland.spectra.surface import check_mode
 from lowland.symmetry import rescale, weighted_layers
 from lowland.validation import check_features, check_tensor, check_values, is_number
 
@@ -95,7 +96,7 @@ def audit(
         >>> audit.change("trace") > 2, audit.stays("adaptive_trace"), audit.stays("k_free")
         (True, True, True)
     """
-    need_curvlinops()
+    need_scipy()
     model = unwrap(model)
     scales = _factors(factors)
     if not isinstance(probes, int) or probes < 2:

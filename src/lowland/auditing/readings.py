@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from lowland.criteria import Criterion, counted, labels, predictions, scalar_loss
 from lowland.engines import hessian_moments
+from lowland.limits import DENSE_IS_QUICKER
 from lowland.spectra import spectrum
 from lowland.symmetry import weighted_layers
 from lowland.weakness import (
@@ -24,9 +25,6 @@ from lowland.weakness import (
 )
 
 Values = dict[str, float]
-
-# Up to this many parameters forming the matrix takes a second or less, beyond Lanczos is faster.
-_DENSE = 512
 
 # Of residuals of Lanczos, whose square bounds the error of an eigenvalue apart from the others. In
 # single precision those of a network that fits its data are hardly more exact.
@@ -81,7 +79,7 @@ class Bench:
     def curvature(self, model: nn.Sequential) -> tuple[Values, Values]:
         """Sharpness, plain and adaptive; and the standard errors of what is estimated."""
         data, dim = (self.x, self.y), sum(p.numel() for p in model.parameters() if p.requires_grad)
-        method: Literal["dense", "lanczos"] = "dense" if dim <= _DENSE else "lanczos"
+        method: Literal["dense", "lanczos"] = "dense" if dim <= DENSE_IS_QUICKER else "lanczos"
         with torch.no_grad():
             moments = hessian_moments(
                 model,

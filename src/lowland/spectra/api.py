@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from lowland.dense import DEFAULT_MEMORY_LIMIT, untouched
-from lowland.engines import DENSE_LIMIT
+from lowland.lanczos import need_scipy
+from lowland.limits import DENSE_LIMIT, DENSE_MEMORY
 from lowland.spectra.result import Spectrum
 from lowland.spectra.solve import (
     Which,
@@ -26,11 +26,9 @@ from lowland.spectra.solve import (
 )
 from lowland.spectra.surface import (
     Surface,
-    need_curvlinops,
-    seeded,
+    own_randomness,
     survey,
 )
-from lowland.torch_fixes import differentiable_operations
 
 Method = Literal["auto", "dense", "lanczos"]
 
@@ -133,7 +131,7 @@ def spectrum(
         The eigenvalues with residuals and eigenvectors, the trace, and the density if asked for.
 
     Raises:
-        ImportError: Without ``pip install 'lowland[spectrum]'``.
+        ImportError: Without SciPy, ``pip install 'lowland[spectrum]'``, for ``"lanczos"``.
         TypeError: If the data has another form, the criterion returns no tensor, or ``k`` is no
             whole number.
         ValueError: If an argument is out of range, ``k`` exceeds the number of parameters, there is
@@ -170,7 +168,7 @@ def spectrum(
         R. B. Lehoucq, D. C. Sorensen and C. Yang, ARPACK Users' Guide, SIAM (1998), which SciPy's
         ``eigsh`` follows; M. Hutchinson, Communications in Statistics: Simulation and Computation
         18 (1989), for the trace; V. Papyan, Journal of Machine Learning Research 21 (2020), for
-        the density. The operators and the last two are those of curvlinops. J. Kwon et al., ASAM,
+        the density. J. Kwon et al., ASAM,
         ICML 2021 (arXiv:2102.11600), and M. Andriushchenko et al., A modern look at the
         relationship between sharpness and generalization, ICML 2023 (arXiv:2302.07011), for
         adaptive sharpness.
@@ -253,13 +251,12 @@ def layer_spectra(
 def _prepared(
     model: nn.Module, criterion: Callable[..., Any], data: Any, settings: _Settings
 ) -> Iterator[Surface]:
-    need_curvlinops()
     surface = replace(survey(model, criterion, data), adaptive=settings.adaptive)
-    with seeded(surface.device, settings.seed), untouched(model), differentiable_operations(model):
+    with own_randomness(surface.device, settings.seed):
         yield surface
 
 
-def _layers(names: tuple[str, ...]) -> dict[str, list[str]]:
+def _layers(names: Sequence[str]) -> dict[str, list[str]]:
     """The names of each module's own parameters."""
     layers: dict[str, list[str]] = {}
     for name in names:
@@ -328,10 +325,10 @@ def _method(dim: int, settings: _Settings) -> Literal["dense", "lanczos"]:
             "use k=None for all eigenvalues"
         )
     if settings.method == "dense" or (settings.method == "auto" and dim <= DENSE_LIMIT):
-        if 8 * dim**2 > DEFAULT_MEMORY_LIMIT:
+        if 8 * dim**2 > DENSE_MEMORY:
             raise ValueError(
                 f"the matrix of {dim} parameters takes {8 * dim**2 / 2**30:.3g} GiB, more than the "
-                f"limit of {DEFAULT_MEMORY_LIMIT / 2**30:.3g} GiB; use method='lanczos'"
+                f"limit of {DENSE_MEMORY / 2**30:.3g} GiB; use method='lanczos'"
             )
         return "dense"
     wanted = dim if k is None else k * (2 if settings.which == "both" else 1)
@@ -341,4 +338,5 @@ def _method(dim: int, settings: _Settings) -> Literal["dense", "lanczos"]:
             f"parameters on; got k={k}, which={settings.which!r} and {dim} parameters: use a "
             "smaller k or method='dense'"
         )
+    need_scipy()
     return "lanczos"

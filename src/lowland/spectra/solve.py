@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lowland.spectra.surface import seeded
+from lowland.lanczos import Vector, eigsh, start_vector
+from lowland.probes import rademacher
 
 Which = Literal["LA", "SA", "both"]
 
-_COLUMNS = 16  # multiplied together: many gain nothing more, and each takes a batch's memory
+_COLUMNS = 256  # multiplied after one forward pass; each takes a vector's memory, twice
 _FIRST = 8  # vectors of the first, rough look at a spectrum
 _KEPT = {"LA": 20, "SA": 60}  # vectors: the smallest crowd at zero, where few of them stagnate
 _GRID = 1024
@@ -79,7 +79,7 @@ def check_products(operator: Any, seed: int) -> None:
             a matrix that is not symmetric.
         ValueError: As :func:`product`.
     """
-    u, v = (_on(operator, _start(operator, seed + i)) for i in range(2))
+    u, v = (_start(operator, seed + i) for i in range(2))
     try:
         hu, hv = product(operator, u), product(operator, v)
     except torch.OutOfMemoryError:
@@ -186,58 +186,59 @@ def trace_of(operator: Any, known: Pairs, *, probes: int, seed: int) -> tuple[fl
 
     The first term, often most of it, is known, and the second one's estimate varies less.
     """
-    from curvlinops import hutchinson_trace  # noqa: PLC0415 - optional
-
-    rest = _Rest(operator, known.vectors)
-    with seeded(operator.device, seed):
-        found = torch.stack([hutchinson_trace(rest, 1).double().cpu() for _ in range(probes)])
+    basis = torch.linalg.qr(known.vectors)[0].to(operator.device, operator.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    like = torch.empty(operator.shape[0], dtype=operator.dtype, device=operator.device)
+    found = torch.empty(probes, dtype=torch.float64)
+    for index in range(probes):
+        (signs,) = rademacher([like], generator)
+        outside = signs - basis @ (basis.T @ signs)
+        found[index] = torch.dot(outside, product(operator, outside)).double()
     trace = float(known.values.sum() + found.mean())
     return trace, float(found.std() / math.sqrt(probes))
 
 
-class _Rest:
-    """``(I - V V^T) H (I - V V^T)``, with as much of an operator as an estimate of its trace takes.
-
-    Args:
-        operator: ``H``.
-        vectors: ``V``, orthonormal to within the tolerance of what found them.
-    """
-
-    def __init__(self, operator: Any, vectors: Float[Tensor, "parameters k"]) -> None:
-        self.operator = operator
-        self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
-        self.basis = torch.linalg.qr(vectors)[0].to(operator.device, operator.dtype)
-
-    def __matmul__(self, vectors: Float[Tensor, "parameters n"]) -> Float[Tensor, "parameters n"]:
-        return self._outside(product(self.operator, self._outside(vectors)))
-
-    def _outside(self, vectors: Float[Tensor, "parameters n"]) -> Float[Tensor, "parameters n"]:
-        inside: Tensor = self.basis @ (self.basis.T @ vectors)
-        return vectors - inside
-
-
 def density_of(operator: Any, *, probes: int, steps: int, seed: int) -> Density:
-    """The density by Lanczos quadrature from independent random vectors.
-
-    Raises:
-        ValueError: If there are fewer distinct eigenvalues than steps.
-    """
-    from curvlinops.papyan2020traces.spectrum import fast_lanczos  # noqa: PLC0415 - optional
-
-    if not bool(product(operator, _on(operator, _start(operator, seed))).any()):
-        zero = torch.zeros(1, dtype=torch.float64)
-        return smooth([(zero, zero + 1)])
+    """The density by Lanczos quadrature from independent random vectors."""
+    generator = torch.Generator().manual_seed(seed)
     steps = min(steps, operator.shape[0])
-    try:
-        with seeded(operator.device, seed):
-            runs = [fast_lanczos(operator, steps) for _ in range(probes)]
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        # A vector that was left of no length was divided by it.
-        raise ValueError(
-            "the Lanczos quadrature of the density broke down, since the Hessian has few distinct "
-            f"eigenvalues; use density_steps of fewer than {steps}"
-        ) from error
-    return smooth([(n.double().cpu(), v[0].double().cpu().square()) for n, v in runs])
+    rules = []
+    for _ in range(probes):
+        start = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64)
+        rules.append(_quadrature(operator, start, steps))
+    return smooth(rules)
+
+
+def _quadrature(
+    operator: Any, start: Float[Tensor, " parameters"], steps: int
+) -> tuple[Tensor, Tensor]:
+    r"""Nodes and weights of the measure that a unit vector ``v`` gives the eigenvalues.
+
+    .. math:: \sum_i (u_i^T v)^2 f(\lambda_i) \approx \sum_k w_k f(t_k)
+
+    The Lanczos iteration makes of ``H`` a tridiagonal matrix, whose eigenvalues are the nodes and
+    whose eigenvectors' first entries, squared, the weights. Without orthogonalization against all
+    vectors before, rounding would bring copies of the nodes that have converged.
+    """
+    basis = (start / start.norm()).to(operator.device, operator.dtype)[:, None]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    while True:
+        image = product(operator, basis[:, -1])
+        diagonal.append(float(image @ basis[:, -1]))
+        for _ in range(2):  # once leaves as much as rounding times the part that is taken away
+            image = image - basis @ (basis.T @ image)
+        length = float(image.norm())
+        scale = max(map(abs, [*diagonal, *beside]))
+        # What is left of nothing but rounding: the rule is exact with as many nodes as there are.
+        if len(diagonal) == steps or length <= 10 * torch.finfo(operator.dtype).eps * scale:
+            break
+        beside.append(length)
+        basis = torch.cat([basis, image[:, None] / length], dim=1)
+    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    tridiagonal += torch.diag(torch.tensor(beside, dtype=torch.float64), -1)
+    nodes, vectors = torch.linalg.eigh(tridiagonal)  # of which it reads the lower triangle
+    return nodes, vectors[0].square()
 
 
 def smooth(rules: list[tuple[Tensor, Tensor]]) -> Density:
@@ -258,36 +259,32 @@ def smooth(rules: list[tuple[Tensor, Tensor]]) -> Density:
     return Density(grid, curves.mean(0), curves.std(0) / math.sqrt(len(rules)), width)
 
 
-def _start(operator: Any, seed: int) -> NDArray[np.float64]:
-    dim: int = operator.shape[0]
-    return np.random.default_rng(seed).standard_normal(dim)
+def _start(operator: Any, seed: int) -> Tensor:
+    return _on(operator, start_vector(operator.shape[0], seed))
 
 
-def _on(operator: Any, vector: NDArray[np.float64]) -> Tensor:
+def _on(operator: Any, vector: Vector) -> Tensor:
     return torch.as_tensor(vector, dtype=operator.dtype, device=operator.device)
 
 
-def _eigsh(operator: Any, shift: float, seed: int, **settings: Any) -> Any:
-    from scipy.sparse.linalg import LinearOperator, eigsh  # noqa: PLC0415 - optional
-
-    def shifted(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        flat = _on(operator, vector.ravel())
-        image: NDArray[np.float64] = product(operator, flat).double().cpu().numpy()
-        image += shift * vector.ravel()
-        return image
-
-    if "rng" in inspect.signature(eigsh).parameters:  # SciPy 1.17 or newer, else it draws nothing
-        settings["rng"] = np.random.default_rng(seed)
-    linear = LinearOperator(operator.shape, matvec=shifted, dtype=np.dtype(np.float64))
-    return eigsh(linear, v0=_start(operator, seed), **settings)
+def _image(operator: Any, vector: Vector) -> Vector:
+    flat: Vector = product(operator, _on(operator, vector)).double().cpu().numpy()
+    return flat
 
 
 def _scale(operator: Any, seed: int) -> float:
     """The largest magnitude of an eigenvalue, to within a few percent, never too large."""
-    if not bool(product(operator, _on(operator, _start(operator, seed))).any()):
+    if not bool(product(operator, _start(operator, seed)).any()):
         return 0.0
-    (value,) = _eigsh(
-        operator, 0.0, seed, k=1, which="LM", ncv=_FIRST, tol=0.1, return_eigenvectors=False
+    (value,) = eigsh(
+        partial(_image, operator),
+        operator.shape[0],
+        seed=seed,
+        k=1,
+        which="LM",
+        ncv=_FIRST,
+        tol=0.1,
+        return_eigenvectors=False,
     )
     return abs(float(value))
 
@@ -309,10 +306,11 @@ def _one_end(
     # hardly ever are; after the shift all that are asked for are about as large as the largest.
     shift = scale if end == "LA" else -scale
     try:
-        values, vectors = _eigsh(
-            operator,
-            shift,
-            seed,
+        values, vectors = eigsh(
+            partial(_image, operator),
+            operator.shape[0],
+            seed=seed,
+            shift=shift,
             k=k,
             which=end,
             ncv=min(operator.shape[0], max(2 * k + 1, _KEPT[end])),

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.autograd import grad
+from torch import Tensor, nn
 
 from lowland.exact import hessian
+from lowland.lanczos import Vector, eigsh
+from lowland.limits import DENSE_LIMIT
+from lowland.objective import objective
+from lowland.products import gradient_graph, product
 from lowland.studies.ensembles.networks import (
     Inputs,
     PerNetwork,
     Targets,
     Weights,
-    mean_loss,
+    logits,
+    mean_loss_of,
     one_by_one,
 )
 from lowland.threads import threads
-
-DENSE_LIMIT = 2000
-"""Up to this many parameters the whole matrix is built: 32 MB and a second or two per network."""
 
 _SMALL = 300  # parameters
 _TOLERANCE = 1e-9  # of the Lanczos iteration
@@ -66,29 +67,44 @@ def _lanczos(
     weights: Weights, x: Inputs, y: Targets, activation: str, loss: str
 ) -> tuple[float, float]:
     """Both ends of one network's spectrum, from Hessian-vector products alone."""
-    from scipy.sparse.linalg import LinearOperator, eigsh  # noqa: PLC0415 - slow, rarely needed
+    target = objective(_Network(weights, activation), partial(_loss, loss=loss), x, y)
 
-    leaves = tuple(layer.detach().requires_grad_() for layer in weights)
-    value = mean_loss(leaves, x, y, activation=activation, loss=loss).sum()
-    gradient = torch.cat([part.flatten() for part in grad(value, leaves, create_graph=True)])
-    dim = len(gradient)
+    with gradient_graph(target) as gradient:
 
-    def product(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        direction = torch.as_tensor(vector.ravel(), dtype=x.dtype, device=x.device)
-        parts = grad(gradient, leaves, direction, retain_graph=True)
-        flat: NDArray[np.float64] = torch.cat([p.flatten() for p in parts]).cpu().numpy()
-        return flat
+        def image(vector: Vector) -> Vector:
+            sizes = [p.numel() for p in target.parameters]
+            parts = torch.as_tensor(vector, dtype=x.dtype, device=x.device).split(sizes)
+            direction = [part.view_as(p) for part, p in zip(parts, target.parameters, strict=True)]
+            found = product(target, gradient, direction, wanted=False)
+            flat: Vector = torch.cat([part.flatten() for part in found]).cpu().numpy()
+            return flat
 
-    def end(matvec: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> float:
-        operator = LinearOperator((dim, dim), matvec=matvec, dtype=np.dtype(np.float64))
-        start = np.random.default_rng(0).standard_normal(dim)
-        values = eigsh(
-            operator, k=1, which="LM", v0=start, tol=_TOLERANCE, return_eigenvectors=False
-        )
-        return float(values[0])
-
-    # The far end of a spectrum is the largest in magnitude, after a shift by the near end. Asked
-    # for directly, an end close to zero would converge slowly and relative to itself.
-    near = end(product)
-    far = near + end(lambda vector: product(vector) - near * vector.ravel())
+        # The far end of a spectrum is the largest in magnitude, after a shift by the near end.
+        # Asked for directly, an end close to zero would converge slowly and relative to itself.
+        near = _largest(image, target.dim)
+        far = near + _largest(image, target.dim, shift=-near)
     return min(near, far), max(near, far)
+
+
+def _largest(image: Callable[[Vector], Vector], dim: int, shift: float = 0.0) -> float:
+    """The eigenvalue of largest magnitude."""
+    (value,) = eigsh(
+        image, dim, seed=0, shift=shift, k=1, which="LM", tol=_TOLERANCE, return_eigenvectors=False
+    )
+    return float(value)
+
+
+class _Network(nn.Module):
+    """One network of an ensemble, as a module with the ensemble's own tensors."""
+
+    def __init__(self, weights: Weights, activation: str) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList(layer.detach() for layer in weights)
+        self.activation = activation
+
+    def forward(self, x: Inputs) -> Tensor:
+        return logits(tuple(self.layers), x, self.activation)
+
+
+def _loss(s: Tensor, y: Targets, *, loss: str) -> Tensor:
+    return mean_loss_of(s, y, loss).sum()

@@ -81,7 +81,11 @@ def mean_loss(weights: Weights, x: Inputs, y: Targets, *, activation: str, loss:
         activation: Of the hidden layers.
         loss: ``"bce"``, ``"ce"`` or ``"mse"``.
     """
-    s = logits(weights, x, activation)
+    return mean_loss_of(logits(weights, x, activation), y, loss)
+
+
+def mean_loss_of(s: Float[Tensor, "networks samples outputs"], y: Targets, loss: str) -> PerNetwork:
+    """:func:`mean_loss` of networks that have computed the logits ``s``."""
     if y.ndim == 2 and s.shape[2] == 1:
         s = s.squeeze(2)
     y = y.expand(len(s), *y.shape[1:])

@@ -1,16 +1,24 @@
-"""What may stand for a data set, and how its batches add up to one loss."""
+"""What may stand for data, and what is looked at in its batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowland.criteria import mass, scalar_loss
 from lowland.validation import check_tensor, check_values
+
+Batch = tuple[Any, Any]
+
+
+def as_pair(data: object) -> Batch | None:
+    """``(x, y)`` if the data are one batch, a pair with a tensor of targets; else None."""
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
+        return data[0], data[1]
+    return None
 
 
 def as_batches(data: object) -> Iterable[Any]:
@@ -19,9 +27,8 @@ def as_batches(data: object) -> Iterable[Any]:
     Raises:
         TypeError: If it is neither, or would be used up by its first pass.
     """
-    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
-        x, y = data
-        return [(x, y)]
+    if (pair := as_pair(data)) is not None:
+        return [pair]
     if isinstance(data, Iterator):
         raise TypeError(
             f"data must give its batches again and again; got {_kind(data)}, which is used up "
@@ -73,33 +80,47 @@ def digest(value: object) -> object:
     return type(value)  # nothing more is known; what it does to the loss is looked at by itself
 
 
-class Weighed(nn.Module):
-    r"""A criterion whose sum over batches is the loss of the data set.
+def rows(*values: object) -> int:
+    """How many samples there are: rows of the first tensor that the values hold, at any depth.
 
-    A criterion of reduction ``"mean"`` counts a batch by what its own mean divides by: samples, or
-    for classes of different weight their weights, so that
-
-    .. math:: L = \sum_b \frac{m_b}{m} \ell_b, \qquad m = \sum_b m_b
-
-    is the mean over the data set however it is cut.
-
-    Args:
-        criterion: Maps the model's output and the targets to a scalar.
-        total: ``m``.
+    Raises:
+        TypeError: If they hold no tensor with rows.
     """
+    for value in values:
+        for tensor in _tensors(value):
+            if tensor.ndim:
+                return len(tensor)
+    raise TypeError(
+        "the number of samples is that of the rows of the first tensor in x, then in y; got "
+        f"{' and '.join(map(_kind, values))}, which hold none"
+    )
 
-    def __init__(self, criterion: Callable[..., Any], total: float | Tensor = 1.0) -> None:
-        super().__init__()
-        self.criterion = criterion
-        self.total = total
 
-    def forward(self, output: Any, y: Tensor) -> Any:
-        """What a batch adds to the loss."""
-        loss = scalar_loss(self.criterion, output, y)
-        if isinstance(self.total, float) and self.total == 1.0:
-            return loss
-        share = torch.as_tensor(mass(self.criterion, y) / self.total)
-        return loss * share.to(loss.device, loss.dtype)
+def to_device(value: Any, device: torch.device) -> Any:
+    """The same data there, as far as they say how they move."""
+    if isinstance(value, Tensor) or hasattr(value, "to"):
+        return value.to(device)
+    if isinstance(value, Mapping) and type(value) is dict:
+        return {key: to_device(part, device) for key, part in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(to_device(part, device) for part in value)
+    return value
+
+
+def any_requires_grad(values: Iterable[object]) -> bool:
+    """Whether a tensor in them asks for a gradient."""
+    return any(tensor.requires_grad for value in values for tensor in _tensors(value))
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _kind(value: object) -> str:

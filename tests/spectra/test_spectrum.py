@@ -47,7 +47,7 @@ def case(name="mlp", samples=24):
 
 
 def brute_force(model, criterion, x, y):
-    """``H`` by two plain backward passes, row by row: no forward mode, no vmap, no curvlinops."""
+    """``H`` by two plain backward passes, row by row."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def flat(parts):
@@ -552,7 +552,7 @@ def test_a_loss_without_a_graph():
     fails(ValueError, "the loss has no graph", Broken(torch.Tensor.detach))
     fails(
         ValueError,
-        "the loss has no graph .* counts",
+        "the loss has no graph .* counts, as accuracy does",
         criterion=lambda output, y: (output.argmax(1) == y).double().mean(),
     )
     fails(TypeError, "must return a scalar tensor; got float", criterion=lambda output, y: 0.0)
@@ -560,7 +560,7 @@ def test_a_loss_without_a_graph():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_or_a_criterion_that_cannot_be_differentiated_twice(method):
-    message = "PyTorch cannot differentiate this model and criterion twice"
+    message = "cannot be differentiated twice.*marked as once_differentiable"
     fails(RuntimeError, message, Broken(OnceOnly.apply), k=1, method=method)
     fails(
         RuntimeError,
@@ -607,10 +607,10 @@ def test_derivatives_that_are_wrong_are_found(method):
 
 
 def test_losses_and_products_that_are_not_finite():
-    fails(ValueError, "the loss is nan", Broken(lambda a: a * math.nan))
+    fails(ValueError, "the loss is not finite", Broken(lambda a: a * math.nan))
     fails(
         ValueError,
-        "a product with the Hessian has NaN",
+        "the Hessian's product with a direction, in .*, is not finite",
         criterion=lambda output, y: (output - output.detach()).square().sum().sqrt(),
     )
     _, x, y = case()
@@ -727,7 +727,7 @@ def test_what_does_not_converge_says_so():
 
 
 @pytest.mark.parametrize(
-    ("missing", "extra"), [("curvlinops", "spectrum"), ("pandas", "cli"), ("matplotlib", "cli")]
+    ("missing", "extra"), [("scipy", "spectrum"), ("pandas", "cli"), ("matplotlib", "cli")]
 )
 def test_a_missing_extra_is_named(missing, extra, monkeypatch):
     model, x, y = case()
@@ -741,7 +741,7 @@ def test_a_missing_extra_is_named(missing, extra, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     call = {
-        "curvlinops": lambda: lowland.spectrum(model, CE, (x, y), k=1),
+        "scipy": lambda: lowland.spectrum(model, CE, (x, y), k=1, method="lanczos"),
         "pandas": found.to_frame,
         "matplotlib": found.plot,
     }[missing]

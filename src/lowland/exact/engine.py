@@ -1,0 +1,64 @@
+"""The closed form as an engine: a model is read once, then asked for its moments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lowland.estimation import Estimation
+from lowland.exact.modules import read
+from lowland.exact.setup import Setup
+from lowland.moments import HessianMoments
+from lowland.objective import Objective
+
+
+@dataclass(frozen=True, eq=False)
+class ExactEngine:
+    """The closed form of a model, a criterion and data that it covers.
+
+    Attributes:
+        target: The loss.
+        setup: What has been read of it.
+        settings: The memory budget, and whether the samples are a batch of more.
+    """
+
+    target: Objective
+    setup: Setup
+    settings: Estimation
+    name: ClassVar[Literal["exact"]] = "exact"
+
+    @classmethod
+    def read(cls, target: Objective, settings: Estimation) -> ExactEngine:
+        """Read a model.
+
+        Raises:
+            UnsupportedModelError, TypeError, ValueError: As :func:`lowland.exact.modules.read`.
+        """
+        x, y = target.batch
+        with target.others_frozen():
+            return cls(target, read(target.model, target.criterion, x, y), settings)
+
+    def relative_cost(self, count: int) -> float:
+        """What so many moments and their gradient are predicted to cost, in gradients.
+
+        ``Tr H`` alone takes time linear in samples and parameters, so that nothing is cheaper.
+        """
+        return 0.0 if count == 1 else self.setup.relative_cost()
+
+    def moments(self, count: int = 2) -> HessianMoments:
+        """The moments; for ``count=1`` the trace alone, and NaN for the other one."""
+        budget, unbiased = self.settings.memory_budget, self.settings.unbiased
+        if count == 1:
+            trace = self.setup.trace(budget)
+            unknown = torch.full_like(trace, math.nan)
+            return HessianMoments(self.setup.size.dim, trace, unknown, method=self.name)
+        found = self.setup.moments(memory_budget=budget, unbiased=unbiased, moments=count)
+        return replace(found, method=self.name)
+
+    def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
+        """The model's own loss beside them."""
+        return self.target.step_loss(), self.moments(count)

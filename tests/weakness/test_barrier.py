@@ -93,3 +93,55 @@ def test_out_of_the_hull_every_class_is_reached():
     layers = Interior(cone, find_layer(Findings(cone))).escapes()
     assert (cone.unseen[0] @ layers.transpose(0, 2, 1)).argmax(1).tolist() == [0, 1, 2]
     assert all((margins(cone, layer) > 0).all() for layer in layers)
+
+
+def test_attempts_begin_with_every_inequality_fulfilled(interior):
+    every = np.argwhere(np.ones((12, 4))).T
+    at = interior.start(*every)
+    scores = np.einsum("pkr,pr->pk", at.layers, interior.unseen[at.unseen])
+    lead = np.take_along_axis(scores, at.label[:, None], 1) - scores
+    lead[np.arange(48), at.label] = np.inf
+    missing = lead.min(axis=1) < 0
+    assert 0 < missing.sum() < 48
+    assert (lead + at.deficit[:, None] > 0)[missing].all()
+
+
+def test_doubt_is_the_share_of_negative_weights(interior):
+    _, _, weights = interior.step(interior.start(np.arange(12), np.arange(12) % 4))
+    negative = np.where(weights.train < 0, -weights.train, 0.0).sum(axis=(0, 2))
+    np.testing.assert_allclose(weights.doubt(), negative / np.abs(weights.train).sum(axis=(0, 2)))
+
+
+def test_what_matters_is_all_but_a_thousandth_of_the_largest_weight(interior):
+    at = interior.start(np.arange(12), np.arange(12) % 4)
+    _, _, weights = interior.step(at)
+    for index in range(12):
+        point, against = weights.support(index)
+        new = point < 0
+        left = weights.train[:, index].copy()
+        left[point[~new], against[~new]] = 0
+        assert left.max() < 1e-3 * weights.train[:, index].max()
+        own = weights.own[index].copy()
+        own[against[new]] = 0
+        assert own.max() < 1e-3 * weights.own[index].max()
+        assert (weights.train[point[~new], index, against[~new]] > 0).all()
+
+
+def test_a_direction_in_which_points_differ_by_little_counts():
+    rng = np.random.default_rng(0)
+    train = rng.standard_normal((20, 2))
+    train = np.column_stack([train, train[:, 0] + 1e-6 * rng.standard_normal(20)])
+    labels = torch.from_numpy(train[:, 2] > train[:, 0]).long()
+    cone = build_cone(torch.from_numpy(train), labels, torch.from_numpy(train[:4]), 2)
+    interior = Interior(cone, find_layer(Findings(cone)))
+    center = interior.to_cone(interior.center[None])[0]
+    assert (margins(cone, center) > 0).all()
+    assert len(interior.escapes()) == 0
+
+
+def test_who_is_out_of_the_hull_by_little_escapes_as_well():
+    train = torch.tensor([[0.0, 1.0], [1.0, 1.0], [3.0, 1.0]]).double()
+    unseen = torch.tensor([[1.0, 1.0 + 1e-6], [1.0, 1.0]]).double()
+    cone = build_cone(train, torch.tensor([0, 0, 1]), unseen, 2)
+    layers = Interior(cone, find_layer(Findings(cone))).escapes()
+    assert (cone.unseen[0] @ layers.transpose(0, 2, 1)).argmax(1).tolist() == [0, 1]

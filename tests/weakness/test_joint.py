@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lowland.weakness import joint_weakness, pair_proxy
+from lowland.weakness import joint, joint_weakness, pair_proxy
 from lowland.weakness.joint import _collisions
 from lowland.weakness.polytope import Polytope, analytic_center, billiard, split_r_hat
 
@@ -92,6 +92,31 @@ def test_chains_that_disagree_are_told():
     assert not found.converged
 
 
+@pytest.mark.parametrize(("r_hat", "agree"), [(1.04, True), (1.1, False)])
+def test_chains_agree_up_to_what_is_usual(r_hat, agree, monkeypatch, recwarn):
+    monkeypatch.setattr(joint, "split_r_hat", lambda points: torch.tensor([1.0, r_hat]))
+    found = joint_weakness(*problem(), generator=seeded(), **{**SHORT, "samples": 2})
+    assert found.converged == agree
+    assert len(recwarn) == (not agree)
+
+
+def test_a_point_out_of_the_hull_by_little_is_refused():
+    train, labels, unseen, classes = problem()
+    train, unseen = (torch.cat([x, x[:, :1] + x[:, 1:]], dim=1) for x in (train, unseen))
+    joint_weakness(train, labels, unseen, classes, generator=seeded(), **SHORT)
+    unseen[1, 2] += 1e-5
+    with pytest.raises(ValueError, match="1 of 3 unseen points lie outside"):
+        joint_weakness(train, labels, unseen, classes, generator=seeded(), **SHORT)
+
+
+def test_the_entropy_is_that_of_the_shares_and_half_a_sample_for_each_labeling():
+    found = joint_weakness(*problem(), generator=seeded(), **SHORT)
+    assert len(found.labelings) > 1
+    plain = -sum(p * math.log(p) for p in found.shares.tolist())
+    # Miller and Madow: what an entropy of N samples is too small by on average.
+    assert found.entropy == pytest.approx(plain + (len(found.labelings) - 1) / (2 * 1600))
+
+
 def test_balls_fill_a_simplex_evenly():
     size = 6
     rows = torch.cat([torch.eye(size), -torch.ones(1, size)]).double()
@@ -130,6 +155,14 @@ def test_collisions_are_counted_between_chains_only():
     assert estimate == pytest.approx(-math.log(sum(pairs) / len(pairs)))
     assert error > 0
     assert _collisions(torch.arange(6).view(2, 3), 6) == (math.inf, math.inf)
+
+
+def test_the_standard_error_comes_from_leaving_out_each_chain_in_turn():
+    index = torch.randint(3, (6, 40), generator=seeded())
+    _, error = _collisions(index, 3)
+    without = [_collisions(torch.cat([index[:i], index[i + 1 :]]), 3)[0] for i in range(6)]
+    mean = sum(without) / 6
+    assert error == pytest.approx(math.sqrt(5 / 6 * sum((one - mean) ** 2 for one in without)))
 
 
 def test_a_generator_that_is_none_is_refused(as_installed):

@@ -282,6 +282,51 @@ def test_a_false_certificate_is_refused():
         assert not proves(proof, tuple(feasible.tolist()))
 
 
+def test_findings_that_were_tampered_with_do_not_hold():
+    train, labels, unseen = problem(2, 3, 2, 30, 10)
+
+    def found():
+        findings = ask(train, labels, unseen, 3).findings
+        assert findings.hold()
+        return findings
+
+    findings = found()
+    findings.layers[0] = -findings.layers[0]
+    assert not findings.hold()
+
+    findings = found()
+    x, c = np.argwhere(findings.witness >= 0)[0]
+    others = [
+        index
+        for index, layer in enumerate(findings.layers)
+        if (layer @ findings.cone.unseen[x]).argmax() != c
+    ]
+    findings.witness[x, c] = others[0]
+    assert not findings.hold()
+
+    findings = found()
+    (pair, proof), *_ = findings.proofs.items()
+    findings.proofs[pair] = Proof(proof.point[1:], proof.against[1:], proof.weight[1:])
+    assert not findings.hold()
+
+
+def test_a_layer_settles_only_the_pairs_that_it_puts():
+    # Its scores at the unseen point are equal, so that the point is in no class.
+    cone = build_cone(
+        torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]), torch.tensor([[0.0], [0.5]]), 2
+    )
+    layer = np.array([[-1.0, 0.0], [1.0, 0.0]])
+    findings = Findings(cone)
+    findings.note(layer[None])
+    assert findings.open.tolist() == [[True, True], [True, False]]
+    assert not findings.note_exactly(layer, (0, 0))
+    assert not findings.note_exactly(layer, (0, 1))
+    assert findings.note_exactly(layer, (1, 1))
+    assert not findings.note_exactly(-layer, (1, 0))
+    assert findings.witness.tolist() == [[-1, -1], [-1, 0]]
+    assert findings.hold()
+
+
 def test_certificates_hold_in_rational_numbers():
     train = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0]]).double()
     proxy = pair_proxy(train, torch.tensor([0, 0, 0]), torch.tensor([[1.0, 1.0]]).double(), 2)

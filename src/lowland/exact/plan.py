@@ -135,10 +135,10 @@ def make_plan(
     compiled_networks = budget // 2 // _packed_bytes(size, threads) if compiled else 0
     compiled = compiled_block > 0 and compiled_networks > 0
     if order == "auto":
-        fits = _smallest_parameters(size) <= budget
         path: Path = "compiled" if compiled else "parameters"
-        dear = cost(size, path) > cost(size, "samples")
-        order = "samples" if dear or not (fits or compiled) else "parameters"
+        fits = compiled or _smallest_parameters(size) <= budget
+        worth = cost(size, path) <= cost(size, "samples") or _smallest_samples(size) > budget
+        order = "parameters" if fits and worth else "samples"
     if order == "samples":
         return _plan_samples(size, budget, on_cpu=on_cpu)
     if compiled:

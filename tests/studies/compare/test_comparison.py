@@ -14,9 +14,7 @@ from lowland.studies.compare.comparison import (
     MEASURES,
     compare,
     constant_loss,
-    holm,
     labels,
-    paired_test,
     summarize,
 )
 from lowland.studies.compare.settings import DEFAULTS, Settings
@@ -208,37 +206,8 @@ def test_a_measure_that_is_not_positive_after_all_is_compared_by_difference():
     assert np.isfinite(summary.loc[("hsr", "trace"), "p"])
 
 
-def test_the_corrected_t_test_is_that_of_nadeau_and_bengio():
-    differences = np.array([1.0, 2.0, 3.0, 6.0])
-    # Mean 3, variance 14/3, and (1/4 + 1/2) * 14/3 = 3.5 under the root.
-    expected = 2 * stats.t.sf(3 / math.sqrt(3.5), 3)
-    assert paired_test(differences, 0.5) == pytest.approx(expected)
-    assert paired_test(-differences, 0.5) == pytest.approx(expected)
-    # Without overlap it is the ordinary paired test.
-    assert paired_test(differences, 0.0) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
-
-
-def test_the_test_knows_equal_and_constant_differences():
-    assert paired_test(np.zeros(5), 0.3) == 1.0
-    assert paired_test(np.ones(5), 0.3) == 0.0
-
-
 def test_defaults_can_be_run():
     assert DEFAULTS["breast-cancer"] == Settings()
     for settings in DEFAULTS.values():
         assert settings.methods[0] == BASELINE
         assert [method.name for method in settings.methods] == list(METHODS)
-
-
-@pytest.mark.parametrize(
-    ("raw", "adjusted"),
-    [
-        ([], []),
-        ([0.02], [0.02]),
-        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
-        ([0.04, 0.01], [0.04, 0.02]),
-        ([0.5, 0.6, 0.001], [1.0, 1.0, 0.003]),
-    ],
-)
-def test_holm_by_hand(raw, adjusted):
-    assert holm(raw) == pytest.approx(adjusted)

@@ -290,24 +290,24 @@ def spell_out(settings: Settings, source: Sequence[str], out: Path) -> str:
 
 def _files(comparison: Comparison, command: str) -> dict[str, bytes]:
     """Everything to write, by file name; the page last."""
-    from lowland.studies.compare import report  # noqa: PLC0415 - as in command
-    from lowland.studies.reporting import plots  # noqa: PLC0415 - as in command
+    from lowland.studies.compare import figures, report  # noqa: PLC0415 - as in command
+    from lowland.studies.reporting import look  # noqa: PLC0415 - as in command
 
     networks, history = comparison.networks, comparison.history
     active_steps = comparison.settings.schedule.active_steps
-    figures = {
-        "curves": plots.training_curves(history, active_steps=active_steps),
-        "spectrum": plots.spectrum_boxes(networks),
-        "bound": plots.bound_against_eigenvalue(networks),
+    drawn = {
+        "curves": figures.training_curves(history, active_steps=active_steps),
+        "spectrum": figures.spectrum_boxes(networks),
+        "bound": figures.bound_against_eigenvalue(networks),
     }
-    vectors = {name: plots.render(figure, "svg") for name, figure in figures.items()}
+    vectors = {name: look.render(figure, "svg") for name, figure in drawn.items()}
     page = report.render_page(comparison, vectors, command=command)
     return {
         "summary.csv": comparison.to_frame().to_csv(index=False).encode(),
         "networks.csv": networks.to_csv(index=False).encode(),
         "history.csv": history.to_csv(index=False).encode(),
         **{f"{name}.svg": content for name, content in vectors.items()},
-        **{f"{name}.png": plots.render(figure, "png") for name, figure in figures.items()},
+        **{f"{name}.png": look.render(figure, "png") for name, figure in drawn.items()},
         "index.html": page.encode(),
     }
 

@@ -10,8 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
-from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
@@ -28,7 +26,7 @@ from lowland.studies.ensembles.networks import (
     parameter_count,
 )
 from lowland.studies.ensembles.training import BASELINE, Trained, train
-from lowland.studies.reporting.statistics import holm
+from lowland.studies.reporting.statistics import holm, paired_test
 from lowland.threads import threads
 
 _WORTH_THREADS = 8_000_000  # training samples times parameters; below, a step is too short to share
@@ -348,28 +346,3 @@ def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def paired_test(differences: NDArray[np.float64], test_fraction: float) -> float:
-    r"""The two-sided p-value of the corrected resampled t-test.
-
-    Random splits overlap, so differences are not independent and the ordinary paired t-test finds
-    too much. The correction widens the variance of the mean of ``J`` differences:
-
-    .. math:: t = \bar d / \sqrt{(1/J + n_\mathrm{test} / n_\mathrm{train})\, s_d^2}
-
-    with ``J - 1`` degrees of freedom.
-
-    Args:
-        differences: One per split, method minus baseline.
-        test_fraction: ``n_test / n_train``.
-
-    References:
-        C. Nadeau and Y. Bengio, Inference for the generalization error, Machine Learning 52 (2003).
-    """
-    count = len(differences)
-    mean, variance = differences.mean(), differences.var(ddof=1)
-    if variance == 0:  # then t is 0 / 0 or infinite
-        return 1.0 if mean == 0 else 0.0
-    t = mean / math.sqrt((1 / count + test_fraction) * variance)
-    return float(2 * stats.t.sf(abs(t), count - 1))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from lowland.studies.compare.comparison import MEASURES, Cell, Comparison, Measure, layer_sizes
 from lowland.studies.compare.settings import DEFAULTS
 from lowland.studies.ensembles.training import Method
-from lowland.studies.reporting.pages import data_uri, p_value, plus_minus, render
+from lowland.studies.reporting.numbers import p_value, plus_minus
+from lowland.studies.reporting.pages import data_uri, render
 from lowland.studies.reporting.statistics import SIGNIFICANCE
 
 NOTEWORTHY = 0.1

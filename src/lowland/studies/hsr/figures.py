@@ -22,21 +22,22 @@ from matplotlib.patches import Ellipse, Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from lowland.display import plain_log_ticks, styled
 from lowland.studies.hsr import theory
 from lowland.studies.hsr.boundary import chances, window
 from lowland.studies.hsr.landscape import REACH, rise
 from lowland.studies.hsr.run import KINDS, Results
-from lowland.studies.hsr.sweep import gains, interval
+from lowland.studies.hsr.sweep import gains
 from lowland.studies.hsr.task import samples
-from lowland.studies.reporting import plots
-from lowland.studies.reporting.plots import STYLE, plain_log_ticks
+from lowland.studies.reporting import look
 from lowland.studies.reporting.reproduction import StudyFigure
+from lowland.studies.reporting.statistics import interval
 from lowland.studies.runs.jobs import Tensors
 
 Array = npt.NDArray[np.float64]
 
-COLORS = plots.COLORS | {"a-sam": "#cc79a7"}
-MARKERS = plots.MARKERS | {"a-sam": "v"}
+COLORS = look.COLORS | {"a-sam": "#cc79a7"}
+MARKERS = look.MARKERS | {"a-sam": "v"}
 
 # What is not a method has none of the methods' colors.
 FIRST, SECOND, INK, PALE = "#d55e00", "#56b4e9", "#000000", "#bdbdbd"
@@ -661,7 +662,7 @@ FIGURES = {
 
 @contextmanager
 def _styled(width: float, height: float) -> Iterator[Figure]:
-    with mpl.rc_context(STYLE):
+    with styled():
         layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.08)
         yield Figure(figsize=(width, height), layout=layout)
 

@@ -23,7 +23,7 @@ from lowland.studies.illusion.tables import (
     networks,
     varies,
 )
-from lowland.studies.reporting.pages import number, plus_minus
+from lowland.studies.reporting.numbers import number, plus_minus
 from lowland.studies.reporting.reproduction import Listing
 
 BRACKETS = "In brackets the middle 95 % of bootstrap samples of networks."

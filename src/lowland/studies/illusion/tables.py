@@ -10,7 +10,7 @@ import torch
 
 from lowland.studies.illusion.preset import LARGE, SMALL, Task
 from lowland.studies.illusion.run import Results
-from lowland.studies.reporting.correlation import Correlation, spearman
+from lowland.studies.reporting.statistics import Correlation, spearman
 from lowland.studies.runs.jobs import Tensors
 from lowland.weakness import ensemble_agreement
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lowland.studies.reporting import look
 from lowland.studies.reporting.pages import data_uri, render
-from lowland.studies.reporting.plots import render as render_figure
 from lowland.studies.runs.jobs import Store
 from lowland.studies.runs.stages import Progress
 from lowland.threads import threads
@@ -268,5 +268,5 @@ class Experiment:
 def drawing(figure: StudyFigure, results: object) -> Drawing:
     """A figure of a study's results, drawn."""
     with threads(1):
-        svg = render_figure(figure.draw(results), "svg")
+        svg = look.render(figure.draw(results), "svg")
     return Drawing(figure.number, figure.title, figure.caption, svg)

@@ -1,0 +1,30 @@
+"""The look of studies' figures: a color and a mark for each method, and the files of figures."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+from matplotlib.figure import Figure
+
+from lowland.display import styled
+
+COLORS = {
+    "baseline": "#4d4d4d",
+    "hsr": "#0072b2",
+    "hessian-trace": "#e69f00",
+    "flatness-aware": "#009e73",
+}
+"""One color per method in every figure: from the set of Okabe and Ito, told apart by everyone."""
+
+MARKERS = {"baseline": "o", "hsr": "s", "hessian-trace": "^", "flatness-aware": "D"}
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """The figure as the bytes of a file, ``"png"`` or ``"svg"``."""
+    buffer = BytesIO()
+    with styled():
+        # Without a date the same numbers give the same file.
+        figure.savefig(
+            buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None
+        )
+    return buffer.getvalue()

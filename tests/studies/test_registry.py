@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
+import contributing
 import pandas as pd
 import pytest
 from pagecheck import Page
@@ -15,21 +16,14 @@ from typer.testing import CliRunner
 from lowland.cli.app import commands
 from lowland.studies.registry import STUDIES, Study
 
-CONTRIBUTING = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 ORDER = ("ensembles", "runs", "data", "reporting")  # each may import those before it
 ASKS = {("illusion", "hsr")}  # its question is put to the other's networks too
-
-
-def section(title):
-    """The Python blocks of a section of CONTRIBUTING."""
-    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## )", CONTRIBUTING, re.DOTALL | re.MULTILINE)
-    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
 def coins(tmp_path, monkeypatch):
     """The study of CONTRIBUTING, in a folder of its own."""
-    line, module = section("A study of your own")
+    line, module = contributing.blocks("A study of your own")
     folder = tmp_path / "coins"
     (folder / "presets").mkdir(parents=True)
     (folder / "__init__.py").touch()

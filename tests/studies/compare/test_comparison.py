@@ -18,7 +18,8 @@ from lowland.studies.compare.comparison import (
     summarize,
 )
 from lowland.studies.compare.settings import DEFAULTS, Settings
-from lowland.studies.data.tables import Dataset, stratified_splits
+from lowland.studies.data.dataset import Dataset
+from lowland.studies.data.splits import stratified_splits
 from lowland.studies.ensembles.networks import initial_weights
 from lowland.studies.ensembles.training import BASELINE, METHODS, Schedule
 

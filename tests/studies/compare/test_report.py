@@ -9,7 +9,7 @@ from pagecheck import Page
 from lowland.studies.compare import report
 from lowland.studies.compare.comparison import MEASURES, Cell, Comparison, Measure, summarize
 from lowland.studies.compare.settings import DEFAULTS, Settings
-from lowland.studies.data.tables import Dataset
+from lowland.studies.data.dataset import Dataset
 from lowland.studies.ensembles.training import BASELINE, METHODS
 from lowland.studies.reporting import pages
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import lowland
 from lowland.cli.app import app
-from lowland.studies.data.sources import Source, stream
+from lowland.studies.data.sources import Source
 from lowland.studies.ensembles.networks import as_module, as_weights, initial_weights, select
 from lowland.studies.illusion import pieces
 from lowland.studies.illusion.claims import judge
@@ -35,6 +35,7 @@ from lowland.studies.illusion.tasks import points
 from lowland.studies.illusion.train import Descent, accuracy, descend
 from lowland.studies.runs.jobs import Store
 from lowland.studies.runs.presets import PresetError
+from lowland.studies.runs.streams import stream
 from lowland.weakness import ensemble_agreement, pair_proxy
 
 PAIRS = Task(
@@ -127,7 +128,7 @@ def test_large_batches_hold_all_points_while_these_are_few():
     ("changes", "message"),
     [
         ({"kind": "pair"}, "kind must be one of pairs, selection, advantage; got 'pair'"),
-        ({"data": "iris"}, "data must be one of digits, "),
+        ({"data": "iris"}, "data must be one of breast-cancer, digits, "),
         ({"hidden": (16,)}, r"hidden must be two entries; got \[16\]"),
         ({"test": 0}, "test must be greater than 0: the data has no test part; got 0"),
         ({"data": "mnist-full"}, "test must be 0: the data has a test part; got 200"),

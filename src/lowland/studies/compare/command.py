@@ -19,6 +19,7 @@ from rich.table import Table
 from lowland.activations import ACTIVATIONS
 from lowland.errors import UserError
 from lowland.studies.compare.settings import DEFAULT_DATA, DEFAULTS, Settings
+from lowland.studies.data.carried import CARRIED
 from lowland.studies.ensembles.training import METHODS, Method, Schedule
 from lowland.studies.runs.console import check_own_folder, one_line_errors, require
 from lowland.studies.runs.output import check_writable, publish
@@ -136,9 +137,9 @@ def command(  # noqa: PLR0917 - typer fills in every one by name
 ) -> None:
     """Compare, with settings from the command line; writes a page, tables and figures."""
     with one_line_errors("nothing was written"):
-        if data is not None and data not in DEFAULTS:
+        if data is not None and data not in CARRIED:
             raise UserError(
-                f"unknown data {data!r}; expected one of {', '.join(DEFAULTS)}, or a file: "
+                f"unknown data {data!r}; expected one of {', '.join(CARRIED)}, or a file: "
                 "lowland compare DATA.CSV --target COLUMN"
             )
         if table is None and target is not None:
@@ -147,7 +148,7 @@ def command(  # noqa: PLR0917 - typer fills in every one by name
             raise UserError(f"--data {data} and {str(table)!r}: give one")
         if table is not None and target is None:
             raise UserError(f"which column of {str(table)!r} to predict? add --target COLUMN")
-        default = DEFAULTS[data or DEFAULT_DATA]
+        default = DEFAULTS.get(data or DEFAULT_DATA, DEFAULTS[DEFAULT_DATA])
         settings = Settings(
             _parse_methods(methods, weight or [], default),
             default.hidden if hidden is None else _parse_widths(hidden),
@@ -170,7 +171,7 @@ def command(  # noqa: PLR0917 - typer fills in every one by name
 
         # Imported late: neither --help nor a mistyped option should wait for scikit-learn.
         from lowland.studies.compare import comparison as experiment  # noqa: PLC0415
-        from lowland.studies.data.tables import CARRIED, read_csv  # noqa: PLC0415
+        from lowland.studies.data.tables import read_csv  # noqa: PLC0415
 
         if table is not None and target is not None:
             source = [str(table), "--target", target]

@@ -16,7 +16,8 @@ from torch import Tensor
 from lowland import exact
 from lowland.errors import UserError
 from lowland.studies.compare.settings import Settings
-from lowland.studies.data.tables import Dataset, Splits, stratified_splits
+from lowland.studies.data.dataset import Dataset
+from lowland.studies.data.splits import Splits, stratified_splits
 from lowland.studies.ensembles.networks import (
     PerNetwork,
     Targets,

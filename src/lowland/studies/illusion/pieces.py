@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowland.moments import HessianMoments
-from lowland.studies.data.sources import Source, stream
+from lowland.studies.data.sources import Source
 from lowland.studies.ensembles.networks import Weights, one_by_one, select
 from lowland.studies.hsr import task as hsr_task
 from lowland.studies.hsr.preset import Preset as HsrPreset
@@ -20,6 +20,7 @@ from lowland.studies.illusion.preset import SMALL, Preset, Regime, Task
 from lowland.studies.illusion.tasks import BATCHES, JOINT, points, start
 from lowland.studies.illusion.train import descend
 from lowland.studies.runs.jobs import Tensors
+from lowland.studies.runs.streams import stream
 from lowland.threads import threads
 from lowland.weakness import count_patterns, free_regions, joint_weakness, pair_proxy, weight_norm
 

@@ -26,7 +26,7 @@ _LINES = {  # from the set of Okabe and Ito, and told apart without colors too
 
 
 def draw(audit: Findings) -> Figure:
-    """As :meth:`lowland.Audit.plot`."""
+    """Two panels: what moves with the factor, and what stays."""
     with styled():
         from matplotlib.figure import Figure  # noqa: PLC0415 - optional
 

@@ -56,7 +56,7 @@ class Findings:
 
     @property
     def measures(self) -> list[Measure]:
-        """Those that were taken, in the table's order."""
+        """The measures that were taken, in the table's order."""
         return [measure for name, measure in MEASURES.items() if name in self.values]
 
     @property
@@ -82,7 +82,7 @@ class Findings:
         return all(self.stays_at(name))
 
     def stays_at(self, name: str) -> list[bool]:
-        """The same for each factor, against the value at factor 1.
+        """Whether a measure at each factor is what it is at factor 1.
 
         Raises:
             KeyError: If that measure was not taken.

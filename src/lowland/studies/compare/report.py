@@ -33,7 +33,7 @@ def findings(comparison: Comparison) -> list[str]:
 
 
 def _verdict(comparison: Comparison) -> list[str]:
-    """What it adds up to, from the methods by which every network learned something."""
+    """A conclusion from the methods by which every network learned something, or none."""
     failed = set(comparison.networks.loc[~comparison.networks["learned"], "method"])
     baseline, *compared = comparison.settings.methods
     sound = [method for method in compared if method.name not in failed]

@@ -60,7 +60,7 @@ FILES = {
 
 
 def names() -> list[str]:
-    """What presets can name."""
+    """The data that presets can name."""
     return [*CARRIED, *FILES]
 
 

@@ -159,7 +159,7 @@ def load_preset(name: str) -> Preset:
 
 
 def _check_task(task: Task, where: str) -> None:
-    """What hangs together within a task."""
+    """Refuse a task whose settings do not go together."""
     check_data(task, where)
     if (task.test_size == 0) != has_test(task.data):
         raise PresetError(

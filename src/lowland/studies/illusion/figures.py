@@ -50,7 +50,7 @@ WIDTH, HEIGHT = 3.3, 3.0  # inches of a panel
 
 
 def color(measure: str) -> str:
-    """Of a measure, in every figure."""
+    """The color of a measure in every figure."""
     return COLORS.get(measure, WEAK)
 
 

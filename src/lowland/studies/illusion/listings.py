@@ -62,7 +62,7 @@ def _correlations(results: Results, table: pd.DataFrame, task: Task) -> Listing:
 
 
 def _facts(results: Results, table: pd.DataFrame, task: Task) -> str:
-    """What the networks are, in sentences."""
+    """Sentences that say which networks a table is about."""
     own = table[table["task"] == task.name]
     learnt = int((own["learnt"] >= results.preset.enough).sum())
     units = "-".join(map(str, task.hidden))

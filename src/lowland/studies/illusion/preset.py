@@ -182,7 +182,7 @@ def load_preset(name: str) -> Preset:
 
 
 def _check_task(task: Task, where: str) -> None:
-    """What hangs together within a task."""
+    """Refuse a task whose settings do not go together."""
     if task.kind not in KINDS:
         raise PresetError(f"{where}: kind must be one of {', '.join(KINDS)}; got {task.kind!r}")
     check_data(task, where)

@@ -35,7 +35,7 @@ class Points:
     classes: int
 
     def double(self) -> Points:
-        """The same in double precision."""
+        """These points in double precision."""
         return replace(self, x_train=self.x_train.double(), x_test=self.x_test.double())
 
 

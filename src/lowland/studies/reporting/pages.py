@@ -46,7 +46,7 @@ def data_uri(svg: bytes) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that takes part in the numbers."""
+    """The versions of everything that takes part in the numbers, and the machine, by name."""
     return {
         "Python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def _subscripts(text: str) -> Markup:
-    """``λ_max`` as people write it."""
+    """A text for a page in which ``λ_max`` is written with a subscript."""
     return Markup(re.sub(r"(λ)_(max|min)", r"\1<sub>\2</sub>", str(escape(text))))  # noqa: S704
 
 

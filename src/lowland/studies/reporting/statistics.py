@@ -214,7 +214,7 @@ def lead(
 
 
 def _rho(x: Array, y: Array) -> Array:
-    """Of each row, without the entries that are no number; NaN where a side does not vary."""
+    """The rank correlation of each row; entries that are no number are left out."""
     ranks = []
     for side in (x, y):
         rank = stats.rankdata(side, axis=1, nan_policy="omit")

@@ -30,7 +30,7 @@ def coins(tmp_path, monkeypatch):
     (folder / "presets" / "quick.toml").write_text("coins = 3\nthrows = 100\n")
     (folder / "reproduce.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
-    (study,) = eval(line.replace("lowland.studies.coins", "coins"), {"Study": Study})  # noqa: S307
+    study = eval(line.replace("lowland.studies.coins", "coins"), {"Study": Study})  # noqa: S307
     yield study
     for name in ("coins", "coins.reproduce"):
         sys.modules.pop(name, None)

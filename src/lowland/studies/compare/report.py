@@ -136,7 +136,7 @@ def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: s
     networks = comparison.networks
     images = {name: data_uri(svg) for name, svg in figures.items()}
     return render(
-        "compare.html",
+        "compare/templates/page.html",
         command=command,
         comparison=comparison,
         dataset=comparison.dataset,

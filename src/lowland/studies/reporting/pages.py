@@ -20,12 +20,12 @@ def render(template: str, *, command: str, **content: Any) -> str:
     """A page.
 
     Args:
-        template: One of lowland's.
+        template: Its place in :mod:`lowland.studies`.
         command: What makes the page again.
         content: What the template shows.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lowland.studies.reporting"),
+        loader=jinja2.PackageLoader("lowland.studies", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -176,7 +176,7 @@ class Reproduction:
     def page(self) -> str:
         """One HTML page, which needs no other file."""
         return render(
-            "reproduction.html",
+            "reporting/templates/reproduction.html",
             command=self.command,
             reproduction=self,
             images={drawing.number: data_uri(drawing.svg) for drawing in self.drawings},

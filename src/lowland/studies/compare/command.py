@@ -135,7 +135,7 @@ def command(  # noqa: PLR0917 - typer fills in every one by name
         Path, typer.Option(metavar="DIR", help="Folder for the page, tables and figures.")
     ] = Path("lowland-results/compare"),
 ) -> None:
-    """Compare, with settings from the command line; writes a page, tables and figures."""
+    """Writes a page (index.html), tables (CSV) and figures (PNG, SVG)."""
     with one_line_errors("nothing was written"):
         if data is not None and data not in CARRIED:
             raise UserError(

@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from lowland.display import plain_log_ticks, styled
+from lowland.display import plain_log_ticks
 from lowland.studies.flatness.preset import BASELINE, KINDS, Task, Way
 from lowland.studies.flatness.run import Results
 from lowland.studies.flatness.tables import Array, multiples, networks, values
@@ -248,10 +247,7 @@ FIGURES = {
 def _panels(results: Results, rows: int) -> Iterator[tuple[Figure, Grid]]:
     """A column of panels for each task."""
     columns = len(results.tasks)
-    with styled():
-        layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.08)
-        size = (max(WIDTH * columns, 5.0), HEIGHT * rows + 0.5)
-        figure = Figure(figsize=size, layout=layout)
+    with look.canvas(max(WIDTH * columns, 5.0), HEIGHT * rows + 0.5) as figure:
         yield figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lowland.display import styled
 
@@ -17,6 +20,14 @@ COLORS = {
 """One color per method in every figure: from the set of Okabe and Ito, told apart by everyone."""
 
 MARKERS = {"baseline": "o", "hsr": "s", "hessian-trace": "^", "flatness-aware": "D"}
+
+
+@contextmanager
+def canvas(width: float, height: float) -> Iterator[Figure]:
+    """An empty figure of so many inches, and the look while it is drawn on."""
+    with styled():
+        layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.08)
+        yield Figure(figsize=(width, height), layout=layout)
 
 
 def render(figure: Figure, kind: str) -> bytes:

@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from lowland.studies.compare.comparison import (
-    MEASURES,
+    METRICS,
     compare,
     constant_loss,
     labels,
@@ -55,7 +55,7 @@ def test_every_network_has_a_row_with_all_measures(comparison):
     assert table.groupby("method", sort=False)["seed"].apply(list).to_dict() == {
         name: [0, 1, 2, 3] for name in METHODS
     }
-    assert table[[measure.name for measure in MEASURES]].notna().all(axis=None)
+    assert table[[metric.name for metric in METRICS]].notna().all(axis=None)
     assert (table["upper_bound"] >= table["lambda_max"]).all()
     assert (table["lower_bound"] <= table["lambda_min"]).all()
     assert (table["lambda_min"] <= table["trace"] / comparison.parameters).all()
@@ -174,17 +174,17 @@ def test_means_and_standard_errors_are_over_seeds(comparison):
 def test_the_summary_has_one_row_a_method(comparison):
     frame = comparison.to_frame()
     assert frame["method"].tolist() == list(METHODS)
-    for measure in MEASURES:
+    for metric in METRICS:
         for suffix in ("", "_stderr", "_p"):
-            assert measure.name + suffix in frame
+            assert metric.name + suffix in frame
     assert (frame["seconds"] > 0).all()
 
 
 def table_of(**values):
-    """A table of networks in which every measure takes these values, by method."""
+    """A table of networks in which every metric takes these values, by method."""
     return pd.DataFrame(
         [
-            {"method": name, "seed": seed} | dict.fromkeys((m.name for m in MEASURES), value)
+            {"method": name, "seed": seed} | dict.fromkeys((m.name for m in METRICS), value)
             for name, column in values.items()
             for seed, value in enumerate(column)
         ]
@@ -194,7 +194,7 @@ def table_of(**values):
 def test_positive_measures_are_compared_by_factor():
     # Each seed halves, so that the factor is sure and the difference is not.
     networks = table_of(baseline=[1.0, 2.0, 400.0], hsr=[0.51, 1.0, 199.0])
-    summary = summarize(networks, test_fraction=1 / 3).set_index(["method", "measure"])
+    summary = summarize(networks, test_fraction=1 / 3).set_index(["method", "metric"])
     assert summary.loc[("hsr", "lambda_max"), "p"] < 0.01
     assert summary.loc[("hsr", "accuracy"), "p"] > 0.3
     assert summary.loc[("hsr", "lambda_max"), "effect"] == pytest.approx(math.log(0.5), abs=0.01)
@@ -202,7 +202,7 @@ def test_positive_measures_are_compared_by_factor():
 
 def test_a_measure_that_is_not_positive_after_all_is_compared_by_difference():
     networks = table_of(baseline=[1.0, 2.0, 3.0], hsr=[0.5, -1.0, 0.0])
-    summary = summarize(networks, test_fraction=1 / 3).set_index(["method", "measure"])
+    summary = summarize(networks, test_fraction=1 / 3).set_index(["method", "metric"])
     assert summary.loc[("hsr", "trace"), "effect"] == pytest.approx((-0.5 - 3 - 3) / 3)
     assert np.isfinite(summary.loc[("hsr", "trace"), "p"])
 

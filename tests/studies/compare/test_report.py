@@ -7,13 +7,13 @@ import torch
 from pagecheck import Page
 
 from lowland.studies.compare import report
-from lowland.studies.compare.comparison import MEASURES, Cell, Comparison, Measure, summarize
+from lowland.studies.compare.comparison import METRICS, Cell, Comparison, Metric, summarize
 from lowland.studies.compare.settings import DEFAULTS, Settings
 from lowland.studies.data.dataset import Dataset
 from lowland.studies.ensembles.training import BASELINE, METHODS
 from lowland.studies.reporting import pages
 
-SHARE = Measure("s", "S", "s", "a share", scale=100, unit=" %")
+SHARE = Metric("s", "S", "s", "a share", scale=100, unit=" %")
 SVG = dict.fromkeys(("curves", "spectrum", "bound"), b"<svg/>")
 ALL = tuple(METHODS.values())
 
@@ -21,7 +21,7 @@ ALL = tuple(METHODS.values())
 def comparison_of(
     factors, *, methods=ALL, name="Data", converged=False, failed=None, classes=("no", "yes"), **own
 ):
-    """A comparison in which measures are those of the baseline times these factors, or so."""
+    """A comparison in which metrics are those of the baseline times these factors, or so."""
     random = np.random.default_rng(0)
     rows = []
     for method in (BASELINE, *(m for m in methods if m != BASELINE)):
@@ -30,7 +30,7 @@ def comparison_of(
                 m.name: (-1 if m.name in ("lambda_min", "lower_bound") else 1)
                 * factors.get((method.name, m.name), 1.0)
                 * (0.9 + 0.01 * seed + 0.002 * random.random())
-                for m in MEASURES
+                for m in METRICS
             }
             learned = seed >= (failed or {}).get(method.name, 0)
             state = {"converged": converged, "learned": learned}

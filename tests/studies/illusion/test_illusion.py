@@ -17,9 +17,9 @@ from lowland.studies.data.sources import Source
 from lowland.studies.ensembles.networks import as_module, as_weights, initial_weights, select
 from lowland.studies.illusion import pieces
 from lowland.studies.illusion.claims import judge
+from lowland.studies.illusion.evaluation import evaluate, rescaled
 from lowland.studies.illusion.figures import FIGURES
 from lowland.studies.illusion.listings import listings
-from lowland.studies.illusion.measure import measure, rescaled
 from lowland.studies.illusion.preset import Preset, Task, load_preset
 from lowland.studies.illusion.published import published
 from lowland.studies.illusion.reproduce import EXPERIMENT
@@ -239,7 +239,7 @@ def test_a_network_may_have_points_of_its_own():
 
 def test_measures_are_those_of_the_library():
     data, start = ensemble(2)
-    found = measure(start, data, bound=True)
+    found = evaluate(start, data, bound=True)
     for index in range(2):
         model = as_module(select(start, slice(index, index + 1)), nn.ReLU)
         moments = lowland.hessian_moments(
@@ -263,7 +263,7 @@ def test_measures_are_those_of_the_library():
 def test_rescaling_moves_the_trace_and_nothing_else():
     data, start = ensemble(1)
     before, after = (rescaled(start, data, 1, factor) for factor in (1.0, 20.0))
-    assert before["trace"] == pytest.approx(measure(start, data, bound=False)["trace"].item())
+    assert before["trace"] == pytest.approx(evaluate(start, data, bound=False)["trace"].item())
     assert after["trace"] > 10 * before["trace"]
     assert after["changed"] == before["changed"] == 0
     assert {k: v for k, v in after.items() if k != "trace"} == {

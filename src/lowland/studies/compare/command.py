@@ -170,7 +170,7 @@ def command(  # noqa: PLR0917 - typer fills in every one by name
         check_writable(out)
 
         # Imported late: neither --help nor a mistyped option should wait for scikit-learn.
-        from lowland.studies.compare import comparison as experiment  # noqa: PLC0415
+        from lowland.studies.compare.comparison import compare  # noqa: PLC0415
         from lowland.studies.data.tables import read_csv  # noqa: PLC0415
 
         if table is not None and target is not None:
@@ -180,7 +180,7 @@ def command(  # noqa: PLR0917 - typer fills in every one by name
             source = ["--data", data or DEFAULT_DATA]
             dataset = CARRIED[data or DEFAULT_DATA]()
         with _progress(settings) as on_step:
-            comparison = experiment.compare(dataset, settings, on_step=on_step)
+            comparison = compare(dataset, settings, on_step=on_step)
         publish(_files(comparison, spell_out(settings, source, out)), out)
     with one_line_errors(f"the results are in {out}"):
         _show(comparison)

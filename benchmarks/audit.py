@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lowland
-from lowland.studies.data.tables import digits
+from lowland.studies.data.carried import digits
 
 PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "audit.png"
 TRAIN, UNSEEN = 250, 100

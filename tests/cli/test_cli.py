@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lowland.cli.app import app
 from lowland.studies.ensembles.training import METHODS
-from lowland.studies.reporting import plots
+from lowland.studies.reporting import look
 
 OUTPUTS = {
     "summary.csv",
@@ -258,7 +258,7 @@ def test_an_interruption_while_drawing_or_writing_leaves_nothing(
         raise KeyboardInterrupt
 
     if where == "draw":
-        monkeypatch.setattr(plots, "render", interrupted)
+        monkeypatch.setattr(look, "render", interrupted)
     else:
         monkeypatch.setattr(Path, "replace", interrupted)
     result = run(table, *SMALL, "--methods", "baseline", "--out", tmp_path / "out")

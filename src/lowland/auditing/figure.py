@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lowland.auditing.findings import Findings
 from lowland.auditing.words import change, shown
+from lowland.display import plain_log_ticks, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from lowland.auditing.result import Audit
-else:  # matplotlib is optional, and the result draws itself
-    Audit = Axes = Figure = Any
+else:  # optional; annotations are looked at in the tests
+    Axes = Figure = Any
 
 _INK, _STAYED, _MOVED = "#4d4d4d", "#0072b2", "#d55e00"
 _LABELS = 9  # of factors, beside one another without touching
@@ -25,16 +25,11 @@ _LINES = {  # from the set of Okabe and Ito, and told apart without colors too
 }
 
 
-def draw(audit: Audit) -> Figure:
-    """As :meth:`lowland.Audit.plot`."""
-    try:
-        import matplotlib as mpl  # noqa: PLC0415 - optional
+def draw(audit: Findings) -> Figure:
+    """Two panels: what moves with the factor, and what stays."""
+    with styled():
         from matplotlib.figure import Figure  # noqa: PLC0415 - optional
 
-        from lowland.studies.reporting.plots import STYLE, plain_log_ticks  # noqa: PLC0415 - optional
-    except ImportError as error:
-        raise ImportError(f"plot needs matplotlib ({error}): pip install 'lowland[cli]'") from error
-    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
         _draw_scales(audit, left)
@@ -50,10 +45,8 @@ def draw(audit: Audit) -> Figure:
     return figure
 
 
-def _draw_scales(audit: Audit, ax: Axes) -> None:
+def _draw_scales(audit: Findings, ax: Axes) -> None:
     """Sharpness and norms, each relative to its value at factor 1."""
-    from lowland.studies.reporting.plots import plain_log_ticks  # noqa: PLC0415 - optional
-
     ax.axhline(1, color=_INK, linewidth=0.8)
     drawn = []
     for measure in audit.measures:
@@ -80,7 +73,7 @@ def _draw_scales(audit: Audit, ax: Axes) -> None:
     ax.legend(loc="best", title=f"not positive: {', '.join(missing)}" if missing else None)
 
 
-def _draw_invariants(audit: Audit, ax: Axes) -> None:
+def _draw_invariants(audit: Findings, ax: Axes) -> None:
     """A row of dots for each measure that should stay, and its value beside it."""
     measures = [measure for measure in audit.measures if measure.invariant]
     for place, measure in enumerate(measures):

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from math import isfinite, isnan
-from typing import TYPE_CHECKING, Any
 
+from lowland import display
+from lowland.auditing.findings import Findings
 from lowland.auditing.measures import COMPARABLE, HEADINGS, Measure
-
-if TYPE_CHECKING:
-    from lowland.auditing.result import Audit
-else:  # it prints itself
-    Audit = Any
 
 _DEFINITIONS = (
     "Largest eigenvalue, trace, and upper bound m + s sqrt(P - 1) on the former, of the Hessian H "
@@ -20,10 +16,8 @@ _SMALL = 1.1  # ratios below are told in percent
 
 
 def number(value: float) -> str:
-    """Four digits, without an exponent where that is short."""
-    if value and not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.3g}"
-    return f"{float(f'{value:.4g}'):,.10g}"
+    """Four digits, as many as :func:`lowland.display.number` needs of them."""
+    return display.number(value, 4, zeros=False)
 
 
 def shown(measure: Measure, value: float) -> str:
@@ -31,7 +25,7 @@ def shown(measure: Measure, value: float) -> str:
     return f"{value:,.0f}" if measure.is_count else number(value)
 
 
-def change(audit: Audit, measure: Measure) -> str:
+def change(audit: Findings, measure: Measure) -> str:
     """By how much a measure changes over all factors."""
     row = audit.values[measure.name]
     if audit.stays(measure.name):
@@ -42,7 +36,7 @@ def change(audit: Audit, measure: Measure) -> str:
     return f"x {number(ratio)}" if ratio >= _SMALL else f"{100 * (ratio - 1):.2g} %"
 
 
-def table(audit: Audit) -> str:
+def table(audit: Findings) -> str:
     """Measures down, factors across; notes; the verdict as the last line."""
     head = ["factor", *(f"{factor:g}" for factor in audit.factors), "changes by"]
     lines: list[list[str]] = [head]
@@ -62,10 +56,10 @@ def table(audit: Audit) -> str:
         ).rstrip()
         for line in lines
     ]
-    return "\n".join([_title(audit), "", *text, "", *_notes(audit), "", audit.verdict])
+    return "\n".join([_title(audit), "", *text, "", *_notes(audit), "", verdict(audit)])
 
 
-def _title(audit: Audit) -> str:
+def _title(audit: Findings) -> str:
     first, second = audit.layers[audit.layer : audit.layer + 2]
     return (
         f"Layer {audit.layer}, {first}, times the factor; layer {audit.layer + 1}, {second}, "
@@ -74,7 +68,7 @@ def _title(audit: Audit) -> str:
     )
 
 
-def _notes(audit: Audit) -> list[str]:
+def _notes(audit: Findings) -> list[str]:
     notes = [_DEFINITIONS, *audit.notes]
     titles = {measure.name: measure.title for measure in audit.measures}
     for name, errors in audit.stderr.items():
@@ -94,7 +88,7 @@ def _notes(audit: Audit) -> list[str]:
     return notes
 
 
-def verdict(audit: Audit) -> str:
+def verdict(audit: Findings) -> str:
     """What may and may not be concluded, from the numbers alone."""
     if not audit.stays("outputs"):
         return _not_preserved(audit)
@@ -131,7 +125,7 @@ def verdict(audit: Audit) -> str:
     return " ".join(part[0].upper() + part[1:] for part in parts)
 
 
-def _of_sharpness(audit: Audit, moved: list[Measure]) -> str:
+def _of_sharpness(audit: Findings, moved: list[Measure]) -> str:
     if not moved:
         return (
             "Sharpness did not move beyond rounding, so that these rescalings show nothing against "
@@ -159,7 +153,7 @@ def _of_sharpness(audit: Audit, moved: list[Measure]) -> str:
     )
 
 
-def _of_broken(audit: Audit, broken: list[Measure]) -> str:
+def _of_broken(audit: Findings, broken: list[Measure]) -> str:
     names = _listed([f"{measure.title} ({change(audit, measure)})" for measure in broken])
     return (
         f"{names} should have stayed and did not, while outputs changed by at most "
@@ -169,7 +163,7 @@ def _of_broken(audit: Audit, broken: list[Measure]) -> str:
     )
 
 
-def _not_preserved(audit: Audit) -> str:
+def _not_preserved(audit: Findings) -> str:
     outputs, predictions = audit.values["outputs"], audit.values.get("predictions")
     worst = max(outputs)
     flips = f", and {max(predictions):,.0f} predictions change" if predictions else ""
@@ -185,5 +179,5 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _bits(audit: Audit) -> str:
+def _bits(audit: Findings) -> str:
     return str(audit.dtype).removeprefix("torch.")

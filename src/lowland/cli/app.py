@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
@@ -70,7 +71,8 @@ def commands(studies: Iterable[Study]) -> typer.Typer:
     reproduce = typer.Typer(no_args_is_help=True, help=REPRODUCE)
     for study in studies:
         if study.own_options:
-            app.command(study.name, help=study.help)(study.command())
+            command = study.command()
+            app.command(study.name, help=f"{study.help}\n\n{getdoc(command)}")(command)
         else:
             reproduce.command(study.name, help=help_text(study))(reproduction_of(study))
     app.add_typer(reproduce, name="reproduce")

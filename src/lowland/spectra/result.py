@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lowland.frames import DataFrame, frame
+from lowland.display import DataFrame, frame
+from lowland.spectra.figure import draw
 from lowland.spectra.solve import Density
 from lowland.spectra.surface import Parts, Surface
 
@@ -122,9 +123,17 @@ class Spectrum:
         Raises:
             ImportError: Without matplotlib, ``pip install 'lowland[cli]'``.
         """
-        from lowland.spectra.figure import draw  # noqa: PLC0415 - optional, and takes a second
-
-        return draw(self, ax)
+        error = "" if self.method == "dense" else f" ± {self.trace_stderr:.2g}"
+        matrix = r"|\theta|\,H\,|\theta|" if self.adaptive else "H"
+        trace = rf"$\mathrm{{Tr}}\,{matrix}$ = {self.trace:.4g}{error}"
+        return draw(
+            self.eigenvalues,
+            self.ranks,
+            self.density,
+            ax,
+            dim=self.dim,
+            title=f"{self.dim:,} parameters,  {trace}",
+        )
 
     def _direction(self, direction: int | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if isinstance(direction, int):

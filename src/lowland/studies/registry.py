@@ -22,7 +22,8 @@ class Study:
         help: What it is, in one line.
         package: Its folder. Where ``presets/`` has its settings as TOML files, its module
             ``reproduce`` holds the :class:`Experiment` that ``lowland reproduce NAME`` runs; a
-            study with options of its own has the function of ``lowland NAME`` in ``command``.
+            study with options of its own has the function of ``lowland NAME`` in ``command``, whose
+            docstring follows the line of help.
         files: The data that it reads from the folder that ``LOWLAND_DATA`` names, in words.
         own_options: Whether it is of the second kind.
     """

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lowland.frames import DataFrame, frame
+from lowland.display import DataFrame, frame
 from lowland.weakness.cone import Cone, build_cone
 from lowland.weakness.findings import Findings
 from lowland.weakness.polytope import Polytope, analytic_center, billiard, split_r_hat

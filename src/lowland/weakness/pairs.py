@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lowland.frames import DataFrame, frame
+from lowland.display import DataFrame, frame
 from lowland.threads import one_blas_thread
 from lowland.weakness.cone import build_cone
 from lowland.weakness.findings import Findings, Proof

@@ -11,16 +11,15 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from lowland.studies.compare.comparison import (
-    MEASURES,
+    METRICS,
     compare,
     constant_loss,
-    holm,
     labels,
-    paired_test,
     summarize,
 )
 from lowland.studies.compare.settings import DEFAULTS, Settings
-from lowland.studies.data.tables import Dataset, stratified_splits
+from lowland.studies.data.dataset import Dataset
+from lowland.studies.data.splits import stratified_splits
 from lowland.studies.ensembles.networks import initial_weights
 from lowland.studies.ensembles.training import BASELINE, METHODS, Schedule
 
@@ -56,7 +55,7 @@ def test_every_network_has_a_row_with_all_measures(comparison):
     assert table.groupby("method", sort=False)["seed"].apply(list).to_dict() == {
         name: [0, 1, 2, 3] for name in METHODS
     }
-    assert table[[measure.name for measure in MEASURES]].notna().all(axis=None)
+    assert table[[metric.name for metric in METRICS]].notna().all(axis=None)
     assert (table["upper_bound"] >= table["lambda_max"]).all()
     assert (table["lower_bound"] <= table["lambda_min"]).all()
     assert (table["lambda_min"] <= table["trace"] / comparison.parameters).all()
@@ -175,17 +174,17 @@ def test_means_and_standard_errors_are_over_seeds(comparison):
 def test_the_summary_has_one_row_a_method(comparison):
     frame = comparison.to_frame()
     assert frame["method"].tolist() == list(METHODS)
-    for measure in MEASURES:
+    for metric in METRICS:
         for suffix in ("", "_stderr", "_p"):
-            assert measure.name + suffix in frame
+            assert metric.name + suffix in frame
     assert (frame["seconds"] > 0).all()
 
 
 def table_of(**values):
-    """A table of networks in which every measure takes these values, by method."""
+    """A table of networks in which every metric takes these values, by method."""
     return pd.DataFrame(
         [
-            {"method": name, "seed": seed} | dict.fromkeys((m.name for m in MEASURES), value)
+            {"method": name, "seed": seed} | dict.fromkeys((m.name for m in METRICS), value)
             for name, column in values.items()
             for seed, value in enumerate(column)
         ]
@@ -195,7 +194,7 @@ def table_of(**values):
 def test_positive_measures_are_compared_by_factor():
     # Each seed halves, so that the factor is sure and the difference is not.
     networks = table_of(baseline=[1.0, 2.0, 400.0], hsr=[0.51, 1.0, 199.0])
-    summary = summarize(networks, test_fraction=1 / 3).set_index(["method", "measure"])
+    summary = summarize(networks, test_fraction=1 / 3).set_index(["method", "metric"])
     assert summary.loc[("hsr", "lambda_max"), "p"] < 0.01
     assert summary.loc[("hsr", "accuracy"), "p"] > 0.3
     assert summary.loc[("hsr", "lambda_max"), "effect"] == pytest.approx(math.log(0.5), abs=0.01)
@@ -203,24 +202,9 @@ def test_positive_measures_are_compared_by_factor():
 
 def test_a_measure_that_is_not_positive_after_all_is_compared_by_difference():
     networks = table_of(baseline=[1.0, 2.0, 3.0], hsr=[0.5, -1.0, 0.0])
-    summary = summarize(networks, test_fraction=1 / 3).set_index(["method", "measure"])
+    summary = summarize(networks, test_fraction=1 / 3).set_index(["method", "metric"])
     assert summary.loc[("hsr", "trace"), "effect"] == pytest.approx((-0.5 - 3 - 3) / 3)
     assert np.isfinite(summary.loc[("hsr", "trace"), "p"])
-
-
-def test_the_corrected_t_test_is_that_of_nadeau_and_bengio():
-    differences = np.array([1.0, 2.0, 3.0, 6.0])
-    # Mean 3, variance 14/3, and (1/4 + 1/2) * 14/3 = 3.5 under the root.
-    expected = 2 * stats.t.sf(3 / math.sqrt(3.5), 3)
-    assert paired_test(differences, 0.5) == pytest.approx(expected)
-    assert paired_test(-differences, 0.5) == pytest.approx(expected)
-    # Without overlap it is the ordinary paired test.
-    assert paired_test(differences, 0.0) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
-
-
-def test_the_test_knows_equal_and_constant_differences():
-    assert paired_test(np.zeros(5), 0.3) == 1.0
-    assert paired_test(np.ones(5), 0.3) == 0.0
 
 
 def test_defaults_can_be_run():
@@ -228,17 +212,3 @@ def test_defaults_can_be_run():
     for settings in DEFAULTS.values():
         assert settings.methods[0] == BASELINE
         assert [method.name for method in settings.methods] == list(METHODS)
-
-
-@pytest.mark.parametrize(
-    ("raw", "adjusted"),
-    [
-        ([], []),
-        ([0.02], [0.02]),
-        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
-        ([0.04, 0.01], [0.04, 0.02]),
-        ([0.5, 0.6, 0.001], [1.0, 1.0, 0.003]),
-    ],
-)
-def test_holm_by_hand(raw, adjusted):
-    assert holm(raw) == pytest.approx(adjusted)

@@ -8,8 +8,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from lowland.studies.compare import figures
 from lowland.studies.ensembles.training import METHODS
-from lowland.studies.reporting import plots
+from lowland.studies.reporting import look
 
 
 @pytest.fixture
@@ -39,19 +40,19 @@ def history():
 
 def drawings(networks, history):
     return {
-        "curves": plots.training_curves(history, active_steps=10),
-        "spectrum": plots.spectrum_boxes(networks),
-        "bound": plots.bound_against_eigenvalue(networks),
+        "curves": figures.training_curves(history, active_steps=10),
+        "spectrum": figures.spectrum_boxes(networks),
+        "bound": figures.bound_against_eigenvalue(networks),
     }
 
 
 def test_every_method_has_a_look_of_its_own():
-    assert plots.COLORS.keys() == plots.MARKERS.keys() == METHODS.keys()
-    assert len(set(plots.COLORS.values())) == len(set(plots.MARKERS.values())) == len(METHODS)
+    assert look.COLORS.keys() == look.MARKERS.keys() == METHODS.keys()
+    assert len(set(look.COLORS.values())) == len(set(look.MARKERS.values())) == len(METHODS)
 
 
 def test_curves_are_medians_between_quartiles(history):
-    figure = plots.training_curves(history, active_steps=10)
+    figure = figures.training_curves(history, active_steps=10)
     loss, eigenvalue = figure.axes
     for line in loss.lines:
         np.testing.assert_allclose(line.get_xdata(), [0, 10, 20])
@@ -64,7 +65,7 @@ def test_curves_are_medians_between_quartiles(history):
 
 @pytest.mark.parametrize(("active", "shaded"), [(10, 1), (0, 0)])
 def test_the_time_of_the_penalty_is_shaded(history, active, shaded):
-    figure = plots.training_curves(history, active_steps=active)
+    figure = figures.training_curves(history, active_steps=active)
     assert [len(ax.patches) for ax in figure.axes] == [shaded] * 2
     assert [len(ax.texts) for ax in figure.axes] == [shaded, 0]
     if shaded:
@@ -73,7 +74,7 @@ def test_the_time_of_the_penalty_is_shaded(history, active, shaded):
 
 
 def test_boxes_show_every_network(networks):
-    figure = plots.spectrum_boxes(networks)
+    figure = figures.spectrum_boxes(networks)
     assert len(figure.axes) == 6
     for ax, column in zip(
         figure.axes,
@@ -90,7 +91,7 @@ def test_boxes_show_every_network(networks):
 
 
 def test_the_bound_lies_above_the_line(networks):
-    figure = plots.bound_against_eigenvalue(networks)
+    figure = figures.bound_against_eigenvalue(networks)
     (ax,) = figure.axes
     line, *groups = ax.lines
     np.testing.assert_allclose(line.get_xdata(), line.get_ydata())
@@ -125,10 +126,10 @@ def test_figures_are_files_of_their_kind_and_the_same_each_time(networks, histor
     for first, second in zip(
         drawings(networks, history).values(), drawings(networks, history).values(), strict=True
     ):
-        svg = plots.render(first, "svg")
-        assert svg == plots.render(second, "svg")
+        svg = look.render(first, "svg")
+        assert svg == look.render(second, "svg")
         assert b"<dc:date>" not in svg
-        image = Image.open(BytesIO(plots.render(first, "png")))
+        image = Image.open(BytesIO(look.render(first, "png")))
         assert image.format == "PNG"
         assert image.width >= 800
         texts = re.findall(rb"<text[ >]", svg)
@@ -138,18 +139,18 @@ def test_figures_are_files_of_their_kind_and_the_same_each_time(networks, histor
 def test_the_process_settings_are_left_alone(networks, history):
     before = dict(mpl.rcParams)
     for figure in drawings(networks, history).values():
-        plots.render(figure, "png")
+        look.render(figure, "png")
     assert dict(mpl.rcParams) == before
 
 
 def test_a_single_network_and_negative_values_are_drawn(networks, history):
     one = networks.groupby("method", sort=False).head(1)
     for figure in drawings(one, history[history["seed"] == 0]).values():
-        assert plots.render(figure, "png")
+        assert look.render(figure, "png")
 
 
 def test_saturated_networks_have_no_point_but_a_figure(networks):
     networks["lambda_max"] = 0.0
-    figure = plots.bound_against_eigenvalue(networks)
-    assert plots.render(figure, "svg")
+    figure = figures.bound_against_eigenvalue(networks)
+    assert look.render(figure, "svg")
     assert len(figure.legends[0].get_texts()) == len(METHODS)

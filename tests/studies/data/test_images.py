@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowland.studies.data import images
+from lowland.studies.data.dataset import DataError
 from lowland.studies.data.images import (
     CIFAR_ARCHIVE,
     MissingDataError,
@@ -18,7 +19,6 @@ from lowland.studies.data.images import (
     mnist,
     mnist_test,
 )
-from lowland.studies.data.tables import DataError
 
 RECORD = 3074
 

@@ -11,8 +11,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lowland.cli.app import app
+from lowland.studies.data.carried import digits
 from lowland.studies.data.sources import Source
-from lowland.studies.data.tables import digits, stratified_splits
+from lowland.studies.data.splits import stratified_splits
 from lowland.studies.ensembles.networks import initial_weights
 from lowland.studies.flatness import run as run_module
 from lowland.studies.flatness.claims import judge
@@ -65,7 +66,10 @@ def test_presets_have_the_published_weights_and_are_found_by_path(tmp_path):
         ({"tasks": (TASK, TASK)}, "each task needs a name of its own"),
         ({"tasks": (replace(TASK, name="a/b"),)}, "of letters, digits and dashes; got 'a/b'"),
         ({"tasks": (replace(TASK, data="iris"),)}, "task 1: data must be one of breast-cancer, "),
-        ({"tasks": (replace(TASK, test_size=0.0),)}, "task 1: test_size must be 0 for cifar-100"),
+        (
+            {"tasks": (replace(TASK, test_size=0.0),)},
+            "task 1: test_size must be greater than 0; got 0.0",
+        ),
         ({"tasks": (replace(TASK, hidden=(0,)),)}, "task 1: hidden must be a list, each entry"),
         ({"tasks": (replace(TASK, sam=(0.0,)),)}, "each entry a finite number greater than 0"),
         ({"tasks": (replace(TASK, seeds=1),)}, "task 1: seeds must be finite and at least 2"),

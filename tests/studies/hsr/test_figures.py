@@ -9,7 +9,7 @@ from study_in_small import PRESET
 from lowland.studies.hsr import figures
 from lowland.studies.hsr.landscape import rise
 from lowland.studies.hsr.run import KINDS
-from lowland.studies.reporting import plots
+from lowland.studies.reporting import look
 
 BY_METHOD = (10, 11, 12, 14)
 
@@ -33,7 +33,7 @@ def test_there_is_every_figure_from_2_to_16():
 
 def test_every_method_has_a_color_that_nothing_else_has():
     assert figures.COLORS.keys() >= PRESET.methods.keys()
-    assert plots.COLORS.items() <= figures.COLORS.items()
+    assert look.COLORS.items() <= figures.COLORS.items()
     others = [figures.FIRST, figures.SECOND, figures.INK, figures.PALE]
     everything = [*figures.COLORS.values(), *others]
     assert len(set(everything)) == len(everything)
@@ -47,8 +47,8 @@ def test_each_draws_with_labels_and_the_same_each_time(study, number):
     for ax in figure.axes:
         assert ax.get_xlabel() or ax.get_ylabel() or ax.get_title(loc="left")
     assert any(ax.get_xlabel() for ax in figure.axes) or number in {12, 14}
-    svg = plots.render(figure, "svg")
-    assert svg == plots.render(draw(study), "svg")
+    svg = look.render(figure, "svg")
+    assert svg == look.render(draw(study), "svg")
     assert not re.findall(rb"<text[ >]", svg)  # glyphs are drawn, so no font has to be at hand
 
 

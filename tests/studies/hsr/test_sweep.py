@@ -1,10 +1,8 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from scipy import stats
 from study_in_small import PRESET
 
 from lowland.studies.hsr.claims import judge
@@ -12,8 +10,9 @@ from lowland.studies.hsr.control import control
 from lowland.studies.hsr.figures import figure_16
 from lowland.studies.hsr.performance import macro_f1
 from lowland.studies.hsr.search import search, sharpest
-from lowland.studies.hsr.sweep import gains, interval, sweep
+from lowland.studies.hsr.sweep import gains, sweep
 from lowland.studies.hsr.task import samples, unflatten
+from lowland.studies.reporting.statistics import interval
 
 
 @pytest.mark.usefixtures("as_installed")
@@ -72,15 +71,6 @@ def test_gains_are_means_over_each_data_set():
     values = gains(cell, "x")
     assert values.index.tolist() == [0, 2]
     np.testing.assert_allclose(values, [2, -10], rtol=1e-5)
-
-
-def test_the_interval_is_students():
-    values = pd.Series(np.random.default_rng(0).normal(1, 2, 12))
-    middle, low, high = interval(values)
-    assert middle == values.mean()
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    np.testing.assert_allclose([low, high], [expected.low, expected.high])
-    assert np.isnan(interval(values[:1])[1:]).all()
 
 
 def test_the_figure_has_a_panel_for_each_width_and_an_interval_for_each_size(study):

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 import lowland
 from lowland.cli.app import app
-from lowland.studies.data.sources import Source, stream
+from lowland.studies.data.sources import Source
 from lowland.studies.ensembles.networks import as_module, as_weights, initial_weights, select
 from lowland.studies.illusion import pieces
 from lowland.studies.illusion.claims import judge
+from lowland.studies.illusion.evaluation import evaluate, rescaled
 from lowland.studies.illusion.figures import FIGURES
 from lowland.studies.illusion.listings import listings
-from lowland.studies.illusion.measure import measure, rescaled
 from lowland.studies.illusion.preset import Preset, Task, load_preset
 from lowland.studies.illusion.published import published
 from lowland.studies.illusion.reproduce import EXPERIMENT
@@ -35,6 +35,7 @@ from lowland.studies.illusion.tasks import points
 from lowland.studies.illusion.train import Descent, accuracy, descend
 from lowland.studies.runs.jobs import Store
 from lowland.studies.runs.presets import PresetError
+from lowland.studies.runs.streams import stream
 from lowland.weakness import ensemble_agreement, pair_proxy
 
 PAIRS = Task(
@@ -127,7 +128,7 @@ def test_large_batches_hold_all_points_while_these_are_few():
     ("changes", "message"),
     [
         ({"kind": "pair"}, "kind must be one of pairs, selection, advantage; got 'pair'"),
-        ({"data": "iris"}, "data must be one of digits, "),
+        ({"data": "iris"}, "data must be one of breast-cancer, digits, "),
         ({"hidden": (16,)}, r"hidden must be two entries; got \[16\]"),
         ({"test": 0}, "test must be greater than 0: the data has no test part; got 0"),
         ({"data": "mnist-full"}, "test must be 0: the data has a test part; got 200"),
@@ -238,7 +239,7 @@ def test_a_network_may_have_points_of_its_own():
 
 def test_measures_are_those_of_the_library():
     data, start = ensemble(2)
-    found = measure(start, data, bound=True)
+    found = evaluate(start, data, bound=True)
     for index in range(2):
         model = as_module(select(start, slice(index, index + 1)), nn.ReLU)
         moments = lowland.hessian_moments(
@@ -262,7 +263,7 @@ def test_measures_are_those_of_the_library():
 def test_rescaling_moves_the_trace_and_nothing_else():
     data, start = ensemble(1)
     before, after = (rescaled(start, data, 1, factor) for factor in (1.0, 20.0))
-    assert before["trace"] == pytest.approx(measure(start, data, bound=False)["trace"].item())
+    assert before["trace"] == pytest.approx(evaluate(start, data, bound=False)["trace"].item())
     assert after["trace"] > 10 * before["trace"]
     assert after["changed"] == before["changed"] == 0
     assert {k: v for k, v in after.items() if k != "trace"} == {

@@ -19,6 +19,7 @@ from rich.table import Table
 from lowland.activations import ACTIVATIONS
 from lowland.errors import UserError
 from lowland.studies.compare.settings import DEFAULT_DATA, DEFAULTS, Settings
+from lowland.studies.data.carried import CARRIED
 from lowland.studies.ensembles.training import METHODS, Method, Schedule
 from lowland.studies.runs.console import check_own_folder, one_line_errors, require
 from lowland.studies.runs.output import check_writable, publish
@@ -134,11 +135,11 @@ def command(  # noqa: PLR0917 - typer fills in every one by name
         Path, typer.Option(metavar="DIR", help="Folder for the page, tables and figures.")
     ] = Path("lowland-results/compare"),
 ) -> None:
-    """Compare, with settings from the command line; writes a page, tables and figures."""
+    """Writes a page (index.html), tables (CSV) and figures (PNG, SVG)."""
     with one_line_errors("nothing was written"):
-        if data is not None and data not in DEFAULTS:
+        if data is not None and data not in CARRIED:
             raise UserError(
-                f"unknown data {data!r}; expected one of {', '.join(DEFAULTS)}, or a file: "
+                f"unknown data {data!r}; expected one of {', '.join(CARRIED)}, or a file: "
                 "lowland compare DATA.CSV --target COLUMN"
             )
         if table is None and target is not None:
@@ -147,7 +148,7 @@ def command(  # noqa: PLR0917 - typer fills in every one by name
             raise UserError(f"--data {data} and {str(table)!r}: give one")
         if table is not None and target is None:
             raise UserError(f"which column of {str(table)!r} to predict? add --target COLUMN")
-        default = DEFAULTS[data or DEFAULT_DATA]
+        default = DEFAULTS.get(data or DEFAULT_DATA, DEFAULTS[DEFAULT_DATA])
         settings = Settings(
             _parse_methods(methods, weight or [], default),
             default.hidden if hidden is None else _parse_widths(hidden),
@@ -169,8 +170,8 @@ def command(  # noqa: PLR0917 - typer fills in every one by name
         check_writable(out)
 
         # Imported late: neither --help nor a mistyped option should wait for scikit-learn.
-        from lowland.studies.compare import comparison as experiment  # noqa: PLC0415
-        from lowland.studies.data.tables import CARRIED, read_csv  # noqa: PLC0415
+        from lowland.studies.compare.comparison import compare  # noqa: PLC0415
+        from lowland.studies.data.tables import read_csv  # noqa: PLC0415
 
         if table is not None and target is not None:
             source = [str(table), "--target", target]
@@ -179,7 +180,7 @@ def command(  # noqa: PLR0917 - typer fills in every one by name
             source = ["--data", data or DEFAULT_DATA]
             dataset = CARRIED[data or DEFAULT_DATA]()
         with _progress(settings) as on_step:
-            comparison = experiment.compare(dataset, settings, on_step=on_step)
+            comparison = compare(dataset, settings, on_step=on_step)
         publish(_files(comparison, spell_out(settings, source, out)), out)
     with one_line_errors(f"the results are in {out}"):
         _show(comparison)
@@ -290,24 +291,24 @@ def spell_out(settings: Settings, source: Sequence[str], out: Path) -> str:
 
 def _files(comparison: Comparison, command: str) -> dict[str, bytes]:
     """Everything to write, by file name; the page last."""
-    from lowland.studies.compare import report  # noqa: PLC0415 - as in command
-    from lowland.studies.reporting import plots  # noqa: PLC0415 - as in command
+    from lowland.studies.compare import figures, report  # noqa: PLC0415 - as in command
+    from lowland.studies.reporting import look  # noqa: PLC0415 - as in command
 
     networks, history = comparison.networks, comparison.history
     active_steps = comparison.settings.schedule.active_steps
-    figures = {
-        "curves": plots.training_curves(history, active_steps=active_steps),
-        "spectrum": plots.spectrum_boxes(networks),
-        "bound": plots.bound_against_eigenvalue(networks),
+    drawn = {
+        "curves": figures.training_curves(history, active_steps=active_steps),
+        "spectrum": figures.spectrum_boxes(networks),
+        "bound": figures.bound_against_eigenvalue(networks),
     }
-    vectors = {name: plots.render(figure, "svg") for name, figure in figures.items()}
+    vectors = {name: look.render(figure, "svg") for name, figure in drawn.items()}
     page = report.render_page(comparison, vectors, command=command)
     return {
         "summary.csv": comparison.to_frame().to_csv(index=False).encode(),
         "networks.csv": networks.to_csv(index=False).encode(),
         "history.csv": history.to_csv(index=False).encode(),
         **{f"{name}.svg": content for name, content in vectors.items()},
-        **{f"{name}.png": plots.render(figure, "png") for name, figure in figures.items()},
+        **{f"{name}.png": look.render(figure, "png") for name, figure in drawn.items()},
         "index.html": page.encode(),
     }
 

@@ -10,15 +10,14 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
-from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from lowland import exact
 from lowland.errors import UserError
 from lowland.studies.compare.settings import Settings
-from lowland.studies.data.tables import Dataset, Splits, stratified_splits
+from lowland.studies.data.dataset import Dataset
+from lowland.studies.data.splits import Splits, stratified_splits
 from lowland.studies.ensembles.networks import (
     PerNetwork,
     Targets,
@@ -28,7 +27,7 @@ from lowland.studies.ensembles.networks import (
     parameter_count,
 )
 from lowland.studies.ensembles.training import BASELINE, Trained, train
-from lowland.studies.reporting.statistics import holm
+from lowland.studies.reporting.statistics import holm, paired_test
 from lowland.threads import threads
 
 _WORTH_THREADS = 8_000_000  # training samples times parameters; below, a step is too short to share
@@ -42,7 +41,7 @@ of what it would be without a look at the features."""
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """A number measured on every trained network.
 
     Attributes:
@@ -65,8 +64,8 @@ class Measure:
     by_factor: bool = False
 
 
-MEASURES = (
-    Measure(
+METRICS = (
+    Metric(
         "accuracy",
         "Test accuracy",
         "test accuracy",
@@ -74,7 +73,7 @@ MEASURES = (
         scale=100,
         unit=" %",
     ),
-    Measure(
+    Metric(
         "macro_f1",
         "Test macro-F1",
         "test macro-F1",
@@ -82,43 +81,43 @@ MEASURES = (
         scale=100,
         unit=" %",
     ),
-    Measure(
+    Metric(
         "log_loss",
         "Test log-loss",
         "test log-loss",
         "mean cross-entropy on the test part, in nats",
         by_factor=True,
     ),
-    Measure(
+    Metric(
         "train_loss",
         "Training loss",
         "training loss",
         "the same on the training part, without the penalty",
         by_factor=True,
     ),
-    Measure(
+    Metric(
         "lambda_max",
         "λ_max",
         "λ_max",
         "largest eigenvalue of the Hessian of the training loss",
         by_factor=True,
     ),
-    Measure("lambda_min", "λ_min", "λ_min", "smallest eigenvalue of the same Hessian"),
-    Measure(
+    Metric("lambda_min", "λ_min", "λ_min", "smallest eigenvalue of the same Hessian"),
+    Metric(
         "upper_bound",
         "Upper bound",
         "the upper bound",
         "m + s √(P-1), never below λ_max",
         by_factor=True,
     ),
-    Measure("lower_bound", "Lower bound", "the lower bound", "m - s √(P-1), never above λ_min"),
-    Measure("trace", "Trace", "the trace", "sum of the eigenvalues, Tr H", by_factor=True),
+    Metric("lower_bound", "Lower bound", "the lower bound", "m - s √(P-1), never above λ_min"),
+    Metric("trace", "Trace", "the trace", "sum of the eigenvalues, Tr H", by_factor=True),
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method's value of one measure.
+    """One method's value of one metric.
 
     Attributes:
         mean: Over seeds.
@@ -141,10 +140,10 @@ class Comparison:
     Attributes:
         dataset: The data.
         settings: What was run.
-        networks: One row per trained network: method, seed, each measure, steps, converged, and
+        networks: One row per trained network: method, seed, each metric, steps, converged, and
             learned: whether its training loss fell, and below that of the classes' shares alone.
         history: One row per network and checkpoint: method, seed, step, loss, lambda_max.
-        summary: One row per method and measure, with the columns of :class:`Cell`.
+        summary: One row per method and metric, with the columns of :class:`Cell`.
         seconds: Per method, time in its own gradients for all its networks together.
         parameters: ``P``, the number of weights of each network.
     """
@@ -158,28 +157,28 @@ class Comparison:
     parameters: int
 
     def to_frame(self) -> pd.DataFrame:
-        """The summary, one row a method: ``<measure>``, ``<measure>_stderr``, ``<measure>_p``."""
+        """The summary, one row a method: ``<metric>``, ``<metric>_stderr``, ``<metric>_p``."""
         rows = []
         for method in self.settings.methods:
             row: dict[str, object] = {"method": method.name}
-            for measure in MEASURES:
-                cell = self.cell(method.name, measure.name)
-                row[measure.name] = cell.mean
-                row[f"{measure.name}_stderr"] = cell.stderr
-                row[f"{measure.name}_p"] = cell.p
+            for metric in METRICS:
+                cell = self.cell(method.name, metric.name)
+                row[metric.name] = cell.mean
+                row[f"{metric.name}_stderr"] = cell.stderr
+                row[f"{metric.name}_p"] = cell.p
             rows.append(row | {"seconds": self.seconds[method.name]})
         return pd.DataFrame(rows)
 
-    def cell(self, method: str, measure: str) -> Cell:
+    def cell(self, method: str, metric: str) -> Cell:
         """One entry of the summary."""
-        chosen = (self.summary["method"] == method) & (self.summary["measure"] == measure)
+        chosen = (self.summary["method"] == method) & (self.summary["metric"] == metric)
         return Cell(**self.summary.loc[chosen, [field.name for field in fields(Cell)]].iloc[0])
 
 
 def compare(
     dataset: Dataset, settings: Settings, *, on_step: Callable[[int], None] | None = None
 ) -> Comparison:
-    """Train every method on the same splits from the same starting points, and measure.
+    """Train every method on the same splits from the same starting points, and evaluate it.
 
     Args:
         dataset: The data.
@@ -239,7 +238,7 @@ def _compare(
         **model,
     )
     networks = pd.concat(
-        [_measure(result, splits, seeds, **model) for result in trained], ignore_index=True
+        [_evaluate(result, splits, seeds, **model) for result in trained], ignore_index=True
     )
     history = pd.concat([_curves(result, seeds) for result in trained], ignore_index=True)
     return Comparison(
@@ -253,7 +252,7 @@ def _compare(
     )
 
 
-def _measure(
+def _evaluate(
     trained: Trained, splits: Splits, seeds: range, *, activation: str, loss: str
 ) -> pd.DataFrame:
     """One row per network."""
@@ -320,16 +319,16 @@ def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
         test_fraction: Test samples per training sample.
 
     Returns:
-        As in :class:`Comparison`. Differences are tested, or for measures that vary by factors the
-        logarithms of ratios. Each measure's p-values are adjusted over the methods by Holm's
-        method, but not over measures, each of which is a question of its own.
+        As in :class:`Comparison`. Differences are tested, or for metrics that vary by factors the
+        logarithms of ratios. Each metric's p-values are adjusted over the methods by Holm's
+        method, but not over metrics, each of which is a question of its own.
     """
     rows = []
     names = [name for name in networks["method"].unique() if name != BASELINE.name]
-    for measure in MEASURES:
-        table = networks.pivot_table(index="seed", columns="method", values=measure.name)
+    for metric in METRICS:
+        table = networks.pivot_table(index="seed", columns="method", values=metric.name)
         # No logarithm of what may turn out zero or negative, as a trace can.
-        tested = np.log(table) if measure.by_factor and (table > 0).all(axis=None) else table
+        tested = np.log(table) if metric.by_factor and (table > 0).all(axis=None) else table
         raw = [
             paired_test((tested[name] - tested[BASELINE.name]).to_numpy(), test_fraction)
             for name in names
@@ -340,7 +339,7 @@ def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
             rows.append(
                 {
                     "method": name,
-                    "measure": measure.name,
+                    "metric": metric.name,
                     "mean": values.mean(),
                     "stderr": values.std(ddof=1) / math.sqrt(len(values)),
                     "effect": (tested[name] - tested[BASELINE.name]).mean(),
@@ -348,28 +347,3 @@ def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def paired_test(differences: NDArray[np.float64], test_fraction: float) -> float:
-    r"""The two-sided p-value of the corrected resampled t-test.
-
-    Random splits overlap, so differences are not independent and the ordinary paired t-test finds
-    too much. The correction widens the variance of the mean of ``J`` differences:
-
-    .. math:: t = \bar d / \sqrt{(1/J + n_\mathrm{test} / n_\mathrm{train})\, s_d^2}
-
-    with ``J - 1`` degrees of freedom.
-
-    Args:
-        differences: One per split, method minus baseline.
-        test_fraction: ``n_test / n_train``.
-
-    References:
-        C. Nadeau and Y. Bengio, Inference for the generalization error, Machine Learning 52 (2003).
-    """
-    count = len(differences)
-    mean, variance = differences.mean(), differences.var(ddof=1)
-    if variance == 0:  # then t is 0 / 0 or infinite
-        return 1.0 if mean == 0 else 0.0
-    t = mean / math.sqrt((1 / count + test_fraction) * variance)
-    return float(2 * stats.t.sf(abs(t), count - 1))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowland.studies.compare.comparison import MEASURES, Cell, Comparison, Measure, layer_sizes
+from lowland.studies.compare.comparison import METRICS, Cell, Comparison, Metric, layer_sizes
 from lowland.studies.compare.settings import DEFAULTS
 from lowland.studies.ensembles.training import Method
-from lowland.studies.reporting.pages import data_uri, p_value, plus_minus, render
+from lowland.studies.reporting.numbers import p_value, plus_minus
+from lowland.studies.reporting.pages import data_uri, render
 from lowland.studies.reporting.statistics import SIGNIFICANCE
 
 NOTEWORTHY = 0.1
 """P-values below this are shown in the table."""
 
 
-def with_error(measure: Measure, cell: Cell) -> str:
+def with_error(metric: Metric, cell: Cell) -> str:
     """``mean ± standard error``, to the digits that the error leaves; shares in percent."""
-    return plus_minus(cell.mean * measure.scale, cell.stderr * measure.scale)
+    return plus_minus(cell.mean * metric.scale, cell.stderr * metric.scale)
 
 
 def findings(comparison: Comparison) -> list[str]:
@@ -32,7 +33,7 @@ def findings(comparison: Comparison) -> list[str]:
 
 
 def _verdict(comparison: Comparison) -> list[str]:
-    """What it adds up to, from the methods by which every network learned something."""
+    """A conclusion from the methods by which every network learned something, or none."""
     failed = set(comparison.networks.loc[~comparison.networks["learned"], "method"])
     baseline, *compared = comparison.settings.methods
     sound = [method for method in compared if method.name not in failed]
@@ -68,9 +69,9 @@ def _warning(comparison: Comparison) -> list[str]:
     return [sentence]
 
 
-def _direction(comparison: Comparison, method: Method, measure: str) -> int:
+def _direction(comparison: Comparison, method: Method, metric: str) -> int:
     """The sign of an effect; 0 if the test does not call it one."""
-    cell = comparison.cell(method.name, measure)
+    cell = comparison.cell(method.name, metric)
     if not cell.p < SIGNIFICANCE:
         return 0
     return 1 if cell.effect > 0 else -1
@@ -79,13 +80,13 @@ def _direction(comparison: Comparison, method: Method, measure: str) -> int:
 def _finding(comparison: Comparison, method: Method) -> str:
     """``HSR lowered λ_max (… → …, p = …). It did not measurably change test accuracy (…) or …``."""
     said: dict[int, list[str]] = {-1: [], 1: [], 0: []}
-    measures = {measure.name: measure for measure in MEASURES}
+    metrics = {metric.name: metric for metric in METRICS}
     for name in ("lambda_max", "accuracy", "log_loss"):
-        measure = measures[name]
+        metric = metrics[name]
         base, cell = (comparison.cell(which, name) for which in ("baseline", method.name))
         said[_direction(comparison, method, name)].append(
-            f"{measure.symbol} ({with_error(measure, base)} → {with_error(measure, cell)}"
-            f"{measure.unit}, {p_value(cell.p)})"
+            f"{metric.symbol} ({with_error(metric, base)} → {with_error(metric, cell)}"
+            f"{metric.unit}, {p_value(cell.p)})"
         )
     verbs = {-1: "lowered {}", 1: "raised {}", 0: "did not measurably change {}"}
     words = {-1: " and ", 1: " and ", 0: " or "}
@@ -99,19 +100,19 @@ def _join(items: Sequence[str], last: str) -> str:
 
 
 def table(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Rows ``(measure, [(value, p) per method])`` for the terminal and the page alike.
+    """Rows ``(metric, [(value, p) per method])`` for the terminal and the page alike.
 
     A p-value of ``NOTEWORTHY`` or more is left out; all of them are in :meth:`Comparison.to_frame`.
     """
     methods = comparison.settings.methods
     rows = []
-    for measure in MEASURES:
-        cells = [comparison.cell(method.name, measure.name) for method in methods]
+    for metric in METRICS:
+        cells = [comparison.cell(method.name, metric.name) for method in methods]
         rows.append(
             (
-                measure.title + (f", {measure.unit.strip()}" if measure.unit else ""),
+                metric.title + (f", {metric.unit.strip()}" if metric.unit else ""),
                 [
-                    (with_error(measure, cell), p_value(cell.p) if cell.p < NOTEWORTHY else "")
+                    (with_error(metric, cell), p_value(cell.p) if cell.p < NOTEWORTHY else "")
                     for cell in cells
                 ],
             )
@@ -135,7 +136,7 @@ def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: s
     networks = comparison.networks
     images = {name: data_uri(svg) for name, svg in figures.items()}
     return render(
-        "compare.html",
+        "compare/templates/page.html",
         command=command,
         comparison=comparison,
         dataset=comparison.dataset,
@@ -151,7 +152,7 @@ def render_page(comparison: Comparison, figures: dict[str, bytes], *, command: s
             " and ",
         ),
         logits=layer_sizes(comparison.dataset, comparison.settings)[-1],
-        measures=MEASURES,
+        metrics=METRICS,
         rows=table(comparison),
         findings=findings(comparison),
         images=images,

@@ -55,4 +55,4 @@ DEFAULTS = {
         schedule=Schedule(steps=200, learning_rate=2.0, checkpoints=11),
     ),
 }
-"""By the name of the data on the command line; tables of one's own go by the first."""
+"""By the name of the data on the command line; other data go by the first."""

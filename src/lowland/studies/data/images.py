@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowland.studies.data.tables import DataError, Dataset
+from lowland.studies.data.dataset import DataError, Dataset
 
 FOLDER_VARIABLE = "LOWLAND_DATA"
 """The environment variable that names the folder where files are looked for."""

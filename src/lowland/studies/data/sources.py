@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
-import torch
-
+from lowland.studies.data.carried import CARRIED
+from lowland.studies.data.dataset import Dataset
 from lowland.studies.data.images import (
     FOLDER_VARIABLE,
     MissingDataError,
@@ -18,7 +18,6 @@ from lowland.studies.data.images import (
     mnist,
     mnist_test,
 )
-from lowland.studies.data.tables import CARRIED, Dataset
 from lowland.studies.runs.presets import PresetError
 
 Parts = tuple[Dataset, Dataset | None]
@@ -30,11 +29,44 @@ class Source:
 
     Attributes:
         folder: With their files; None if there is none.
-        verify: Whether CIFAR-100's files have to be the published ones.
+        verify: Whether files have to be the published ones, where that is known.
     """
 
     folder: Path | None = None
     verify: bool = True
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How data are read from a local folder.
+
+    Attributes:
+        read: Gives the training part, and the test part or None; takes the folder, and whether its
+            files have to be the published ones.
+        has_test: Whether there is a test part.
+    """
+
+    read: Callable[[Path, bool], Parts]
+    has_test: bool
+
+
+FILES = {
+    "mnist": Reader(lambda folder, _: (mnist_test(folder), None), has_test=False),
+    "mnist-full": Reader(lambda folder, _: mnist(folder), has_test=True),
+    "fashion-mnist": Reader(lambda folder, _: fashion_mnist(folder), has_test=True),
+    "cifar-100": Reader(lambda folder, verify: cifar100(folder, verify=verify), has_test=True),
+}
+"""What lies in local files, by its name in presets; ``mnist`` is the 10,000 test images alone."""
+
+
+def names() -> list[str]:
+    """The data that presets can name."""
+    return [*CARRIED, *FILES]
+
+
+def has_test(data: str) -> bool:
+    """Whether some data have a test part of their own."""
+    return data in FILES and FILES[data].has_test
 
 
 @lru_cache(maxsize=2)
@@ -42,8 +74,7 @@ def parts(data: str, source: Source) -> Parts:
     """The training and the test part of some data; no test part where there is none.
 
     Args:
-        data: ``"breast-cancer"``, ``"digits"``, ``"mnist"`` (the 10,000 test images alone),
-            ``"mnist-full"``, ``"fashion-mnist"`` or ``"cifar-100"``.
+        data: One of :func:`names`.
         source: Where files are.
 
     Raises:
@@ -54,14 +85,7 @@ def parts(data: str, source: Source) -> Parts:
         return CARRIED[data](), None
     if source.folder is None:
         raise MissingDataError(f"{FOLDER_VARIABLE} names no folder with the files of {data}")
-    if data == "mnist":
-        return mnist_test(source.folder), None
-    read: dict[str, Callable[[Path], Parts]] = {
-        "mnist-full": mnist,
-        "fashion-mnist": fashion_mnist,
-        "cifar-100": partial(cifar100, verify=source.verify),
-    }
-    return read[data](source.folder)
+    return FILES[data].read(source.folder, source.verify)
 
 
 def missing(data: str, source: Source) -> str:
@@ -87,6 +111,16 @@ class Task(Protocol):
     def data(self) -> str: ...  # noqa: D102
 
 
+def check_data(task: Task, where: str) -> None:
+    """Refuse a task of unknown data; ``where`` it stands is for the message.
+
+    Raises:
+        PresetError: If its data is none of :func:`names`.
+    """
+    if task.data not in names():
+        raise PresetError(f"{where}: data must be one of {', '.join(names())}; got {task.data!r}")
+
+
 T = TypeVar("T", bound=Task)
 
 
@@ -102,8 +136,3 @@ def available(tasks: Sequence[T], source: Source) -> tuple[list[T], dict[str, st
     if tasks and not found:
         raise PresetError(f"no task can be run: {'; '.join(dict.fromkeys(reasons.values()))}")
     return found, {name: reason for name, reason in reasons.items() if reason}
-
-
-def stream(seed: int, kind: int) -> torch.Generator:
-    """Random numbers of one kind, of at most ten, for one seed: apart from those of the others."""
-    return torch.Generator().manual_seed(10 * seed + kind)

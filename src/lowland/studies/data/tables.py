@@ -1,10 +1,9 @@
-"""Labelled tables: two that scikit-learn carries, your own, and their splits."""
+"""Tables of your own, from CSV files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,109 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Num
 from numpy.typing import NDArray
-from sklearn.datasets import load_breast_cancer, load_digits
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 
-from lowland.errors import UserError
+from lowland.studies.data.dataset import DataError, Dataset, some
 
 _BOOLEANS = {"false": 0.0, "true": 1.0}  # in any case
 _MANY_CLASSES = 20  # unusually many, though not too many
 _MISSING = ("", "na", "n/a", "nan", "null", "none", "?")  # as people write it, in any case
-
-
-class DataError(UserError, ValueError):
-    """A table that cannot be used as it is; the message says where and what to do."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Samples of two classes or more.
-
-    Attributes:
-        name: For titles.
-        x: Features in their own units, float64.
-        y: Labels: the place of each sample's class in ``classes``; of two classes in float64, of
-            more in int64.
-        features: One name per column of ``x``.
-        classes: The names of the classes, at least two.
-        one_unit: Whether all features are in one unit, as pixels are, so that the spread of each
-            means something beside that of the others.
-    """
-
-    name: str
-    x: Float[Tensor, "samples features"]
-    y: Num[Tensor, " samples"]
-    features: tuple[str, ...]
-    classes: tuple[str, ...]
-    one_unit: bool = False
-
-    @property
-    def counts(self) -> list[int]:
-        """Samples of each class."""
-        found: list[int] = torch.bincount(self.y.long(), minlength=len(self.classes)).tolist()
-        return found
-
-
-@dataclass(frozen=True)
-class Splits:
-    """A stack of splits of one data set, each standardized by its own training part.
-
-    Attributes:
-        x_train: Features in standard deviations from the training part's mean: each in its own, or
-            those of one unit in that of all of them together.
-        y_train: Labels, as in the data set.
-        x_test: Features on the same scale as ``x_train``.
-        y_test: Labels.
-    """
-
-    x_train: Float[Tensor, "splits train features"]
-    y_train: Num[Tensor, "splits train"]
-    x_test: Float[Tensor, "splits test features"]
-    y_test: Num[Tensor, "splits test"]
-
-
-def breast_cancer() -> Dataset:
-    """Breast Cancer Wisconsin (Diagnostic): 569 patients, 30 features of cell nuclei.
-
-    References:
-        W. H. Wolberg, W. N. Street and O. L. Mangasarian, UCI Machine Learning Repository (1995);
-        carried by scikit-learn.
-    """
-    bunch = load_breast_cancer()
-    negative, positive = bunch.target_names
-    return Dataset(
-        "Breast Cancer Wisconsin",
-        torch.from_numpy(np.ascontiguousarray(bunch.data)),
-        torch.from_numpy(bunch.target.astype(np.float64)),
-        tuple(map(str, bunch.feature_names)),
-        (str(negative), str(positive)),
-    )
-
-
-def digits() -> Dataset:
-    """Optical Recognition of Handwritten Digits: 1,797 images of 8 x 8 pixels, ten classes.
-
-    References:
-        E. Alpaydin and C. Kaynak, UCI Machine Learning Repository (1998); the test part, carried by
-        scikit-learn.
-    """
-    bunch = load_digits()
-    return Dataset(
-        "Handwritten digits",
-        torch.from_numpy(np.ascontiguousarray(bunch.data)),
-        torch.from_numpy(bunch.target.astype(np.int64)),
-        tuple(map(str, bunch.feature_names)),
-        tuple(map(str, bunch.target_names)),
-        one_unit=True,
-    )
-
-
-CARRIED: dict[str, Callable[[], Dataset]] = {"breast-cancer": breast_cancer, "digits": digits}
-"""What needs no file, by its name on the command line."""
 
 
 def read_csv(path: Path, target: str) -> Dataset:
@@ -210,13 +113,7 @@ def _looks_like_data(name: str) -> bool:
 
 def _list(names: Iterable[str]) -> str:
     """The first names, quoted."""
-    return _some([repr(name) for name in names])
-
-
-def _some(items: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(items) - 8} more" if len(items) > 8 else ""
-    return ", ".join(items[:8]) + more
+    return some([repr(name) for name in names])
 
 
 def _rows(bad: NDArray[np.bool_]) -> str:
@@ -290,61 +187,3 @@ def _numbers(column: pd.Series[str]) -> NDArray[np.float64]:
             "drop it"
         )
     return values
-
-
-def stratified_splits(dataset: Dataset, seeds: range, *, test_size: float) -> Splits:
-    """One random split per seed, classes in equal proportion on both sides.
-
-    A seed's split depends on nothing but the data and that seed. Features are standardized with
-    the mean and standard deviation of the training part alone, so that the test part stays unseen;
-    features of one unit share the standard deviation, or a pixel that is dark in all images but one
-    would outshine the others in that one.
-
-    Args:
-        dataset: The data.
-        seeds: One seed per split.
-        test_size: Fraction of the samples to test on, between 0 and 1.
-
-    Raises:
-        DataError: If a class has too few samples to be on both sides, or a feature cannot be
-            standardized, since it is constant in a training part.
-    """
-    parts = [_split(dataset, seed, test_size) for seed in seeds]
-    return Splits(*(torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True)))
-
-
-def _split(dataset: Dataset, seed: int, test_size: float) -> tuple[NDArray[Any], ...]:
-    """``(x_train, y_train, x_test, y_test)``."""
-    x, y = dataset.x.numpy(), dataset.y.numpy()
-    try:
-        x_train, x_test, y_train, y_test = train_test_split(
-            x, y, test_size=test_size, stratify=y, random_state=seed
-        )
-        possible = all(len(np.unique(part)) == len(dataset.classes) for part in (y_train, y_test))
-    except ValueError:  # as scikit-learn puts it, the user cannot know what to do
-        possible = False
-    if not possible:
-        counts = [
-            f"{count} of class {name!r}"
-            for count, name in sorted(zip(dataset.counts, dataset.classes, strict=True))
-        ]
-        raise DataError(
-            f"{len(y)} rows ({_some(counts)}) are too few to train and test on every class with a "
-            f"fraction of {test_size:g} for testing; add rows or change the fraction"
-        )
-    if dataset.one_unit:
-        center = x_train.mean(0)
-        scale = np.sqrt(np.square(x_train - center).mean())
-        return (x_train - center) / scale, y_train, (x_test - center) / scale, y_test
-    with np.errstate(over="ignore", invalid="ignore"):
-        scaler = StandardScaler().fit(x_train)
-        x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
-        # What scikit-learn leaves as it is, or cannot scale, has no standard deviation of one.
-        odd = ~(np.abs(x_train.std(0) - 1) < 1e-3)
-    if odd.any():
-        raise DataError(
-            f"column {dataset.features[int(odd.argmax())]!r} cannot be standardized: in the "
-            f"training part of seed {seed} it is all but constant, or too large for float64; drop "
-            "it or rescale it"
-        )
-    return x_train, y_train, x_test, y_test

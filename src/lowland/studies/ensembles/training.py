@@ -38,17 +38,17 @@ class DivergenceError(UserError, ArithmeticError):
 
 
 def hsr_gradient(setup: Setup) -> Weights:
-    """Of the bound ``U = m + s sqrt(P - 1)`` on the largest eigenvalue (arXiv:2606.28662)."""
+    """The gradient of the bound ``U = m + s sqrt(P - 1)`` on λ_max (arXiv:2606.28662)."""
     return setup.gradient(lambda moments: moments.upper)
 
 
 def trace_gradient(setup: Setup) -> Weights:
-    """Of the trace ``Tr H`` (Liu et al. 2023, as compared in arXiv:2606.28662)."""
+    """The gradient of ``Tr H`` (Liu et al. 2023, as compared in arXiv:2606.28662)."""
     return setup.trace_gradient()
 
 
 def flatness_gradient(setup: Setup) -> Weights:
-    """Of ``Tr H^2 / B``, with ``B`` the batch size: here the number of training samples."""
+    """The gradient of ``Tr H^2 / B``, with ``B`` the batch size: here all training samples."""
     return setup.gradient(lambda moments: moments.trace_sq / setup.size.samples)
 
 

@@ -7,15 +7,19 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from lowland.studies.compare.comparison import paired_test
 from lowland.studies.flatness.preset import Task, Way
 from lowland.studies.flatness.run import Results
 from lowland.studies.flatness.tables import Array, multiples, networks, values
-from lowland.studies.reporting.pages import number, p_value
+from lowland.studies.reporting.numbers import number, p_value
 from lowland.studies.reporting.reproduction import Claim
-from lowland.studies.reporting.statistics import SIGNIFICANCE, holm
+from lowland.studies.reporting.statistics import (
+    SIGNIFICANCE,
+    holm,
+    largest,
+    paired_greater,
+    sign_test,
+)
 
 LEAST_MULTIPLE = 36.0
 """The smallest of the published ratios of training times."""
@@ -42,11 +46,7 @@ def greater(left: Array, right: Array, task: Task) -> float:
 
     Where seeds are splits of the same samples, the test is corrected for their overlap.
     """
-    difference = left - right
-    if not np.isfinite(difference).all():
-        return math.nan
-    p = paired_test(difference, task.test_size / (1 - task.test_size))
-    return p / 2 if difference.mean() > 0 else 1 - p / 2
+    return paired_greater(left, right, task.test_size / (1 - task.test_size))
 
 
 def _by_weight(results: Results, task: Task, table: pd.DataFrame, measure: str) -> dict[Way, Array]:
@@ -65,19 +65,14 @@ def _claim(task: Task, text: str, published: str, found: str, *, holds: bool) ->
     return Claim(None, f"{task.name}: {text}", published, found, holds, place="table")
 
 
-def _largest(p_values: list[float]) -> float:
-    """The largest; NaN if one of them is."""
-    return float(np.max(p_values))
-
-
 def _p(value: float) -> str:
-    return "p not defined, since networks failed" if math.isnan(value) else p_value(value)
+    return p_value(value) + (", since networks failed" if math.isnan(value) else "")
 
 
 def _flatness(results: Results, task: Task, table: pd.DataFrame) -> Claim:
     found = _by_weight(results, task, table, "average_flatness")
     penalized = [value for way, value in found.items() if way.strength]
-    p = _largest([greater(left, right, task) for left, right in pairwise(penalized)])
+    p = largest([greater(left, right, task) for left, right in pairwise(penalized)])
     return _claim(
         task,
         "average flatness falls with every step of λ > 0",
@@ -106,9 +101,7 @@ def _moderate(results: Results, task: Task, table: pd.DataFrame) -> Claim:
     found = _by_weight(results, task, table, "final_accuracy")
     first, *middle, last = found.values()
     # Better than both ends: the larger p-value. Any moderate weight may be it: adjusted for these.
-    p = _best(
-        [_largest([greater(values, end, task) for end in (first, last)]) for values in middle]
-    )
+    p = _best([largest([greater(values, end, task) for end in (first, last)]) for values in middle])
     return _claim(
         task,
         "final accuracy is best at a moderate λ",
@@ -147,12 +140,7 @@ def _cost(results: Results, task: Task) -> Claim:
         if name.startswith("flatness-aware")
     }
     below = [int((ratio < LEAST_MULTIPLE).sum()) for ratio in found.values()]
-    p = _largest(
-        [
-            float(stats.binomtest(count, results.preset.rounds, alternative="greater").pvalue)
-            for count in below
-        ]
-    )
+    p = largest([sign_test(count, results.preset.rounds) for count in below])
     medians = [float(np.median(ratio)) for ratio in found.values()]
     return _claim(
         task,

@@ -11,18 +11,17 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from lowland.display import plain_log_ticks
 from lowland.studies.flatness.preset import BASELINE, KINDS, Task, Way
 from lowland.studies.flatness.run import Results
 from lowland.studies.flatness.tables import Array, multiples, networks, values
-from lowland.studies.reporting import plots
-from lowland.studies.reporting.plots import STYLE, plain_log_ticks
+from lowland.studies.reporting import look
 from lowland.studies.reporting.reproduction import StudyFigure
 
-COLORS = plots.COLORS | {"sam": "#cc79a7", "adaptive-sam": "#d55e00"}
-MARKERS = plots.MARKERS | {"sam": "v", "adaptive-sam": "P"}
+COLORS = look.COLORS | {"sam": "#cc79a7", "adaptive-sam": "#d55e00"}
+MARKERS = look.MARKERS | {"sam": "v", "adaptive-sam": "P"}
 TITLES = {BASELINE: "Baseline", **KINDS}
 WIDTH, HEIGHT = 3.5, 3.1
 INK, SECOND = "#000000", "#56b4e9"
@@ -248,10 +247,7 @@ FIGURES = {
 def _panels(results: Results, rows: int) -> Iterator[tuple[Figure, Grid]]:
     """A column of panels for each task."""
     columns = len(results.tasks)
-    with mpl.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.08)
-        size = (max(WIDTH * columns, 5.0), HEIGHT * rows + 0.5)
-        figure = Figure(figsize=size, layout=layout)
+    with look.canvas(max(WIDTH * columns, 5.0), HEIGHT * rows + 0.5) as figure:
         yield figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lowland.studies.data.sources import check_data, has_test
 from lowland.studies.runs.presets import PresetError, Rules, check, load_tasks
 
 PACKAGE = "lowland.studies.flatness"
 """Where the presets are."""
-
-DATA = ("breast-cancer", "digits", "mnist", "cifar-100")
-"""What tasks can be about."""
 
 BASELINE = "baseline"
 
@@ -57,7 +55,7 @@ class Task:
 
     Attributes:
         name: In files and tables.
-        data: One of :data:`DATA`.
+        data: What :func:`~lowland.studies.data.sources.names` knows.
         seeds: Networks for each method, seeds 0 to ``seeds - 1``.
         hidden: Units of each hidden layer of ReLU; none for (multinomial) logistic regression.
         test_size: Fraction of the samples to test on, another for each seed; 0 for the test part
@@ -161,11 +159,11 @@ def load_preset(name: str) -> Preset:
 
 
 def _check_task(task: Task, where: str) -> None:
-    """What hangs together within a task."""
-    if task.data not in DATA:
-        raise PresetError(f"{where}: data must be one of {', '.join(DATA)}; got {task.data!r}")
-    if (task.test_size == 0) != (task.data == "cifar-100"):
+    """Refuse a task whose settings do not go together."""
+    check_data(task, where)
+    if (task.test_size == 0) != has_test(task.data):
         raise PresetError(
-            f"{where}: test_size must be 0 for cifar-100, which has a test part, and greater "
-            f"than 0 for other data; got {task.test_size}"
+            f"{where}: test_size must be "
+            + ("0: the data has a test part" if has_test(task.data) else "greater than 0")
+            + f"; got {task.test_size}"
         )

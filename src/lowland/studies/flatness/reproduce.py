@@ -11,7 +11,7 @@ from lowland.studies.reporting.reproduction import Experiment, Reproduction, dra
 
 
 def reproduction(results: Results, *, settings: str, command: str) -> Reproduction:
-    """All of it.
+    """A run of the study as a page, with its figures, claims and tables.
 
     Args:
         results: Of every stage.

@@ -42,7 +42,7 @@ class Results:
 
     @property
     def tasks(self) -> list[Task]:
-        """Those that were run."""
+        """The tasks that were run."""
         return [task for task in self.preset.tasks if task.name in self.titles]
 
     def weights(self, task: Task) -> list[Way]:

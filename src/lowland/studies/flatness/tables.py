@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lowland.studies.flatness.preset import Task, Way
 from lowland.studies.flatness.run import Results
-from lowland.studies.reporting.pages import number, plus_minus
+from lowland.studies.reporting.numbers import number, plus_minus
 from lowland.studies.reporting.reproduction import Listing
 
 Array = NDArray[np.float64]

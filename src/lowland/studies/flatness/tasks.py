@@ -8,13 +8,11 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from lowland.studies.data.carried import CARRIED
 from lowland.studies.data.sources import Source, parts
-from lowland.studies.data.tables import stratified_splits
+from lowland.studies.data.splits import stratified_splits
 from lowland.studies.ensembles.networks import as_module, initial_weights
 from lowland.studies.flatness.preset import Task
-
-IMAGES = ("mnist", "cifar-100")
-"""Whose pixels stay as they are, so that inputs are about as long as those of other data."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,8 @@ def samples(task: Task, seed: int, source: Source) -> Samples:
     train, test = parts(task.data, source)
     if test is not None:
         split = [train.x, train.y, test.x, test.y]
-    elif task.data in IMAGES:
+    elif train.one_unit and task.data not in CARRIED:
+        # Pixels from files are from 0 to 1, and inputs then about as long as those of other data.
         chosen = train_test_split(
             range(len(train.y)), test_size=task.test_size, stratify=train.y, random_state=seed
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lowland
 from lowland.penalties import CurvaturePenalty
-from lowland.studies.data.sources import Source, stream
+from lowland.studies.data.sources import Source
 from lowland.studies.flatness.preset import Preset, Task, Way
 from lowland.studies.flatness.tasks import (
     Samples,
@@ -22,6 +22,7 @@ from lowland.studies.flatness.tasks import (
     samples,
 )
 from lowland.studies.runs.jobs import Tensors
+from lowland.studies.runs.streams import stream
 from lowland.threads import threads
 
 # Streams of random numbers, so that what one draws changes nothing in another.

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
 from lowland.studies.hsr.boundary import boundary_length
 from lowland.studies.hsr.landscape import REACH, rise
 from lowland.studies.hsr.run import Results
-from lowland.studies.hsr.sweep import gains, interval
+from lowland.studies.hsr.sweep import gains
 from lowland.studies.hsr.task import samples
+from lowland.studies.reporting.numbers import p_value
 from lowland.studies.reporting.reproduction import Claim
-from lowland.studies.reporting.statistics import SIGNIFICANCE, holm
+from lowland.studies.reporting.statistics import (
+    SIGNIFICANCE,
+    Array,
+    all_equivalent,
+    equivalent,
+    holm,
+    interval,
+    largest,
+    rank_sum_less,
+    sign_test,
+    signed_rank_greater,
+)
 
 F1_MARGIN = 0.004  # the standard error of macro-F1 on 10,000 test samples
 
 FEW = 100  # training samples
 
 SADDLE = 0.01  # fall of the loss, as a fraction of it, along the bottom eigenvector
-
-Array = NDArray[np.float64]
 
 
 def judge(results: Results) -> list[Claim]:
@@ -98,7 +105,7 @@ def _search(results: Results) -> list[Claim]:
             9,
             "the histogram of the bound is skewed to the right, with a long tail",
             "",
-            f"skewness {stats.skew(bound):.2f}" + (f", {_p(skew.pvalue)}" if skew else ""),
+            f"skewness {stats.skew(bound):.2f}" + (f", {p_value(skew.pvalue)}" if skew else ""),
             bool(skew is not None and skew.statistic > 0 and skew.pvalue < SIGNIFICANCE),
         ),
     ]
@@ -121,7 +128,7 @@ def _gradient(results: Results) -> list[Claim]:
     residual, norm = _numpy(fit["residual"]).ravel(), _numpy(fit["norm"]).ravel()
     fitted = residual <= np.quantile(residual, 0.1)
     leaves = np.median(norm[fitted]) / np.median(norm[~fitted])
-    lower = float(stats.mannwhitneyu(norm[fitted], norm[~fitted], alternative="less").pvalue)
+    lower = rank_sum_less(norm[fitted], norm[~fitted])
     covariance = results.theory["covariance"]
     ends = [0, -1]
     middle = len(covariance["covariance"]) // 2
@@ -129,7 +136,7 @@ def _gradient(results: Results) -> list[Claim]:
         name: (covariance[name][ends].mean(0) / covariance[name][middle]).numpy()
         for name in ("identity", "sigmoid")
     }
-    more = _greater(np.log(grows["identity"]), np.log(grows["sigmoid"]))
+    more = signed_rank_greater(np.log(grows["identity"]), np.log(grows["sigmoid"]))
     return [
         Claim(
             2,
@@ -156,7 +163,8 @@ def _gradient(results: Results) -> list[Claim]:
             4,
             "a sample leaves the gradient of the bound as it is fitted",
             "",
-            f"median share of the best-fitted tenth over the others' {leaves:.2f}, {_p(lower)}",
+            f"median share of the best-fitted tenth over the others' {leaves:.2f}, "
+            f"{p_value(lower)}",
             bool(leaves < 0.5 and lower < SIGNIFICANCE),
         ),
         Claim(
@@ -164,7 +172,8 @@ def _gradient(results: Results) -> list[Claim]:
             "similar inputs sharpen the loss, strongly for linear units, weakly for sigmoid ones",
             "",
             f"‖∇Tr H²‖ at the largest covariance over that at none: median "
-            f"{np.median(grows['identity']):.2f} and {np.median(grows['sigmoid']):.2f}, {_p(more)}",
+            f"{np.median(grows['identity']):.2f} and {np.median(grows['sigmoid']):.2f}, "
+            f"{p_value(more)}",
             bool(more < SIGNIFICANCE and np.median(grows["identity"]) > 1),
         ),
     ]
@@ -173,7 +182,7 @@ def _gradient(results: Results) -> list[Claim]:
 def _direction(results: Results) -> list[Claim]:
     parts, descent = results.theory["parts"], results.theory["descent"]
     larger = (parts["spread"] > parts["mean"]).numpy()
-    sign = stats.binomtest(int(larger.sum()), len(larger), alternative="greater")
+    sign = sign_test(int(larger.sum()), len(larger))
     eigenvalues = descent["eigenvalues"]
     narrower = (
         (eigenvalues[-1, :, -1] < eigenvalues[0, :, -1])
@@ -186,8 +195,8 @@ def _direction(results: Results) -> list[Claim]:
             6,
             "the spread part of the direction is larger than its mean part",
             "",
-            f"in {larger.mean():.1%} of {len(larger)} draws, {_p(sign.pvalue)}",
-            bool(sign.pvalue < SIGNIFICANCE),
+            f"in {larger.mean():.1%} of {len(larger)} draws, {p_value(sign)}",
+            bool(sign < SIGNIFICANCE),
         ),
         Claim(
             7,
@@ -209,14 +218,14 @@ def _training(results: Results) -> list[Claim]:
     }
     claims = []
     for method, title in (("a-sam", "A-SAM"), ("hsr", "HSR")):
-        p = _greater(curves["baseline"], curves[method])
+        p = signed_rank_greater(curves["baseline"], curves[method])
         claims.append(
             Claim(
                 10,
                 f"{title} holds λ_max down while it acts, from sharp seeds",
                 "",
                 f"median λ_max after {steps[ends]:,} steps {np.median(curves[method]):.3f}, of the "
-                f"baseline {np.median(curves['baseline']):.3f}, {_p(p)}",
+                f"baseline {np.median(curves['baseline']):.3f}, {p_value(p)}",
                 p < SIGNIFICANCE,
             )
         )
@@ -231,7 +240,7 @@ def _lines(results: Results) -> list[Claim]:
         return _numpy(rise(results.preset, part["parameters"], part[end], (-REACH, REACH)))
 
     steep = {name: change("sharp", name, "top").max(0) for name in results.preset.methods}
-    p = _largest(_greater(steep[name], steep["hsr"]) for name in steep if name != "hsr")
+    p = largest(signed_rank_greater(steep[name], steep["hsr"]) for name in steep if name != "hsr")
     tails = {name: np.quantile(values, 0.9) for name, values in steep.items()}
     medians = ", ".join(
         f"{results.preset.methods[name].title} {np.median(values):.3f}"
@@ -251,7 +260,7 @@ def _lines(results: Results) -> list[Claim]:
             "",
             f"median rise of the loss at distance {REACH:g} from sharp seeds: {medians}; HSR's "
             f"90th percentile {tails['hsr']:.3f} against {tails['baseline']:.3f} of the baseline; "
-            f"HSR below each other method, largest {_p(p)}",
+            f"HSR below each other method, largest {p_value(p)}",
             p < SIGNIFICANCE and tails["hsr"] == min(tails.values()),
         ),
         Claim(
@@ -277,9 +286,12 @@ def _spectrum(results: Results) -> list[Claim]:
         return _numpy(results.controlled[kind, method]["eigenvalues"][:, -1])
 
     def lower(better: str, worse: str) -> tuple[str, bool]:
-        p = _greater(largest("sharp", worse), largest("sharp", better))
+        p = signed_rank_greater(largest("sharp", worse), largest("sharp", better))
         medians = [np.median(largest("sharp", name)) for name in (better, worse)]
-        return f"median λ_max {medians[0]:.3f} against {medians[1]:.3f}, {_p(p)}", p < SIGNIFICANCE
+        return (
+            f"median λ_max {medians[0]:.3f} against {medians[1]:.3f}, {p_value(p)}",
+            p < SIGNIFICANCE,
+        )
 
     orders = [
         ("Hessian reg. ends flatter than the baseline", "hessian-trace", "baseline"),
@@ -297,7 +309,7 @@ def _spectrum(results: Results) -> list[Claim]:
     }
     rest = min(value for method, value in tails.items() if method != "a-sam")
     flat = [float(np.median(largest("flat", method))) for method in results.preset.methods]
-    alike = _alike(
+    alike = all_equivalent(
         [np.log(largest("flat", method)) for method in results.preset.methods], math.log(1.1)
     )
     return [
@@ -307,7 +319,7 @@ def _spectrum(results: Results) -> list[Claim]:
             "from flat seeds all methods end alike",
             "",
             f"median λ_max {min(flat):.3f} to {max(flat):.3f}; every mean ratio within a factor of "
-            f"1.1, {_p(alike)}",
+            f"1.1, {p_value(alike)}",
             alike < SIGNIFICANCE,
         ),
         Claim(
@@ -326,14 +338,14 @@ def _accuracy(results: Results) -> list[Claim]:
 
     claims = []
     for method, title in (("hsr", "HSR"), ("a-sam", "A-SAM"), ("hessian-trace", "Hessian reg.")):
-        p = _greater(score("sharp", method), score("sharp", "baseline"))
+        p = signed_rank_greater(score("sharp", method), score("sharp", "baseline"))
         means = score("sharp", method).mean(), score("sharp", "baseline").mean()
         claims.append(
             Claim(
                 14,
                 f"from sharp seeds {title} classifies better than the baseline",
                 "",
-                f"mean macro-F1 {means[0]:.4f} against {means[1]:.4f}, {_p(p)}",
+                f"mean macro-F1 {means[0]:.4f} against {means[1]:.4f}, {p_value(p)}",
                 p < SIGNIFICANCE,
             )
         )
@@ -344,14 +356,14 @@ def _accuracy(results: Results) -> list[Claim]:
     for text, kind, methods in alike:
         scores = [score(kind, method) for method in methods]
         middles = [values.mean() for values in scores]
-        p = _alike(scores, F1_MARGIN)
+        p = all_equivalent(scores, F1_MARGIN)
         claims.append(
             Claim(
                 14,
                 text,
                 "",
                 f"mean macro-F1 {min(middles):.4f} to {max(middles):.4f}; every mean difference "
-                f"within {F1_MARGIN}, {_p(p)}",
+                f"within {F1_MARGIN}, {p_value(p)}",
                 p < SIGNIFICANCE,
             )
         )
@@ -363,14 +375,15 @@ def _boundaries(results: Results) -> list[Claim]:
         method: boundary_length(results.preset, results.controlled["sharp", method]["parameters"])
         for method in ("baseline", "hsr")
     }
-    p = _greater(length["baseline"], length["hsr"])
+    p = signed_rank_greater(length["baseline"], length["hsr"])
     return [
         Claim(
             15,
             "HSR draws simpler boundaries than the baseline from the same seeds",
             "",
             "median length of the boundary, in units of the best one's, "
-            f"{np.median(length['hsr']):.2f} against {np.median(length['baseline']):.2f}, {_p(p)}",
+            f"{np.median(length['hsr']):.2f} against {np.median(length['baseline']):.2f}, "
+            f"{p_value(p)}",
             p < SIGNIFICANCE,
         )
     ]
@@ -386,7 +399,7 @@ def _sizes(results: Results) -> list[Claim]:
     )
     values = {name: _pooled(results, name, few) for name in preset.sweep_methods}
     arrays: list[Array] = [np.asarray(value, dtype=np.float64) for value in values.values()]
-    raw = [_greater(array, np.zeros_like(array)) for array in arrays]
+    raw = [signed_rank_greater(array, np.zeros_like(array)) for array in arrays]
     claims = []
     for (name, method), p in zip(preset.sweep_methods.items(), holm(raw), strict=True):
         strength = f"weight {method.weight:g}" if method.weight else f"radius {method.radius:g}"
@@ -399,12 +412,12 @@ def _sizes(results: Results) -> list[Claim]:
                 "",
                 f"mean gain {middle:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} over "
                 f"{len(values[name])} data sets, of whose seeds {converged:.0%} converged; "
-                f"{_p(p)}, adjusted for {len(raw)} comparisons",
+                f"{p_value(p)}, adjusted for {len(raw)} comparisons",
                 p < SIGNIFICANCE,
             )
         )
     last = {name: _pooled(results, name, [many]) for name in preset.sweep_methods}
-    p = _largest(_within(values.to_numpy() / 100, F1_MARGIN) for values in last.values())
+    p = largest(equivalent(values.to_numpy() / 100, F1_MARGIN) for values in last.values())
     means = [float(values.mean()) for values in last.values()]
     return [
         *claims,
@@ -413,7 +426,7 @@ def _sizes(results: Results) -> list[Claim]:
             f"with {many:,} training samples the gain is gone",
             "",
             f"mean gains {min(means):+.2f} to {max(means):+.2f} points; every one within "
-            f"{100 * F1_MARGIN:g}, {_p(p)}",
+            f"{100 * F1_MARGIN:g}, {p_value(p)}",
             p < SIGNIFICANCE,
         ),
     ]
@@ -430,36 +443,6 @@ def _pooled(results: Results, method: str, sizes: list[int]) -> pd.Series[float]
     return means
 
 
-def _alike(groups: Iterable[Array], margin: float) -> float:
-    """The p-value, over all pairs, that some mean paired difference exceeds a margin.
-
-    Two one-sided t-tests a pair: what is alike has to be shown, not only left unrefuted.
-    """
-    return _largest(_within(left - right, margin) for left, right in combinations(groups, 2))
-
-
-def _largest(p_values: Iterable[float]) -> float:
-    """The largest; NaN if one of them is."""
-    return float(np.max(list(p_values)))
-
-
-def _within(differences: Array, margin: float) -> float:
-    if len(differences) < 2:
-        return math.nan
-    error = differences.std(ddof=1) / math.sqrt(len(differences))
-    distance = margin - abs(differences.mean())
-    if not error:
-        return 0.0 if distance > 0 else 1.0
-    return float(stats.t.sf(distance / error, len(differences) - 1))
-
-
-def _greater(left: Array, right: Array) -> float:
-    """The one-sided p-value of Wilcoxon's signed-rank test that ``left`` exceeds ``right``."""
-    if np.array_equal(left, right):
-        return 1.0
-    return float(stats.wilcoxon(left, right, alternative="greater").pvalue)
-
-
 def _exponent(sizes: Array, seconds: Array) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
@@ -467,9 +450,3 @@ def _exponent(sizes: Array, seconds: Array) -> float:
 def _numpy(tensor: Tensor) -> Array:
     array: Array = tensor.to(torch.float64).numpy()
     return array
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return "p not defined"
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"

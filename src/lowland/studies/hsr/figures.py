@@ -6,8 +6,7 @@ computed on the spot. Source of the figures' subjects: arXiv:2606.28662.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import matplotlib as mpl
@@ -16,27 +15,27 @@ import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse, Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from lowland.display import plain_log_ticks
 from lowland.studies.hsr import theory
 from lowland.studies.hsr.boundary import chances, window
 from lowland.studies.hsr.landscape import REACH, rise
 from lowland.studies.hsr.run import KINDS, Results
-from lowland.studies.hsr.sweep import gains, interval
+from lowland.studies.hsr.sweep import gains
 from lowland.studies.hsr.task import samples
-from lowland.studies.reporting import plots
-from lowland.studies.reporting.plots import STYLE, plain_log_ticks
+from lowland.studies.reporting import look
 from lowland.studies.reporting.reproduction import StudyFigure
+from lowland.studies.reporting.statistics import interval
 from lowland.studies.runs.jobs import Tensors
 
 Array = npt.NDArray[np.float64]
 
-COLORS = plots.COLORS | {"a-sam": "#cc79a7"}
-MARKERS = plots.MARKERS | {"a-sam": "v"}
+COLORS = look.COLORS | {"a-sam": "#cc79a7"}
+MARKERS = look.MARKERS | {"a-sam": "v"}
 
 # What is not a method has none of the methods' colors.
 FIRST, SECOND, INK, PALE = "#d55e00", "#56b4e9", "#000000", "#bdbdbd"
@@ -55,7 +54,7 @@ def figure_2(results: Results) -> Figure:
         ("analytic, pairs of samples", SECOND, "o"),
         ("analytic, pairs of parameters", INK, "s"),
     )
-    with _styled(9.6, 4.4) as figure:
+    with look.canvas(9.6, 4.4) as figure:
         panels = (("samples", "samples  $n$"), ("parameters", "parameters  $P$"))
         for ax, (name, label) in zip(figure.subplots(1, 2), panels, strict=True):
             size, *columns = timing[name].numpy().T
@@ -81,7 +80,7 @@ def figure_2(results: Results) -> Figure:
 
 def figure_3(results: Results) -> Figure:
     """Distance of the numerical from the analytic gradient against the gradient's size."""
-    with _styled(9.6, 4.4) as figure:
+    with look.canvas(9.6, 4.4) as figure:
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
         titles = {"trace": r"$t_1 = \mathrm{Tr}\,H$", "trace_sq": r"$t_2 = \mathrm{Tr}\,H^2$"}
         for ax, (moment, title) in zip(axes, titles.items(), strict=True):
@@ -131,7 +130,7 @@ def figure_4(results: Results) -> Figure:
     residual, norm = fit["residual"].flatten().numpy(), fit["norm"].flatten().numpy()
     keep = (residual > 0) & (norm > 0)
     residual, norm = residual[keep], norm[keep]
-    with _styled(6.4, 4.6) as figure:
+    with look.canvas(6.4, 4.6) as figure:
         ax = figure.subplots()
         ax.plot(
             residual,
@@ -165,7 +164,7 @@ def figure_5(results: Results) -> Figure:
     covariance = result["covariance"].numpy()
     middle = int(np.abs(covariance).argmin())
     looks = {"identity": ("linear units", FIRST, "o"), "sigmoid": ("sigmoid units", SECOND, "s")}
-    with _styled(9.6, 4.2) as figure:
+    with look.canvas(9.6, 4.2) as figure:
         axes = figure.subplots(1, 2)
         for name, (title, color, marker) in looks.items():
             norms = result[name].numpy()
@@ -190,7 +189,7 @@ def figure_6(results: Results) -> Figure:
     keep = (mean > 0) & (spread > 0)
     mean, spread = mean[keep], spread[keep]
     ratio = spread / mean
-    with _styled(9.6, 4.2) as figure:
+    with look.canvas(9.6, 4.2) as figure:
         left, right = figure.subplots(1, 2)
         low, high = min(mean.min(), spread.min()) / 1.3, max(mean.max(), spread.max()) * 1.3
         left.plot([low, high], [low, high], color=INK, linewidth=0.9, linestyle="--")
@@ -222,7 +221,7 @@ def figure_7(results: Results) -> Figure:
     result = results.theory["descent"]
     values = result["eigenvalues"].numpy()
     steps = np.linspace(0, theory.DESCENT_STEPS, len(values))
-    with _styled(9.6, 4.2) as figure:
+    with look.canvas(9.6, 4.2) as figure:
         ends, spectrum = figure.subplots(1, 2)
         pairs = (
             (result["upper_bound"].numpy(), FIRST, ":", "upper bound  $U$"),
@@ -251,7 +250,7 @@ def figure_7(results: Results) -> Figure:
 def figure_8(results: Results) -> Figure:
     """The samples of both classes."""
     preset = results.preset
-    with _styled(9.2, 5.4) as figure:
+    with look.canvas(9.2, 5.4) as figure:
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
         sets = (("training", preset.train_size, False), ("test", preset.test_size, True))
         for ax, (name, count, test) in zip(axes, sets, strict=True):
@@ -288,7 +287,7 @@ def figure_8(results: Results) -> Figure:
 def figure_9(results: Results) -> Figure:
     """The bound at the distinct critical points: against the eigenvalue, and its histogram."""
     found, selection = results.found, results.selection
-    with _styled(9.6, 4.4) as figure:
+    with look.canvas(9.6, 4.4) as figure:
         left, right = figure.subplots(1, 2)
         groups = (
             (selection.distinct, PALE, "all distinct points"),
@@ -337,7 +336,7 @@ def figure_10(results: Results) -> Figure:
         ("loss", "training loss  $L$"),
         ("lambda_max", r"largest eigenvalue  $\lambda_{\max}$"),
     )
-    with _styled(9.6, 6.6) as figure:
+    with look.canvas(9.6, 6.6) as figure:
         axes = figure.subplots(2, 2, sharex=True, sharey="col")
         for row, kind in zip(axes, KINDS, strict=True):
             for ax, (name, title) in zip(row, panels, strict=True):
@@ -366,7 +365,7 @@ def figure_10(results: Results) -> Figure:
 def figure_11(results: Results) -> Figure:
     """Loss along the top eigenvector at the points where training ended."""
     reach = np.linspace(-REACH, REACH, 41)
-    with _styled(9.6, 4.2) as figure:
+    with look.canvas(9.6, 4.2) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for ax, kind in zip(axes, KINDS, strict=True):
             for method in results.preset.methods:
@@ -390,7 +389,7 @@ def figure_12(results: Results) -> Figure:
         ("standard deviation  $s$", lambda result: result["eigenvalues"].std(1, correction=0)),
         (r"smallest eigenvalue  $\lambda_{\min}$", lambda result: result["eigenvalues"][:, 0]),
     )
-    with _styled(9.6, 6.6) as figure:
+    with look.canvas(9.6, 6.6) as figure:
         for ax, (title, quantity) in zip(figure.subplots(2, 2).flat, quantities, strict=True):
             values = _boxes(ax, results, quantity)
             ax.set_title(title)
@@ -410,7 +409,7 @@ def figure_12(results: Results) -> Figure:
 def figure_13(results: Results) -> Figure:
     """Loss along both extreme eigenvectors where A-SAM and HSR have their smallest eigenvalue."""
     reach = np.linspace(-REACH, REACH, 81)
-    with _styled(9.6, 4.6) as figure:
+    with look.canvas(9.6, 4.6) as figure:
         axes = figure.subplots(1, 2)
         for method in ("a-sam", "hsr"):
             kind, worst = results.most_negative(method)
@@ -441,7 +440,7 @@ def figure_13(results: Results) -> Figure:
 
 def figure_14(results: Results) -> Figure:
     """Box plots of the macro-F1 on the test samples."""
-    with _styled(7.2, 4.4) as figure:
+    with look.canvas(7.2, 4.4) as figure:
         ax = figure.subplots()
         _boxes(ax, results, lambda result: result["macro_f1"])
         ax.set_ylabel("macro-F1 on test samples")
@@ -458,7 +457,7 @@ def figure_15(results: Results) -> Figure:
     axis = window(results.preset, 61)
     line, half = axis.numpy(), float(axis[-1])
     pale = mpl.colormaps["RdBu_r"](np.linspace(0.22, 0.78, 10)).tolist()  # samples stay visible
-    with _styled(1.4 + 2.1 * len(shown), 4.9) as figure:
+    with look.canvas(1.4 + 2.1 * len(shown), 4.9) as figure:
         axes = figure.subplots(2, len(shown), sharex=True, sharey=True, squeeze=False)
         for row, method in zip(axes, ("baseline", "hsr"), strict=True):
             result = results.controlled["sharp", method]
@@ -493,7 +492,7 @@ def figure_16(results: Results) -> Figure:
     sizes = np.array(preset.sweep_train_sizes)
     names = list(preset.sweep_methods)
     handles = []
-    with _styled(max(6.4, 1.2 + 2.8 * len(preset.sweep_hidden)), 4.2) as figure:
+    with look.canvas(max(6.4, 1.2 + 2.8 * len(preset.sweep_hidden)), 4.2) as figure:
         axes = figure.subplots(1, len(preset.sweep_hidden), sharey=True, squeeze=False)[0]
         for ax, hidden in zip(axes, preset.sweep_hidden, strict=True):
             ax.axhline(0, color=COLORS["baseline"], linewidth=1)
@@ -657,13 +656,6 @@ FIGURES = {
         ),
     )
 }
-
-
-@contextmanager
-def _styled(width: float, height: float) -> Iterator[Figure]:
-    with mpl.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.08)
-        yield Figure(figsize=(width, height), layout=layout)
 
 
 def _band(

@@ -12,7 +12,7 @@ from lowland.threads import threads
 
 
 def reproduction(results: Results, *, settings: str, command: str) -> Reproduction:
-    """All of it.
+    """A run of the study as a page, with its figures, claims and tables.
 
     Args:
         results: Of every stage.

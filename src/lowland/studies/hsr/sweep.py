@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from lowland.studies.ensembles.networks import select
 from lowland.studies.ensembles.training import BASELINE, train
@@ -90,12 +88,3 @@ def gains(cell: Tensors, method: str) -> pd.Series[float]:
     gain = 100 * (cell[f"f1_{method}"] - cell["baseline"]).numpy()
     means: pd.Series[float] = pd.Series(gain).groupby(cell["dataset"].numpy()).mean()
     return means
-
-
-def interval(values: pd.Series[float], level: float = 0.95) -> tuple[float, float, float]:
-    """The mean, and both ends of Student's confidence interval; NaN where there are too few."""
-    if len(values) < 2:
-        return float(values.mean()) if len(values) else np.nan, np.nan, np.nan
-    error = values.std() / len(values) ** 0.5
-    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * error)
-    return float(values.mean()), float(values.mean()) - reach, float(values.mean()) + reach

@@ -68,7 +68,7 @@ def analytic(
 def numerical(
     weights: Weights, x: Inputs, y: Targets, moment: Moment, order: exact.OrderChoice = "auto"
 ) -> list[Tensor]:
-    """The same by central differences, two values of the moment per parameter."""
+    """The gradient of a moment by central differences, two values of it per parameter."""
 
     def value(parts: list[Tensor]) -> Tensor:
         moments = exact.moments(parts, x, y, activation=ACTIVATION, loss=LOSS, order=order)
@@ -194,7 +194,7 @@ def parts(preset: Preset) -> Tensors:
 
 
 def _norm(gradient: tuple[Tensor, ...]) -> Tensor:
-    """Of each network's gradient."""
+    """The norm of each network's gradient."""
     norms: Tensor = torch.cat([part.flatten(1) for part in gradient], 1).norm(dim=1)
     return norms
 

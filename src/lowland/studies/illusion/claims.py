@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from lowland.studies.illusion.preset import LARGE, SMALL, Task
 from lowland.studies.illusion.published import published
@@ -21,10 +20,16 @@ from lowland.studies.illusion.tables import (
     networks,
     varies,
 )
-from lowland.studies.reporting.correlation import Array, Correlation, lead
-from lowland.studies.reporting.pages import number, p_value, plus_minus
+from lowland.studies.reporting.numbers import number, p_value, plus_minus
 from lowland.studies.reporting.reproduction import Claim
-from lowland.studies.reporting.statistics import SIGNIFICANCE
+from lowland.studies.reporting.statistics import (
+    SIGNIFICANCE,
+    Array,
+    Correlation,
+    lead,
+    shrinks,
+    welch,
+)
 from lowland.studies.runs.jobs import Tensors
 
 FIGURES_OF = {"pairs": 2, "selection": 3, "advantage": 4}
@@ -145,8 +150,7 @@ def _advantage(results: Results, table: pd.DataFrame, task: Task) -> Iterator[Cl
     )
     if len(each) > 1:
         (gain, error, _), (other, other_error, _) = each[first], each[last]
-        z = (abs(gain) - abs(other)) / math.hypot(error, other_error)
-        p = float(stats.norm.sf(z))
+        p = shrinks((gain, error), (other, other_error))
         yield _claim(
             task,
             "the advantage shrinks with more training points",
@@ -176,9 +180,7 @@ def _advantage(results: Results, table: pd.DataFrame, task: Task) -> Iterator[Cl
 def advantage(part: pd.DataFrame) -> tuple[float, float, float]:
     """How far large batches are ahead in test accuracy, its standard error, and Welch's p."""
     small, large = (part[part["batch"] == name]["accuracy"].to_numpy() for name in (SMALL, LARGE))
-    error = math.hypot(*(float(stats.sem(values)) for values in (small, large)))
-    test = stats.ttest_ind(large, small, equal_var=False)
-    return float(large.mean() - small.mean()), error, float(test.pvalue)
+    return welch(large, small)
 
 
 def _trace(part: pd.DataFrame, batch: str) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from lowland.display import plain_log_ticks, styled
 from lowland.studies.ensembles.training import METHODS
 from lowland.studies.illusion.claims import advantage, rise
 from lowland.studies.illusion.preset import LARGE, SMALL
@@ -30,10 +30,9 @@ from lowland.studies.illusion.tables import (
     networks,
     varies,
 )
-from lowland.studies.reporting import plots
-from lowland.studies.reporting.correlation import Correlation
-from lowland.studies.reporting.plots import STYLE, plain_log_ticks
+from lowland.studies.reporting import look
 from lowland.studies.reporting.reproduction import StudyFigure
+from lowland.studies.reporting.statistics import Correlation
 from lowland.studies.runs.presets import PresetError
 
 SHARP, WEAK, PALE, INK = "#d55e00", "#0072b2", "#bdbdbd", "#000000"
@@ -43,15 +42,15 @@ COLORS = dict.fromkeys(("trace", "bound", "lambda_max"), SHARP) | dict.fromkeys(
     ("l2_norm", "l1_norm"), "#4d4d4d"
 )
 BATCH = {SMALL: ("#009e73", "o"), LARGE: ("#cc79a7", "s")}
-METHOD_COLORS = plots.COLORS | {"a-sam": "#cc79a7"}
+METHOD_COLORS = look.COLORS | {"a-sam": "#cc79a7"}
 METHOD_TITLES = {name: method.title for name, method in METHODS.items()} | {"a-sam": "A-SAM"}
-METHOD_MARKERS = plots.MARKERS | {"a-sam": "v"}
+METHOD_MARKERS = look.MARKERS | {"a-sam": "v"}
 
 WIDTH, HEIGHT = 3.3, 3.0  # inches of a panel
 
 
 def color(measure: str) -> str:
-    """Of a measure, in every figure."""
+    """The color of a measure in every figure."""
     return COLORS.get(measure, WEAK)
 
 
@@ -349,7 +348,7 @@ class NothingToDrawError(PresetError):
 
 @contextmanager
 def _panels(rows: int, columns: int) -> Iterator[tuple[Figure, NDArray[np.object_]]]:
-    with mpl.rc_context(STYLE):
+    with styled():
         if not rows or not columns:
             raise NothingToDrawError(
                 "the figure is of networks that this run does not have: the preset has no task of "

@@ -23,7 +23,7 @@ from lowland.studies.illusion.tables import (
     networks,
     varies,
 )
-from lowland.studies.reporting.pages import number, plus_minus
+from lowland.studies.reporting.numbers import number, plus_minus
 from lowland.studies.reporting.reproduction import Listing
 
 BRACKETS = "In brackets the middle 95 % of bootstrap samples of networks."
@@ -62,7 +62,7 @@ def _correlations(results: Results, table: pd.DataFrame, task: Task) -> Listing:
 
 
 def _facts(results: Results, table: pd.DataFrame, task: Task) -> str:
-    """What the networks are, in sentences."""
+    """Sentences that say which networks a table is about."""
     own = table[table["task"] == task.name]
     learnt = int((own["learnt"] >= results.preset.enough).sum())
     units = "-".join(map(str, task.hidden))

@@ -11,15 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowland.moments import HessianMoments
-from lowland.studies.data.sources import Source, stream
+from lowland.studies.data.sources import Source
 from lowland.studies.ensembles.networks import Weights, one_by_one, select
 from lowland.studies.hsr import task as hsr_task
 from lowland.studies.hsr.preset import Preset as HsrPreset
-from lowland.studies.illusion.measure import columns, hidden, measure, rescaled
+from lowland.studies.illusion.evaluation import columns, evaluate, hidden, rescaled
 from lowland.studies.illusion.preset import SMALL, Preset, Regime, Task
 from lowland.studies.illusion.tasks import BATCHES, JOINT, points, start
 from lowland.studies.illusion.train import descend
 from lowland.studies.runs.jobs import Tensors
+from lowland.studies.runs.streams import stream
 from lowland.threads import threads
 from lowland.weakness import count_patterns, free_regions, joint_weakness, pair_proxy, weight_norm
 
@@ -28,7 +29,7 @@ def train(task: Task, regime: Regime, first: int, stop: int, source: Source) -> 
     """Train networks ``first`` to ``stop - 1`` of a regime together, and measure them.
 
     Returns:
-        What :func:`~lowland.studies.illusion.measure.measure` gives; ``epochs`` and
+        What :func:`~lowland.studies.illusion.evaluation.evaluate` gives; ``epochs`` and
         ``learnt``, the accuracy on the training points; of tasks with pair proxies the last hidden
         layer's outputs, ``features_train`` and ``features_unseen``; of networks that will be
         rescaled the weights, ``weights_0`` and so on.
@@ -38,7 +39,7 @@ def train(task: Task, regime: Regime, first: int, stop: int, source: Source) -> 
         generators = [stream(regime.first + seed, BATCHES) for seed in range(first, stop)]
         begin = start(task, regime, data, first, stop)
         trained = descend(begin, data.x_train, data.y_train, regime.how, generators)
-        found = measure(trained.weights, data, bound=not task.large_batch)
+        found = evaluate(trained.weights, data, bound=not task.large_batch)
         found |= {"epochs": trained.epochs, "learnt": trained.accuracy}
         if task.unseen:
             found |= _features(task, trained.weights, data.x_train[0], data.x_test[0])
@@ -102,7 +103,7 @@ def rescale(task: Task, regime: Regime, weights: Weights, source: Source) -> Ten
     """One network under every rescaling, in double precision, as it is first of all.
 
     Returns:
-        ``layer`` and ``factor``, and what :func:`~lowland.studies.illusion.measure.rescaled`
+        ``layer`` and ``factor``, and what :func:`~lowland.studies.illusion.evaluation.rescaled`
         finds there.
     """
     kinds = [(0, 1.0), *((0, factor) for factor in task.factors)]

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lowland.studies.data.sources import check_data, has_test
 from lowland.studies.hsr.preset import load_preset as load_hsr
 from lowland.studies.illusion.train import Descent
 from lowland.studies.runs.presets import PresetError, Rules, check, load_tasks
 
 PACKAGE = "lowland.studies.illusion"
 """Where the presets are."""
-
-DATA = ("digits", "mnist", "mnist-full", "fashion-mnist")
-"""What tasks can be about."""
 
 KINDS = ("pairs", "selection", "advantage")
 """What tasks can ask: the paper's tables 4 and 5, 3, and 1, 2 and 6."""
@@ -55,7 +53,7 @@ class Task:
     Attributes:
         name: In files and tables.
         kind: One of :data:`KINDS`.
-        data: One of :data:`DATA`.
+        data: What :func:`~lowland.studies.data.sources.names` knows, of three classes or more.
         data_seed: Of the order of the samples; the first ones are trained on.
         test: Samples to test on, where the data has no test part.
         hidden: Units of each hidden layer of ReLU.
@@ -184,19 +182,16 @@ def load_preset(name: str) -> Preset:
 
 
 def _check_task(task: Task, where: str) -> None:
-    """What hangs together within a task."""
-    for key, allowed in (("kind", KINDS), ("data", DATA)):
-        if getattr(task, key) not in allowed:
-            raise PresetError(
-                f"{where}: {key} must be one of {', '.join(allowed)}; got {getattr(task, key)!r}"
-            )
-    both = task.kind == "advantage"
-    has_test = task.data in ("mnist-full", "fashion-mnist")
+    """Refuse a task whose settings do not go together."""
+    if task.kind not in KINDS:
+        raise PresetError(f"{where}: kind must be one of {', '.join(KINDS)}; got {task.kind!r}")
+    check_data(task, where)
+    both, tested = task.kind == "advantage", has_test(task.data)
     rates = f"as many entries as sizes, {len(task.sizes)}"
     rules = (
         ("hidden", len(task.hidden) == 2, "two entries"),
-        ("test", task.test > 0 or has_test, "greater than 0: the data has no test part"),
-        ("test", task.test == 0 or not has_test, "0: the data has a test part"),
+        ("test", task.test > 0 or tested, "greater than 0: the data has no test part"),
+        ("test", task.test == 0 or not tested, "0: the data has a test part"),
         ("sizes", list(task.sizes) == sorted(task.sizes), "rising"),
         ("sizes", both or len(task.sizes) == 1, "one entry, unless kind is advantage"),
         ("large_batch", both == (task.large_batch > 0), "0 unless kind is advantage, and then not"),

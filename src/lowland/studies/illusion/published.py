@@ -10,7 +10,7 @@ from lowland.studies.illusion.preset import Task
 
 @dataclass(frozen=True)
 class Published:
-    """Of the networks of one size; empty where there is nothing to hold ours against.
+    """What is published of networks of one size; empty where there is nothing.
 
     Attributes:
         rho: Spearman's correlation with the test accuracy, by measure.

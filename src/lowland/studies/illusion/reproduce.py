@@ -15,7 +15,7 @@ from lowland.studies.reporting.reproduction import Drawing, Experiment, Reproduc
 
 
 def reproduction(results: Results, *, settings: str, command: str) -> Reproduction:
-    """All of it.
+    """A run of the study as a page, with its figures, claims and tables.
 
     Args:
         results: Of every stage.
@@ -43,7 +43,7 @@ def reproduction(results: Results, *, settings: str, command: str) -> Reproducti
 
 
 def _drawings(results: Results) -> Iterator[Drawing]:
-    """Those of which the run has networks."""
+    """The figures of whose networks the run has some."""
     for figure in FIGURES.values():
         with suppress(NothingToDrawError):
             yield drawing(figure, results)

@@ -55,7 +55,7 @@ class Results:
     hsr: dict[tuple[str, str], Tensors] = field(default_factory=dict)
 
     def tasks(self, kind: str = "") -> list[Task]:
-        """Those of a kind, or of all kinds, that were run."""
+        """The tasks of a kind, or of all kinds, that were run."""
         return [
             task
             for task in self.preset.tasks
@@ -63,7 +63,7 @@ class Results:
         ]
 
     def rescalings(self) -> Iterator[tuple[Task, Regime, Tensors]]:
-        """Of each regime whose networks were rescaled."""
+        """Each regime whose networks were rescaled, with its task and what was found."""
         for task in self.tasks("advantage"):
             for regime in self.preset.regimes(task):
                 if regime.name in self.rescaled:
@@ -210,7 +210,7 @@ def _joint_pieces(results: Results, source: Source) -> Pieces:
 
 
 def _by_network(results: Results, found: dict[str, Tensors], kind: str) -> dict[str, Tensors]:
-    """What was found of a task's networks; NaN where nothing was looked for."""
+    """Tables with an entry for each network of a task; NaN where nothing was looked for."""
     tables = {}
     for task in results.tasks("pairs"):
         prefix = f"{kind}/{task.name}/"

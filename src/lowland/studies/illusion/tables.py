@@ -10,7 +10,7 @@ import torch
 
 from lowland.studies.illusion.preset import LARGE, SMALL, Task
 from lowland.studies.illusion.run import Results
-from lowland.studies.reporting.correlation import Correlation, spearman
+from lowland.studies.reporting.statistics import Correlation, spearman
 from lowland.studies.runs.jobs import Tensors
 from lowland.weakness import ensemble_agreement
 
@@ -89,7 +89,7 @@ def networks(results: Results) -> pd.DataFrame:
 
 
 def _agreement(results: Results, task: Task) -> dict[str, np.ndarray]:
-    """Of each network with all others of its size, whatever their batch."""
+    """The agreement of each network with all others of its size, whatever their batch."""
     found = {}
     for size in task.sizes:
         regimes = [regime for regime in results.preset.regimes(task) if regime.size == size]
@@ -136,7 +136,7 @@ def correlations(results: Results) -> pd.DataFrame:
 
 
 def correlation(results: Results, group: pd.DataFrame, measure: str) -> Correlation:
-    """Of a measure and the test accuracy."""
+    """The rank correlation of a measure with the test accuracy."""
     x, y = (group[name].to_numpy(np.float64) for name in (measure, "accuracy"))
     return spearman(x, y, resamples=results.preset.resamples)
 
@@ -188,7 +188,7 @@ def hsr_correlations(results: Results) -> pd.DataFrame:
 def hsr_correlation(
     results: Results, group: pd.DataFrame, measure: str, *, together: bool
 ) -> Correlation:
-    """Of a measure and the test F1."""
+    """The rank correlation of a measure with the test F1."""
     x, y, seeds = (group[name].to_numpy(np.float64) for name in (measure, "macro_f1", "seed"))
     clusters = seeds if together else None
     return spearman(x, y, resamples=results.preset.resamples, clusters=clusters)

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lowland.studies.data.sources import Source, parts, stream
+from lowland.studies.data.sources import Source, parts
 from lowland.studies.ensembles.networks import Weights, initial_weights
 from lowland.studies.illusion.preset import Regime, Task
 from lowland.studies.runs.presets import PresetError
+from lowland.studies.runs.streams import stream
 
 # Streams of random numbers, so that what one draws changes nothing in another.
 _ORDER, BATCHES, JOINT = range(3)
@@ -34,7 +35,7 @@ class Points:
     classes: int
 
     def double(self) -> Points:
-        """The same in double precision."""
+        """These points in double precision."""
         return replace(self, x_train=self.x_train.double(), x_test=self.x_test.double())
 
 
@@ -44,10 +45,14 @@ def points(task: Task, size: int, source: Source) -> Points:
     Where the data has no test part, the last samples of the order are tested on.
 
     Raises:
-        PresetError: If there are fewer samples than that.
+        PresetError: If there are fewer samples than that, or only two classes.
         DataError: If the data cannot be had.
     """
     train, test = parts(task.data, source)
+    if len(train.classes) < 3:
+        raise PresetError(
+            f"task {task.name!r}: {train.name} has two classes; expected data of three or more"
+        )
     order = torch.randperm(len(train.y), generator=stream(task.data_seed, _ORDER))
     left = len(order) - task.test
     if size > left:

@@ -10,8 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lowland.studies.reporting import look
 from lowland.studies.reporting.pages import data_uri, render
-from lowland.studies.reporting.plots import render as render_figure
 from lowland.studies.runs.jobs import Store
 from lowland.studies.runs.stages import Progress
 from lowland.threads import threads
@@ -39,12 +39,12 @@ class Claim:
 
     @property
     def where(self) -> str:
-        """Where in the paper it stands."""
+        """Where in the paper the claim stands."""
         return self.place or ("text" if self.figure is None else f"figure {self.figure}")
 
     @property
     def verdict(self) -> str:
-        """For people."""
+        """The decision in words."""
         return "holds" if self.holds else "not found"
 
 
@@ -66,7 +66,7 @@ class Drawing:
 
     @property
     def file(self) -> str:
-        """Its name beside the page."""
+        """The name of the figure's file beside the page."""
         return f"figure-{self.number:02d}.svg"
 
 
@@ -94,7 +94,7 @@ class Listing:
 
 
 def _row(*cells: str) -> str:
-    """Of a table in Markdown, where a bar begins the next cell."""
+    """A row of a table in Markdown; bars within a cell are escaped."""
     escaped = [cell.replace("|", "\\|") for cell in cells]
     return f"| {' | '.join(escaped)} |"
 
@@ -176,7 +176,7 @@ class Reproduction:
     def page(self) -> str:
         """One HTML page, which needs no other file."""
         return render(
-            "reproduction.html",
+            "reporting/templates/reproduction.html",
             command=self.command,
             reproduction=self,
             images={drawing.number: data_uri(drawing.svg) for drawing in self.drawings},
@@ -221,7 +221,7 @@ class StudyFigure:
 
 @runtime_checkable
 class Runner(Protocol):
-    """What runs the stages that are missing from a store, and loads them all."""
+    """A function that runs the stages that a store lacks, and loads them all."""
 
     def __call__(  # noqa: D102
         self,
@@ -236,7 +236,7 @@ class Runner(Protocol):
 
 @runtime_checkable
 class Report(Protocol):
-    """What makes the results of all stages a reproduction."""
+    """A function that makes a reproduction of the results of all stages."""
 
     def __call__(self, results: Any, *, settings: str, command: str) -> Reproduction: ...  # noqa: D102
 
@@ -268,5 +268,5 @@ class Experiment:
 def drawing(figure: StudyFigure, results: object) -> Drawing:
     """A figure of a study's results, drawn."""
     with threads(1):
-        svg = render_figure(figure.draw(results), "svg")
+        svg = look.render(figure.draw(results), "svg")
     return Drawing(figure.number, figure.title, figure.caption, svg)

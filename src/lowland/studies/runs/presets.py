@@ -181,7 +181,7 @@ def _expected_list(key: str, value: object, kind: str, rules: Rules) -> str:
 
 
 def _expected(key: str, value: object, kind: str, rules: Rules) -> str:
-    """What a setting must be, if it is not that."""
+    """The words for what a setting must be; empty if it is that."""
     if kind.startswith("tuple"):
         return _expected_list(key, value, kind.removeprefix("tuple[").split(",")[0], rules)
     if kind in ("str", "bool"):

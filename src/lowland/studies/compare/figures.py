@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from io import BytesIO
-from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
 
+from lowland.display import plain_log_ticks, styled
 from lowland.studies.ensembles.training import METHODS
-
-COLORS = {
-    "baseline": "#4d4d4d",
-    "hsr": "#0072b2",
-    "hessian-trace": "#e69f00",
-    "flatness-aware": "#009e73",
-}
-"""One color per method in every figure: from the set of Okabe and Ito, told apart by everyone."""
-
-MARKERS = {"baseline": "o", "hsr": "s", "hessian-trace": "^", "flatness-aware": "D"}
-
-STYLE: dict[Any, Any] = {  # rcParams, whose names matplotlib types one by one
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "xtick.minor.pad": 5,  # on a level with the labels of major ticks, whose marks are longer
-    "ytick.minor.pad": 5,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.fonttype": "path",  # the same picture wherever it is opened
-    "svg.hashsalt": "lowland",  # the same bytes whenever it is drawn
-}
+from lowland.studies.reporting.look import COLORS, MARKERS
 
 
 def training_curves(history: pd.DataFrame, *, active_steps: int) -> Figure:
@@ -53,7 +21,7 @@ def training_curves(history: pd.DataFrame, *, active_steps: int) -> Figure:
         history: Columns method, seed, step, loss, lambda_max.
         active_steps: Where the penalty ends; shaded up to there.
     """
-    with mpl.rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(9.6, 3.9), layout="constrained")
         axes = figure.subplots(1, 2)
         for ax, column, title in zip(
@@ -106,7 +74,7 @@ def spectrum_boxes(networks: pd.DataFrame) -> Figure:
         ("accuracy", "test accuracy"),
     )
     names = [str(name) for name in networks["method"].unique()]
-    with mpl.rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(9.6, 5.6), layout="constrained")
         for ax, (column, title) in zip(figure.subplots(2, 3).flat, panels, strict=True):
             groups = [networks.loc[networks["method"] == name, column] for name in names]
@@ -148,7 +116,7 @@ def bound_against_eigenvalue(networks: pd.DataFrame) -> Figure:
     """
     names = networks["method"].unique()
     networks = networks[(networks["lambda_max"] > 0) & (networks["upper_bound"] > 0)]
-    with mpl.rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(5.6, 4.9), layout="constrained")
         ax = figure.subplots()
         low, high = 0.1, 1.0
@@ -184,17 +152,6 @@ def bound_against_eigenvalue(networks: pd.DataFrame) -> Figure:
     return figure
 
 
-def render(figure: Figure, kind: str) -> bytes:
-    """The figure as the bytes of a file, ``"png"`` or ``"svg"``."""
-    buffer = BytesIO()
-    with mpl.rc_context(STYLE):
-        # Without a date the same numbers give the same file.
-        figure.savefig(
-            buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None
-        )
-    return buffer.getvalue()
-
-
 def _legend(figure: Figure, names: Iterable[str], *, line: bool = False, columns: int = 4) -> None:
     """The methods, outside the axes, where no data can be."""
     handles = [
@@ -210,13 +167,3 @@ def _legend(figure: Figure, names: Iterable[str], *, line: bool = False, columns
         for name in names
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
-
-
-def plain_log_ticks(ax: Axes) -> None:
-    """Write 0.05 rather than 5 x 10^-2."""
-    for axis in (ax.xaxis, ax.yaxis):
-        if axis.get_scale() == "log":
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(
-                FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-            )

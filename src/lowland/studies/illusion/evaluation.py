@@ -23,7 +23,7 @@ from lowland.studies.runs.jobs import Tensors
 from lowland.weakness import count_patterns, free_parameters, free_regions, weight_norm
 
 
-def measure(weights: Weights, data: Points, *, bound: bool) -> Tensors:
+def evaluate(weights: Weights, data: Points, *, bound: bool) -> Tensors:
     """Everything but pair proxies, one value a network.
 
     Args:

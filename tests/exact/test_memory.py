@@ -100,7 +100,7 @@ def test_no_budget_is_exceeded(size, order):
     assert peak(case, order, 3 * smallest, unbiased=True) <= 3 * smallest
 
 
-LINEAR = {
+ALONE = {
     **SIZES,
     "more classes than samples": (oracle.Network(3, 8, "tanh", "ce", outputs=40), 12, ()),
     "more classes than samples, deep": (
@@ -111,16 +111,16 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("size", LINEAR)
+@pytest.mark.parametrize("size", ALONE)
 def test_no_budget_is_exceeded_by_the_trace_and_the_gradient_of_the_loss(size, monkeypatch):
     monkeypatch.setattr(c_backend, "is_available", lambda: False)
-    network, samples, ensemble = LINEAR[size]
+    network, samples, ensemble = ALONE[size]
     case = cases.make(network, samples, ensemble=ensemble).with_gradients()
     setup = cases.prepare(case)
     with pytest.raises(ValueError, match="one sample's terms take") as caught:
         setup.trace(memory_budget=1)
     smallest = float(re.search(r"terms take (\S+) MiB", str(caught.value))[1]) * (1 << 20)
-    # A gradient of the weights' size and one group's share of it are the results.
+    # A gradient of the weights' size and that of some networks are the results.
     results = 2 * sum(part.numel() * part.element_size() for part in case.weights)
     for generosity in (1.01, 3, 40):
         budget = int(generosity * smallest)
@@ -152,7 +152,7 @@ def test_the_peak_over_parameters_does_not_grow_with_the_samples(what):
     few, many = (
         peak(cases.make(GROWING[what], samples), "parameters", 200_000) for samples in (200, 1000)
     )
-    assert many <= 1.5 * few  # runs are about as long, not exactly
+    assert many <= 1.5 * few  # chunks are about as long, not exactly
 
 
 @pytest.mark.parametrize("what", GROWING)
@@ -161,7 +161,7 @@ def test_the_peak_of_the_trace_does_not_grow_with_the_samples(what):
     for samples in (200, 5000):
         setup = cases.prepare(cases.make(GROWING[what], samples))
         with Peak() as measured:
-            run_moments(setup.linear_problem("trace", 100_000), setup.weights)
+            run_moments(setup.trace_problem(100_000), setup.weights)
         peaks.append(measured.bytes)
     assert peaks[1] <= max(peaks[0], 100_000)
 
@@ -181,7 +181,7 @@ def test_workspaces_and_copies_of_the_compiled_code_fit(size, threads, monkeypat
         budget *= 2
     for generous in (budget, 2 * budget, 16 * budget):
         plan = setup.problem("parameters", generous).plan
-        workspaces = threads * c_backend.workspace_bytes(setup.size, plan.block)
+        workspaces = threads * c_backend.workspace_bytes(setup.size, plan.chunk)
         copies = (threads + 1) * plan.networks * c_backend.packed_entries(*shape) * 8
         assert workspaces + copies <= generous
         assert peak(case, "parameters", generous, path="compiled") + workspaces <= generous

@@ -142,7 +142,7 @@ def test_the_rest_takes_pytorch_without_being_asked_to(what):
     case = cases.make(NOT_COVERED[what], 10, y=SOFT if what == "soft labels" else None)
     setup = cases.prepare(case)
     assert not setup.problem("parameters", DEFAULT_MEMORY_BUDGET).plan.compiled
-    assert not setup.linear_problem("trace", DEFAULT_MEMORY_BUDGET).plan.compiled
+    assert not setup.trace_problem(DEFAULT_MEMORY_BUDGET).plan.compiled
 
 
 @needs_library
@@ -293,8 +293,8 @@ def test_a_forked_child_has_threads_of_its_own(threads):
 def test_a_workspace_that_cannot_be_had_is_an_error(monkeypatch):
     case = cases.make(oracle.Network(3, 4, "tanh", "bce"), 20)
 
-    def without_memory(_kernel, _name):
-        return lambda reference: setattr(reference._obj, "failed", 1)
+    def without_memory(_backend, _name):
+        return lambda share: setattr(share._obj, "failed", 1)
 
     monkeypatch.setattr(c_backend.CBackend, "_function", without_memory)
     with pytest.raises(MemoryError, match="workspace"):

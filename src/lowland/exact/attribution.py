@@ -95,17 +95,17 @@ def sample_contributions(
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem(order, memory_budget, compiled=False)
 
-    def shares(group: TorchBackend) -> list[Tensor]:
-        first, second, kept = group.moments()
+    def shares(backend: TorchBackend) -> list[Tensor]:
+        first, second, kept = backend.moments()
         with torch.enable_grad():
             first, second = first.requires_grad_(), second.requires_grad_()
             upper = HessianMoments(setup.size.dim, first, second).upper.sum()
         a, b = torch.autograd.grad(upper, (first, second))
-        return group.sample_gradients(a, b, kept)
+        return backend.sample_gradients(a, b, kept)
 
     with torch.no_grad():
-        parts = problem.on_torch(setup.weights, shares)
-    return setup.shaped([torch.cat(layer) for layer in zip(*parts, strict=True)])
+        found = problem.on_torch(setup.weights, shares)
+    return setup.shaped([torch.cat(layer) for layer in zip(*found, strict=True)])
 
 
 def pair_contributions(
@@ -129,6 +129,5 @@ def pair_contributions(
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem("samples", memory_budget)
     with torch.no_grad():
-        parts = problem.on_torch(setup.weights, TorchBackend.pairs)
-    matrix = torch.cat(parts)
+        matrix = torch.cat(problem.on_torch(setup.weights, TorchBackend.pairs))
     return matrix.view(*setup.ensemble, *matrix.shape[1:])

@@ -1,14 +1,22 @@
-r"""The Hessian's blocks as sums of products over samples, and pieces of them.
+r"""The Hessian's blocks as sums of products over samples, and tiles of them.
 
-The block of layers ``l`` and ``m`` is :math:`\sum_i F_i G_i^T` with
+The block of ``W_l`` and ``W_m``, with the entries
 
-    l = m      F = pairs of z~_l,          G = pairs of B_ll       (both symmetric: packed)
-    m = l + 1  F = z~_l (x) z~_m,          G = B_lm                and on the diagonal k' = j
-               F = z~_l,                   G = slope_l (x) g_m
-    m > l + 1  F = z~_l,                   G = z~_m (x) B_lm + D_l,m-1 (x) g_m
+    sum_i z~_lk ( z~_mk' B_lm[j,j'] + [l < m, k' > 0] D_l,m-1[j,k'] g_m[j'] )
 
-A piece of a block is held as ``(networks, rows of F, rows of G)``; each of its entries stands for
-one, two or four equal ones of the Hessian.
+in row ``(k, j)`` and column ``(k', j')``, is :math:`\sum_i F_i G_i^T` with two vectors a sample:
+
+    l = m      F = z~_lk z~_lk', k <= k'   G = B_ll[j,j'], j <= j'     (both symmetric: packed)
+    m = l + 1  F = z~_lk z~_mk'            G = B_lm[j,j']
+               F = z~_lk                   G = phi'_l[j] g_m[j']       where k' is unit j alone
+    m > l + 1  F = z~_lk                   G = z~_mk' B_lm[j,j'] + D_l,m-1[j,k'] g_m[j']
+
+For ``m = l + 1`` the matrix ``D_ll`` is the diagonal one of slopes, so that its part lies on the
+diagonal ``k' = j`` of the block and is added up apart. For ``m > l + 1`` it is full, ``k'`` has to
+be in ``G``, and then one product serves both parts.
+
+A tile is some rows ``k`` of a block, held as ``(networks, entries of F, entries of G)``; each of
+its entries stands for one, two or four equal ones of the Hessian.
 """
 
 from __future__ import annotations
@@ -22,55 +30,59 @@ import torch
 from torch import Tensor
 
 from lowland.exact.size import Size
-from lowland.exact.terms import Architecture, Rows, Terms
+from lowland.exact.terms import Architecture, Terms, Vectors
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some rows of a block: those of the trained rows ``start`` to ``stop`` of layer ``left``."""
+class Tile:
+    """Some rows of the block of two layers: the trained rows ``start`` to ``stop`` of the lower."""
 
-    left: int
-    right: int
+    lower: int
+    upper: int
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
 class Factors:
-    """``F`` and ``G`` of a piece, ``(1 | networks, rows, samples)`` each.
+    """``F`` and ``G`` of a tile over a chunk of samples, ``(1 | networks, entries, samples)`` each.
 
-    ``on_diagonal`` are those of the part that lies on the diagonal ``k' = j``, if there is one.
+    Attributes:
+        left: ``F``.
+        right: ``G``.
+        on_diagonal: Between neighbouring layers the two factors of the part on ``k' = j``.
     """
 
-    left: Rows
-    right: Rows
-    on_diagonal: tuple[Rows, Rows] | None = None
+    left: Vectors
+    right: Vectors
+    on_diagonal: tuple[Vectors, Vectors] | None = None
 
 
-def shape(size: Size, piece: Piece) -> tuple[int, int]:
-    """Rows of ``F`` and of ``G``."""
-    count, width = piece.stop - piece.start, size.widths[piece.left + 1]
-    if piece.left == piece.right:
-        rows = size.rows[piece.left]
-        pairs = count * rows - (piece.start + piece.stop - 1) * count // 2
+def shape(size: Size, tile: Tile) -> tuple[int, int]:
+    """Entries of ``F`` and of ``G``."""
+    count, width = tile.stop - tile.start, size.widths[tile.lower + 1]
+    if tile.lower == tile.upper:
+        rows = size.rows[tile.lower]
+        # Row k has the pairs (k, k) to (k, rows - 1): the sum of rows - k over the tile's rows.
+        pairs = count * rows - (tile.start + tile.stop - 1) * count // 2
         return pairs, width * (width + 1) // 2
-    others, other = size.rows[piece.right], size.widths[piece.right + 1]
-    if piece.right == piece.left + 1:
+    others, other = size.rows[tile.upper], size.widths[tile.upper + 1]
+    if tile.upper == tile.lower + 1:
         return count * others, width * other
     return count, width * others * other
 
 
-def blocks(size: Size) -> Iterator[Piece]:
-    """The blocks on and above the diagonal."""
-    for left in size.trained:
-        for right in size.trained:
-            if left <= right:
-                yield Piece(left, right, 0, size.rows[left])
+def blocks(size: Size) -> Iterator[Tile]:
+    """The blocks on and above the diagonal, each as one tile."""
+    for lower in size.trained:
+        for upper in size.trained:
+            if lower <= upper:
+                yield Tile(lower, upper, 0, size.rows[lower])
 
 
-def cut(size: Size, limit: int) -> list[list[Piece]] | None:
-    """Groups of pieces that have at most ``limit`` entries together; None if a row has more."""
-    groups: list[list[Piece]] = [[]]
+def cut(size: Size, limit: int) -> list[list[Tile]] | None:
+    """Groups of tiles of at most ``limit`` entries a group; None if one row of a block has more."""
+    groups: list[list[Tile]] = [[]]
     room = limit
     for block in blocks(size):
         start = 0
@@ -84,62 +96,70 @@ def cut(size: Size, limit: int) -> list[list[Piece]] | None:
                 groups.append([])
                 room = limit
                 continue
-            groups[-1].append(Piece(block.left, block.right, start, stop))
+            groups[-1].append(Tile(block.lower, block.upper, start, stop))
             room -= _entries(size, block, start, stop)
             start = stop
     return groups
 
 
-def _entries(size: Size, block: Piece, start: int, stop: int) -> int:
-    return math.prod(shape(size, Piece(block.left, block.right, start, stop)))
+def _entries(size: Size, block: Tile, start: int, stop: int) -> int:
+    return math.prod(shape(size, Tile(block.lower, block.upper, start, stop)))
 
 
 def entries(size: Size) -> int:
-    """Entries of all blocks: half of the Hessian's where layers are wide, a quarter on them."""
+    """Entries of all blocks: of those off the diagonal half are held, of those on it a quarter."""
     return sum(math.prod(shape(size, block)) for block in blocks(size))
 
 
 @lru_cache(64)
 def pairs_of(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and columns of a packed symmetric matrix: row by row, from the diagonal on."""
+    """Rows and columns of a packed symmetric matrix's entries: row by row, from the diagonal on."""
     first, second = torch.triu_indices(count, count, device=device)
     return first, second
 
 
-def factors(arch: Architecture, terms: Terms, piece: Piece) -> Factors:
-    """``F`` and ``G`` of a piece."""
-    left, right, rows = piece.left, piece.right, slice(piece.start, piece.stop)
-    z = terms.z[left]
-    if left == right:
-        return Factors(products(z, piece.start, piece.stop), packed(terms.B[left, left]))
-    if right > left + 1:
-        return Factors(z[:, rows], outer(arch, terms, left, right).flatten(1, 3))
-    pairs = (z[:, rows].unsqueeze(2) * terms.z[right].unsqueeze(1)).flatten(1, 2)
-    second = terms.B[left, right].flatten(1, 2)
-    if not arch.trains_beyond_bias(right):
+def factorize(arch: Architecture, terms: Terms, tile: Tile) -> Factors:
+    """``F`` and ``G`` of a tile, by the table above."""
+    lower, upper, rows = tile.lower, tile.upper, slice(tile.start, tile.stop)
+    z = terms.z[lower]
+    if lower == upper:
+        return Factors(products(z, tile.start, tile.stop), packed(terms.B[lower, lower]))
+    if upper > lower + 1:
+        return Factors(z[:, rows], right_factor(arch, terms, lower, upper).flatten(1, 3))
+    pairs = (z[:, rows].unsqueeze(2) * terms.z[upper].unsqueeze(1)).flatten(1, 2)
+    second = terms.B[lower, upper].flatten(1, 2)
+    if not arch.trains_beyond_bias(upper):
         return Factors(pairs, second)
-    first = (terms.slope[left].unsqueeze(2) * terms.g[right].unsqueeze(1)).flatten(1, 2)
+    first = (terms.slope[lower].unsqueeze(2) * terms.g[upper].unsqueeze(1)).flatten(1, 2)
     return Factors(pairs, second, (z[:, rows], first))
 
 
-def outer(arch: Architecture, terms: Terms, left: int, right: int) -> Tensor:
-    """What a row of the block is made of, ``(networks, k', j, j', samples)``."""
-    whole = terms.z[right][:, :, None, None] * terms.B[left, right].unsqueeze(1)
-    if arch.trains_beyond_bias(right):
-        beyond = whole[:, arch.first_beyond_bias(right) :]
-        g = terms.g[right].unsqueeze(1)
-        if right == left + 1:
+def right_factor(arch: Architecture, terms: Terms, lower: int, upper: int) -> Tensor:
+    """All but ``z~_lk`` of the entries of a block off the diagonal.
+
+    Returns:
+        ``z~_mk' B_lm[j,j'] + D_l,m-1[j,k'] g_m[j']`` of each sample, ``(networks, k', j, j',
+        samples)``.
+    """
+    whole = terms.z[upper][:, :, None, None] * terms.B[lower, upper].unsqueeze(1)
+    if arch.trains_beyond_bias(upper):
+        # The row k' of W_m multiplies unit k' of layer m - 1; a row of biases multiplies none.
+        beyond = whole[:, arch.first_beyond_bias(upper) :]
+        g = terms.g[upper].unsqueeze(1)
+        if upper == lower + 1:
+            # D_ll is diagonal: only k' = j, as (networks, j', samples, j).
             along = beyond.diagonal(dim1=1, dim2=2)
-            along += (g * terms.slope[left].unsqueeze(2)).permute(0, 2, 3, 1)
+            along += (g * terms.slope[lower].unsqueeze(2)).permute(0, 2, 3, 1)
         else:
-            beyond += terms.D[left, right - 1].transpose(1, 2).unsqueeze(3) * g.unsqueeze(1)
+            beyond += terms.D[lower, upper - 1].transpose(1, 2).unsqueeze(3) * g.unsqueeze(1)
     return whole
 
 
-def products(z: Rows, start: int, stop: int) -> Rows:
-    """Products of pairs of rows, the first of each among ``start`` to ``stop``."""
+def products(z: Vectors, start: int, stop: int) -> Vectors:
+    """``z_k z_k'`` for ``k`` from ``start`` to ``stop`` and all ``k' >= k``, packed row by row."""
     count = z.shape[1]
     total = sum(count - k for k in range(start, stop))
+    # Written into place: gathering both sides by index would take two more tensors of this size.
     result = z.new_empty(z.shape[0], total, z.shape[2])
     at = 0
     for k in range(start, stop):
@@ -148,17 +168,21 @@ def products(z: Rows, start: int, stop: int) -> Rows:
     return result
 
 
-def packed(matrices: Tensor) -> Rows:
-    """The upper triangle of symmetric matrices ``(networks, width, width, samples)``."""
+def packed(matrices: Tensor) -> Vectors:
+    """The upper triangles of symmetric matrices, row by row, ``(networks, pairs, samples)``."""
     width = matrices.shape[1]
     first, second = pairs_of(width, matrices.device)
     return matrices.flatten(1, 2).index_select(1, first * width + second)
 
 
 def multiplicity(count: int, like: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """How many entries of a symmetric matrix each packed one stands for: 1 or 2.
+    """How many entries of a symmetric matrix each packed one stands for: 1 on the diagonal, else 2.
 
-    Of all of its rows, or of those from ``start`` to ``stop``.
+    Args:
+        count: Rows of the matrix.
+        like: A tensor of the type and device wanted.
+        start: The first row that is packed.
+        stop: The row after the last; all by default.
     """
     stop = count if stop is None else stop
     entries = (stop - start) * count - (start + stop - 1) * (stop - start) // 2
@@ -166,78 +190,85 @@ def multiplicity(count: int, like: Tensor, start: int = 0, stop: int | None = No
     return like.new_full((entries,), 2).index_fill_(0, diagonal, 1)
 
 
-def weights_of(size: Size, piece: Piece, like: Tensor) -> Tensor:
-    """How many entries of the Hessian each entry of a piece stands for, ready to multiply it."""
-    if piece.left != piece.right:
-        return like.new_full((1, 1), 2)
-    of_rows = multiplicity(size.rows[piece.left], like, piece.start, piece.stop)
-    return of_rows[:, None] * multiplicity(size.widths[piece.left + 1], like)
+def tile_multiplicity(size: Size, tile: Tile, like: Tensor) -> Tensor:
+    """How many entries of the Hessian each entry of a tile stands for, ready to multiply it."""
+    if tile.lower != tile.upper:
+        return like.new_full((1, 1), 2)  # H is symmetric: the block (m, l) is this one transposed
+    # z~_k z~_k' B[j,j'] is also that of (k', k) and that of (j', j).
+    of_rows = multiplicity(size.rows[tile.lower], like, tile.start, tile.stop)
+    return of_rows[:, None] * multiplicity(size.widths[tile.lower + 1], like)
 
 
 @lru_cache(64)
 def _diagonal(count: int, start: int, stop: int, device: torch.device) -> Tensor:
-    """Where the pairs (k, k) of some rows are in a packed piece."""
+    """The places of the pairs ``(k, k)`` in what is packed from row ``start`` to ``stop``."""
     k = torch.arange(start, stop, device=device)
-    before = k * count - k * (k - 1) // 2
+    before = k * count - k * (k - 1) // 2  # the pairs of rows 0 to k - 1: count, count - 1, ...
     return before - before[:1]
 
 
-def diagonals(size: Size, piece: Piece, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ``F`` and of ``G`` whose products are on the Hessian's diagonal."""
-    width = size.widths[piece.left + 1]
-    rows = _diagonal(size.rows[piece.left], piece.start, piece.stop, device)
+def diagonals(size: Size, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The entries ``k = k'`` of ``F`` and ``j = j'`` of ``G``, that give the Hessian's diagonal."""
+    width = size.widths[tile.lower + 1]
+    rows = _diagonal(size.rows[tile.lower], tile.start, tile.stop, device)
     return rows, _diagonal(width, 0, width, device)
 
 
-def accumulate(block: Tensor | None, found: Factors) -> Tensor:
-    """Add a run of samples to a piece, ``(networks, rows of F, rows of G)``.
+def accumulate(total: Tensor | None, left: Vectors, right: Vectors) -> Tensor:
+    """``total`` plus ``sum_i F_i G_i^T`` over a chunk, ``(networks, entries of F, entries of G)``.
 
-    Without its diagonal part, see :func:`add_diagonal`.
+    It is added to in place where there is one, so that a tile is held only once.
     """
-    right = found.right.mT
-    if block is None:
-        return found.left @ right
+    right = right.mT
+    if total is None:
+        return left @ right
     return torch.baddbmm(
-        block, found.left.expand(len(block), -1, -1), right.expand(len(block), -1, -1), out=block
+        total, left.expand(len(total), -1, -1), right.expand(len(total), -1, -1), out=total
     )
 
 
-def on_diagonal(size: Size, piece: Piece, block: Tensor) -> Tensor:
-    """A view of the diagonal ``k' = j`` of a piece: ``(networks, k, j', j)``."""
-    count, others = piece.stop - piece.start, size.rows[piece.right]
-    width, other = size.widths[piece.left + 1], size.widths[piece.right + 1]
-    view = block.view(-1, count, others, width, other)
+def on_diagonal(size: Size, tile: Tile, values: Tensor) -> Tensor:
+    """A view of the diagonal ``k' = j`` of a tile between neighbours: ``(networks, k, j', j)``.
+
+    All rows that multiply units are trained there, and they are the last ``width`` of the layer's.
+    """
+    count, others = tile.stop - tile.start, size.rows[tile.upper]
+    width, other = size.widths[tile.lower + 1], size.widths[tile.upper + 1]
+    view = values.view(-1, count, others, width, other)
     return view[:, :, others - width :].diagonal(dim1=2, dim2=3)
 
 
-def dense(size: Size, found: Sequence[tuple[Piece, Tensor]]) -> Tensor:
-    """The Hessian ``(networks, P, P)`` from all of its pieces; trained rows layer by layer."""
-    networks, dim = len(found[0][1]), size.dim
-    result = found[0][1].new_empty(networks, dim, dim)
+def dense(size: Size, blocks: Sequence[tuple[Tile, Tensor]]) -> Tensor:
+    """The Hessian ``(networks, P, P)`` from all of its blocks, the parameters layer by layer.
+
+    A layer's are the trained rows of its weights, one after the other.
+    """
+    networks, dim = len(blocks[0][1]), size.dim
+    result = blocks[0][1].new_empty(networks, dim, dim)
     starts = [
         sum(r * w for r, w in zip(size.rows[:layer], size.widths[1 : layer + 1], strict=True))
         for layer in range(size.depth)
     ]
-    for piece, block in found:
-        at = [starts[layer] for layer in (piece.left, piece.right)]
-        extent = [size.rows[layer] * size.widths[layer + 1] for layer in (piece.left, piece.right)]
-        whole = _unpack(size, piece, block)
+    for tile, values in blocks:
+        at = [starts[layer] for layer in (tile.lower, tile.upper)]
+        extent = [size.rows[layer] * size.widths[layer + 1] for layer in (tile.lower, tile.upper)]
+        whole = _unpack(size, tile, values)
         result[:, at[0] : at[0] + extent[0], at[1] : at[1] + extent[1]] = whole
-        if piece.left != piece.right:
+        if tile.lower != tile.upper:
             result[:, at[1] : at[1] + extent[1], at[0] : at[0] + extent[0]] = whole.mT
     return result
 
 
-def _unpack(size: Size, piece: Piece, block: Tensor) -> Tensor:
-    """A whole block as a matrix."""
-    rows, width = size.rows[piece.left], size.widths[piece.left + 1]
-    if piece.left == piece.right:
-        k, other_k = pairs_of(rows, block.device)
-        j, other_j = pairs_of(width, block.device)
-        result = block.new_empty(len(block), rows, width, rows, width)
+def _unpack(size: Size, block: Tile, values: Tensor) -> Tensor:
+    """A whole block as a matrix, ``(networks, (k, j), (k', j'))``."""
+    rows, width = size.rows[block.lower], size.widths[block.lower + 1]
+    if block.lower == block.upper:
+        k, other_k = pairs_of(rows, values.device)
+        j, other_j = pairs_of(width, values.device)
+        result = values.new_empty(len(values), rows, width, rows, width)
         for a, b in ((k, other_k), (other_k, k)):
             for c, d in ((j, other_j), (other_j, j)):
-                result[:, a[:, None], c, b[:, None], d] = block
+                result[:, a[:, None], c, b[:, None], d] = values
         return result.flatten(3).flatten(1, 2)
-    others, other = size.rows[piece.right], size.widths[piece.right + 1]
-    return block.view(-1, rows, others, width, other).transpose(2, 3).flatten(3).flatten(1, 2)
+    others, other = size.rows[block.upper], size.widths[block.upper + 1]
+    return values.view(-1, rows, others, width, other).transpose(2, 3).flatten(3).flatten(1, 2)

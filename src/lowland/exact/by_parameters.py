@@ -1,7 +1,12 @@
 r"""The order of summation over pairs of parameters: accumulate ``H``'s blocks, then square them.
 
-The cost is ``O(samples * P^2)``, linear in the samples. Memory is that of the pieces that are held
-at a time and of one run of samples.
+The cost is ``O(samples * P^2)``, linear in the samples. Memory is that of the tiles that are held
+at a time and of one chunk of samples. With a tile as :math:`\sum_i F_i G_i^T` and the matching tile
+of ``C``, what the gradient needs of a sample is
+
+    <C, F G^T> = F^T C G,   with the adjoints  C G  in F  and  C^T F  in G
+
+and from there the product rule leads to the terms that ``F`` and ``G`` are made of.
 """
 
 from __future__ import annotations
@@ -12,153 +17,185 @@ import torch
 from torch import Tensor
 
 from lowland.exact.blocks import (
-    Factors,
-    Piece,
+    Tile,
     accumulate,
     diagonals,
-    factors,
+    factorize,
     on_diagonal,
-    outer,
     packed,
     pairs_of,
     products,
-    weights_of,
+    right_factor,
+    tile_multiplicity,
 )
 from lowland.exact.size import Size
-from lowland.exact.terms import Architecture, Matrices, Name, Rows, Terms
+from lowland.exact.terms import Architecture, Matrices, Name, Terms, Vectors
 
-Found = list[tuple[Piece, Tensor]]
+Tiles = list[tuple[Tile, Tensor]]
+"""Tiles of a symmetric matrix, each with its values."""
+
+Adjoints = dict[Name, Tensor]
 
 CACHE_BYTES = 4 << 20
-SHORTEST_RUN = 16
+FEWEST_SAMPLES = 16
 
 
-def accumulate_pieces(
-    arch: Architecture, size: Size, runs: Iterable[Terms], pieces: Sequence[Piece]
-) -> Found:
-    """Some pieces of ``H``, summed over runs of samples."""
-    blocks: dict[Piece, Tensor] = {}
-    extra: dict[Piece, Tensor] = {}
-    for terms in runs:
-        for piece in pieces:
-            found = factors(arch, terms, piece)
-            blocks[piece] = accumulate(blocks.get(piece), found)
-            if found.on_diagonal is not None:
-                extra[piece] = accumulate(extra.get(piece), Factors(*found.on_diagonal))
-    for piece, part in extra.items():
-        view = on_diagonal(size, piece, blocks[piece])
-        view.add_(part.unflatten(2, (view.shape[3], view.shape[2])).transpose(2, 3))
-    return list(blocks.items())
+def accumulate_tiles(
+    arch: Architecture, size: Size, chunks: Iterable[Terms], tiles: Sequence[Tile]
+) -> Tiles:
+    """Some tiles of ``H``, summed over chunks of samples."""
+    sums: dict[Tile, Tensor] = {}
+    diagonal_sums: dict[Tile, Tensor] = {}
+    for terms in chunks:
+        for tile in tiles:
+            factors = factorize(arch, terms, tile)
+            sums[tile] = accumulate(sums.get(tile), factors.left, factors.right)
+            if factors.on_diagonal is not None:
+                diagonal_sums[tile] = accumulate(diagonal_sums.get(tile), *factors.on_diagonal)
+    for tile, values in diagonal_sums.items():  # (networks, k, (j, j'))
+        view = on_diagonal(size, tile, sums[tile])
+        view.add_(values.unflatten(2, (view.shape[3], view.shape[2])).transpose(2, 3))
+    return list(sums.items())
 
 
-def traces(size: Size, found: Found) -> tuple[Tensor, Tensor]:
-    """What pieces add to ``Tr H`` and to ``Tr H^2``."""
-    networks = len(found[0][1])
-    first, second = found[0][1].new_zeros(2, networks)
-    for piece, block in found:
-        weighed = weights_of(size, piece, block) * block
-        second = second + (weighed.flatten(1) * block.flatten(1)).sum(1)
-        if piece.left == piece.right:
-            rows, columns = diagonals(size, piece, block.device)
-            first = first + block[:, rows[:, None], columns].sum((1, 2))
+def traces(size: Size, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """What tiles of ``H`` add to ``Tr H``, its diagonal, and to ``Tr H^2``, all its squares."""
+    networks = len(tiles[0][1])
+    first, second = tiles[0][1].new_zeros(2, networks)
+    for tile, values in tiles:
+        weighed = tile_multiplicity(size, tile, values) * values
+        second = second + (weighed.flatten(1) * values.flatten(1)).sum(1)
+        if tile.lower == tile.upper:
+            rows, columns = diagonals(size, tile, values.device)
+            first = first + values[:, rows[:, None], columns].sum((1, 2))
     return first, second
 
 
-def coefficients(size: Size, found: Found, trace_weight: Tensor, square_weight: Tensor) -> Found:
-    r"""Pieces of :math:`C = a I + 2 b H`, times what each entry stands for."""
+def coefficients(size: Size, tiles: Tiles, trace_weight: Tensor, square_weight: Tensor) -> Tiles:
+    r"""The tiles of :math:`C = a I + 2 b H`, times how many entries of it each one stands for.
+
+    So the plain sum of products with a tile of ``H`` is that tile's share of <C, H>.
+    """
     result = []
-    for piece, block in found:
-        matrix = weights_of(size, piece, block) * block
+    for tile, values in tiles:
+        matrix = tile_multiplicity(size, tile, values) * values
         matrix *= 2 * square_weight[:, None, None]
-        if piece.left == piece.right:
-            rows, columns = diagonals(size, piece, block.device)
+        if tile.lower == tile.upper:
+            rows, columns = diagonals(size, tile, values.device)
             matrix[:, rows[:, None], columns] += trace_weight[:, None, None]
-        result.append((piece, matrix))
+        result.append((tile, matrix))
     return result
 
 
-def derivatives(
-    arch: Architecture, terms: Terms, piece: Piece, matrix: Tensor
-) -> dict[Name, Tensor]:
-    r"""The derivatives of :math:`\langle C, H\rangle` in a run's terms, for a piece of ``C``."""
-    if piece.left == piece.right:
-        return _on_diagonal_block(terms, piece, matrix)
-    # What is contracted in a few samples at a time stays in the processor's cache.
+def adjoints(arch: Architecture, terms: Terms, tile: Tile, matrix: Tensor) -> Adjoints:
+    r"""The derivatives of :math:`\langle C, H\rangle` in a chunk's terms, through one tile.
+
+    Args:
+        arch: What the networks share.
+        terms: Those of the chunk.
+        tile: The tile.
+        matrix: The tile of ``C``, as :func:`coefficients` gives it.
+    """
+    if tile.lower == tile.upper:
+        return _in_diagonal_block(terms, tile, matrix)
+    # C contracted with z_l is as large, for each sample, as a row of the tile. On a processor it is
+    # made for a few samples at a time, so that it is still in the cache when it is used; but each
+    # time all of C is read, so they must be enough for the products to outweigh that.
     few = terms.samples
     if matrix.device.type == "cpu":
-        each = matrix.numel() // (piece.stop - piece.start) * matrix.element_size()
-        few = max(SHORTEST_RUN, CACHE_BYTES // each)
+        each = matrix.numel() // (tile.stop - tile.start) * matrix.element_size()
+        few = max(FEWEST_SAMPLES, CACHE_BYTES // each)
     few = min(few, terms.samples)
-    room = matrix.new_empty(few * matrix.numel() // (piece.stop - piece.start))
-    parts = [
-        _across_layers(arch, terms.of_samples(slice(start, start + few)), piece, matrix, room)
+    # One workspace for all of them, which stays in the cache.
+    workspace = matrix.new_empty(few * matrix.numel() // (tile.stop - tile.start))
+    found = [
+        _in_block_across(arch, terms.of_samples(slice(start, start + few)), tile, matrix, workspace)
         for start in range(0, terms.samples, few)
     ]
-    if len(parts) == 1:
-        return parts[0]
-    return {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+    if len(found) == 1:
+        return found[0]
+    return {name: torch.cat([each[name] for each in found], -1) for name in found[0]}
 
 
-def _across_layers(
-    arch: Architecture, terms: Terms, piece: Piece, matrix: Tensor, room: Tensor
-) -> dict[Name, Tensor]:
-    left, right = piece.left, piece.right
-    z, other = terms.z[left][:, piece.start : piece.stop], terms.z[right]
-    second = terms.B[left, right]
+def _in_block_across(
+    arch: Architecture, terms: Terms, tile: Tile, matrix: Tensor, workspace: Tensor
+) -> Adjoints:
+    r"""The adjoints of a block between two layers, :math:`\sum_k \tilde z_{lk} <C_k, G>`.
+
+    ``C_k`` is a row of the tile of ``C``, ``(k', j, j')``. With ``Y = sum_k z~_lk C_k``, they are
+
+        in B_lm[j,j']    sum_k' z~_mk' Y[k',j,j']
+        in z~_mk'        sum_jj' B_lm[j,j'] Y[k',j,j']
+        in z~_lk         <C_k, G>
+    """
+    lower, upper = tile.lower, tile.upper
+    z, other = terms.z[lower][:, tile.start : tile.stop], terms.z[upper]
+    second = terms.B[lower, upper]
     networks, width, above, count = second.shape
-    # C contracted with this layer's inputs, sample by sample.
-    rows = matrix.view(networks, piece.stop - piece.start, -1)
+    rows = matrix.view(networks, tile.stop - tile.start, -1)
     inputs = z.mT.expand(networks, -1, -1)
-    contracted = room[: networks * count * rows.shape[2]].view(networks, count, -1)
+    contracted = workspace[: networks * count * rows.shape[2]].view(networks, count, -1)
     torch.bmm(inputs, rows, out=contracted)
-    contracted = contracted.view(networks, count, other.shape[1], width * above)
+    contracted = contracted.view(networks, count, other.shape[1], width * above)  # Y
     by_sample = second.permute(0, 3, 1, 2).flatten(2)
-    result: dict[Name, Tensor] = {
-        ("B", (left, right)): _by_rows(
+    result: Adjoints = {
+        ("B", (lower, upper)): _samples_last(
             (_samples_first(other).unsqueeze(2) @ contracted).view(networks, count, width, above)
         ),
-        ("z", right): (contracted @ by_sample.unsqueeze(3)).squeeze(3).mT,
+        ("z", upper): (contracted @ by_sample.unsqueeze(3)).squeeze(3).mT,
     }
-    if arch.trains_beyond_bias(right):
-        beyond = contracted[:, :, arch.first_beyond_bias(right) :].unflatten(3, (width, above))
-        result |= _first_order(terms, left, right, beyond)
-    if left:
-        whole = outer(arch, terms, left, right).flatten(1, 3)
-        in_z = torch.zeros_like(terms.z[left].expand(networks, -1, -1))
-        in_z[:, piece.start : piece.stop] = rows @ whole
-        result["z", left] = in_z
+    if arch.trains_beyond_bias(upper):
+        beyond = contracted[:, :, arch.first_beyond_bias(upper) :].unflatten(3, (width, above))
+        result |= _in_first_order_part(terms, lower, upper, beyond)
+    if lower:  # the inputs of layer 0 are data
+        whole = right_factor(arch, terms, lower, upper).flatten(1, 3)
+        in_z = torch.zeros_like(terms.z[lower].expand(networks, -1, -1))
+        in_z[:, tile.start : tile.stop] = rows @ whole
+        result["z", lower] = in_z
     return result
 
 
-def _first_order(terms: Terms, left: int, right: int, beyond: Tensor) -> dict[Name, Tensor]:
-    """What goes through ``D (x) g``; ``beyond`` is ``(networks, samples, k', j, j')``."""
-    g = _samples_first(terms.g[right])
-    if right == left + 1:
+def _in_first_order_part(terms: Terms, lower: int, upper: int, beyond: Tensor) -> Adjoints:
+    r"""The adjoints of what a block has in ``D_l,m-1[j,k'] g_m[j']``.
+
+    Args:
+        terms: Those of some samples.
+        lower: ``l``.
+        upper: ``m``.
+        beyond: ``Y`` without the biases' row, ``(networks, samples, k', j, j')``.
+    """
+    g = _samples_first(terms.g[upper])
+    if upper == lower + 1:
+        # D is diag(phi'_l): only k' = j counts. In phi'_l[j]: sum_j' g_m[j'] Y[j,j,j'].
         along = beyond.diagonal(dim1=2, dim2=3)  # (networks, samples, j', j)
-        slope = _samples_first(terms.slope[left])
+        slope = _samples_first(terms.slope[lower])
         return {
-            ("slope", left): (g.unsqueeze(2) @ along).squeeze(2).mT,
-            ("g", right): (along @ slope.unsqueeze(3)).squeeze(3).mT,
+            ("slope", lower): (g.unsqueeze(2) @ along).squeeze(2).mT,
+            ("g", upper): (along @ slope.unsqueeze(3)).squeeze(3).mT,
         }
-    first = terms.D[left, right - 1].permute(0, 3, 2, 1)  # (networks, samples, k', j)
+    # In D[j,k']: sum_j' g_m[j'] Y[k',j,j'];  in g_m[j']: sum_k'j D[j,k'] Y[k',j,j'].
+    first = terms.D[lower, upper - 1].permute(0, 3, 2, 1)  # (networks, samples, k', j)
     in_first = (beyond @ g[:, :, None, :, None]).squeeze(4)
     in_g = first.flatten(2).unsqueeze(2) @ beyond.flatten(2, 3)
     return {
-        ("D", (left, right - 1)): in_first.permute(0, 3, 2, 1),
-        ("g", right): in_g.squeeze(2).mT,
+        ("D", (lower, upper - 1)): in_first.permute(0, 3, 2, 1),
+        ("g", upper): in_g.squeeze(2).mT,
     }
 
 
-def _on_diagonal_block(terms: Terms, piece: Piece, matrix: Tensor) -> dict[Name, Tensor]:
-    layer = piece.left
+def _in_diagonal_block(terms: Terms, tile: Tile, matrix: Tensor) -> Adjoints:
+    r"""The adjoints of a layer's own block, :math:`f = F^T C G` with both factors packed."""
+    layer = tile.lower
     z, second = terms.z[layer], terms.B[layer, layer]
     networks, width, _, count = second.shape
-    in_packed = matrix.mT @ products(z, piece.start, piece.stop)
-    result: dict[Name, Tensor] = {("B", (layer, layer)): _unpacked(in_packed, width)}
+    # In G: C^T F. C holds the multiplicities, so half of B's entries have all of its adjoint.
+    in_packed = matrix.mT @ products(z, tile.start, tile.stop)
+    result: Adjoints = {("B", (layer, layer)): _unpacked(in_packed, width)}
     if layer:
+        # In F: C G, and each F = z~_k z~_k' passes it on to both, times the other.
         rows = z.shape[1]
         first, other = pairs_of(rows, z.device)
-        chosen = (first >= piece.start) & (first < piece.stop)
+        chosen = (first >= tile.start) & (first < tile.stop)
         first, other = first[chosen], other[chosen]
         in_pairs = matrix @ packed(second)
         in_z = z.new_zeros(networks, rows, count)
@@ -168,17 +205,18 @@ def _on_diagonal_block(terms: Terms, piece: Piece, matrix: Tensor) -> dict[Name,
     return result
 
 
-def _unpacked(rows: Rows, width: int) -> Matrices:
-    """Packed rows in the upper triangle of matrices, zeros below."""
-    first, second = pairs_of(width, rows.device)
-    result = rows.new_zeros(rows.shape[0], width * width, rows.shape[2])
-    result[:, first * width + second] = rows
-    return result.view(-1, width, width, rows.shape[2])
+def _unpacked(triangle: Vectors, width: int) -> Matrices:
+    """Matrices with a packed triangle on and above the diagonal, and zeros below."""
+    first, second = pairs_of(width, triangle.device)
+    result = triangle.new_zeros(triangle.shape[0], width * width, triangle.shape[2])
+    result[:, first * width + second] = triangle
+    return result.view(-1, width, width, triangle.shape[2])
 
 
-def _samples_first(rows: Rows) -> Tensor:
-    return rows.mT.contiguous()
+def _samples_first(vectors: Vectors) -> Tensor:
+    """``(networks, samples, entries)`` in memory, as products sample by sample read them."""
+    return vectors.mT.contiguous()
 
 
-def _by_rows(matrices: Tensor) -> Matrices:
+def _samples_last(matrices: Tensor) -> Matrices:
     return matrices.permute(0, 2, 3, 1)

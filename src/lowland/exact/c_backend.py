@@ -38,10 +38,10 @@ _PIECEWISE_LINEAR = 6
 _LOSSES = {"bce": 0, "mse": 1}
 _MODES: dict[Quantity, int] = {"moments": 0, "trace": 1, "loss": 2}
 
-# A block's rows should stay in the second-level cache, and its run of samples be long enough to
-# spread the cost of adding up vector lanes.
-_BLOCK_BYTES = 1 << 20
-_LONGEST_BLOCK, _SHORTEST_BLOCK, _LANES = 256, 64, 16
+# A chunk's rows should stay in the second-level cache, and be long enough to spread the cost of
+# adding up vector lanes.
+_CHUNK_BYTES = 1 << 20
+_LONGEST_CHUNK, _SHORTEST_CHUNK, _LANES = 256, 64, 16
 
 # Multiply-adds below which a second thread costs more to wake than it saves.
 _WORTH_A_THREAD = 2_000_000
@@ -62,7 +62,7 @@ class _Problem(ctypes.Structure):
         ("x_stride", ctypes.c_int64),
         ("y_stride", ctypes.c_int64),
         ("scale_stride", ctypes.c_int64),
-        ("block", ctypes.c_int64),
+        ("chunk", ctypes.c_int64),
         ("activation", ctypes.c_int32),
         ("loss", ctypes.c_int32),
         ("mode", ctypes.c_int32),
@@ -105,7 +105,10 @@ def is_available() -> bool:
 
 
 def covers(arch: Architecture, size: Size, data: Data) -> bool:
-    """Whether the compiled code can take a problem; for some losses a look at all targets."""
+    """Whether the compiled code can take a problem.
+
+    For binary cross-entropy that takes a look at all targets.
+    """
     return (
         data.x.device.type == "cpu"
         and size.depth == 2
@@ -132,33 +135,40 @@ def packed_entries(inputs: int, hidden: int, outputs: int) -> int:
     return pairs + inputs * hidden * outputs + outputs * outputs
 
 
-def workspace_bytes(size: Size, block: int, *, linear: bool = False) -> int:
-    """What one thread needs beside the packed Hessian, for blocks of so many samples."""
-    return _row_count(size, linear) * block * size.itemsize + _coefficients(size) * size.itemsize
+def workspace_bytes(size: Size, chunk: int, *, trace_alone: bool = False) -> int:
+    """What one thread needs beside the packed Hessian, for chunks of so many samples."""
+    floats = _floats_per_sample(size, trace_alone=trace_alone) * chunk + _floats_beside(size)
+    return floats * size.itemsize
 
 
-def choose_block(size: Size, limit: int, *, linear: bool = False) -> int:
-    """Samples in a block so that one thread's workspace stays within a limit; 0 if none does."""
-    row = _row_count(size, linear) * size.itemsize
-    room = (limit - _coefficients(size) * size.itemsize) // row
-    if room < _SHORTEST_BLOCK:
+def choose_chunk(size: Size, limit: int, *, trace_alone: bool = False) -> int:
+    """Samples in a chunk so that one thread's workspace stays within a limit; 0 if none does."""
+    per_sample = _floats_per_sample(size, trace_alone=trace_alone) * size.itemsize
+    room = (limit - _floats_beside(size) * size.itemsize) // per_sample
+    if room < _SHORTEST_CHUNK:
         return 0
-    cached = max(_SHORTEST_BLOCK, _BLOCK_BYTES // row)
-    return min(_LONGEST_BLOCK, cached, room) // _LANES * _LANES
+    cached = max(_SHORTEST_CHUNK, _CHUNK_BYTES // per_sample)
+    return min(_LONGEST_CHUNK, cached, room) // _LANES * _LANES
 
 
-def _row_count(size: Size, linear: bool) -> int:  # noqa: FBT001 - as `layout` of kernel.inc
-    """Rows of a block, as ``layout`` of kernel.inc lays them out."""
+def _floats_per_sample(size: Size, *, trace_alone: bool) -> int:
+    """Rows of a chunk, each of one number a sample, as ``layout`` of kernel.inc has them."""
     (inputs, outputs), (features, hidden, _) = size.rows, size.widths
+    # [1; x]; [1; z] and its adjoint; a, three derivatives of phi, u, c, the adjoints of a and u; q
+    # times the trained rows of z; eight of the loss.
     rows = features + 1 + 10 * hidden + outputs + 10
-    if linear:
+    if trace_alone:
         return rows
+    # Pairs of x, the packed S, and R.
     pairs = inputs * (inputs + 1) // 2 + hidden * (hidden + 1) // 2 + hidden * outputs
     return rows + pairs
 
 
-def _coefficients(size: Size) -> int:
-    """Of the backward pass, ``W`` transposed, and what lies between them to keep them aligned."""
+def _floats_beside(size: Size) -> int:
+    """A workspace's numbers that are the same for all samples: ``C``, ``W`` transposed, sums of v.
+
+    They are five arrays, and each is padded so that the next begins at a full vector.
+    """
     features, hidden, _ = size.widths
     entries = packed_entries(size.rows[0], hidden, size.rows[1])
     return entries + (features + 2) * hidden + 1 + 5 * _LANES
@@ -173,7 +183,7 @@ class CBackend:
         weight: ``W``, ``(networks, inputs + 1, hidden)``.
         output: ``v``, ``(networks, hidden + 1)``.
         data: The samples.
-        block: Samples in a block, a multiple of 16.
+        chunk: Samples in a chunk, a multiple of 16.
         quantity: What is wanted; for the trace alone the packed tensor holds the traces.
     """
 
@@ -181,12 +191,12 @@ class CBackend:
     weight: Tensor
     output: Tensor
     data: Data
-    block: int
+    chunk: int
     quantity: Quantity
 
     @property
     def networks(self) -> int:
-        """How many there are."""
+        """The number of networks."""
         return len(self.weight)
 
     def moments(self) -> tuple[Tensor, Tensor, list[Packed]]:
@@ -203,11 +213,11 @@ class CBackend:
     def _accumulate(self) -> Packed:
         networks = self.weight.shape[0]
         entries = 1 if self.quantity == "trace" else packed_entries(*self._shape())
-        parts = self._parts()
-        packed = self.weight.new_empty(_copies(parts), networks, entries)
+        ranges = self._ranges()
+        packed = self.weight.new_empty(_copies(ranges), networks, entries)
         self._run(
             "accumulate_share",
-            [self._share(part, out=packed[part.copy, part.networks]) for part in parts],
+            [self._share(each, out=packed[each.copy, each.networks]) for each in ranges],
         )
         return self._add_up(packed)
 
@@ -228,19 +238,20 @@ class CBackend:
         return self._pull_back("loss_gradient_share")
 
     def _pull_back(self, name: str, **per_network: Tensor) -> tuple[Tensor, Tensor]:
-        parts = self._parts()
-        in_weight = self.weight.new_empty(_copies(parts), *self.weight.shape)
-        in_output = self.output.new_empty(_copies(parts), *self.output.shape)
+        """The gradient in ``W`` and ``v`` that a function of the compiled code finds."""
+        ranges = self._ranges()
+        in_weight = self.weight.new_empty(_copies(ranges), *self.weight.shape)
+        in_output = self.output.new_empty(_copies(ranges), *self.output.shape)
         self._run(
             name,
             [
                 self._share(
-                    part,
-                    **{key: tensor[part.networks] for key, tensor in per_network.items()},
-                    out=in_weight[part.copy, part.networks],
-                    more=in_output[part.copy, part.networks],
+                    each,
+                    **{key: tensor[each.networks] for key, tensor in per_network.items()},
+                    out=in_weight[each.copy, each.networks],
+                    more=in_output[each.copy, each.networks],
                 )
-                for part in parts
+                for each in ranges
             ],
         )
         return self._add_up(in_weight), self._add_up(in_output)
@@ -252,6 +263,7 @@ class CBackend:
         return copies[0]
 
     def _shape(self) -> tuple[int, int, int]:
+        """Trained rows of ``W``, hidden units, trained rows of ``v``."""
         rows, outputs = self.arch.rows
         return rows.stop - rows.start, self.weight.shape[2], outputs.stop - outputs.start
 
@@ -278,7 +290,7 @@ class CBackend:
             x_stride=_network_stride(data.x),
             y_stride=_network_stride(data.y),
             scale_stride=_network_stride(scale) if isinstance(scale, Tensor) else 0,
-            block=min(self.block, -(-data.samples // _LANES) * _LANES),
+            chunk=min(self.chunk, -(-data.samples // _LANES) * _LANES),
             activation=_activation_code(arch.activations[0]),
             loss=_LOSSES[arch.loss.name],
             mode=_MODES[self.quantity],
@@ -286,21 +298,23 @@ class CBackend:
             scale=1.0 if isinstance(scale, Tensor) else scale,
         )
 
-    def _parts(self) -> list[_Part]:
+    def _ranges(self) -> list[_Range]:
         """Cut the work for threads: by networks if there are enough, else by samples."""
         networks, samples = self.weight.shape[0], self.data.samples
         entries = packed_entries(*self._shape()) if self.quantity == "moments" else 0
+        # In multiply-adds, of which a hidden unit costs hundreds (see PRICES of plan.py).
         work = networks * samples * (entries + 100 * self.weight.shape[2])
         threads = min(torch.get_num_threads(), 1 + work // _WORTH_A_THREAD)
         if networks >= 2 * threads:
-            return [_Part(slice(i, j), slice(0, samples), 0) for i, j in _cuts(networks, threads)]
+            return [_Range(slice(i, j), slice(0, samples), 0) for i, j in _cuts(networks, threads)]
         return [
-            _Part(slice(0, networks), slice(i, j), copy)
+            _Range(slice(0, networks), slice(i, j), copy)
             for copy, (i, j) in enumerate(_cuts(samples, threads))
         ]
 
-    def _share(self, part: _Part, **tensors: Tensor) -> _Share:
-        nets, samples = part.networks, part.samples
+    def _share(self, taken: _Range, **tensors: Tensor) -> _Share:
+        """One thread's part of the work, as the compiled code reads it."""
+        nets, samples = taken.networks, taken.samples
         data = self.data.of_networks(nets)
         if isinstance(data.scale, Tensor):
             tensors["scale"] = data.scale
@@ -318,7 +332,7 @@ class CBackend:
     def _run(self, name: str, shares: Sequence[_Share]) -> None:
         """Work on all shares side by side."""
         work, array = self._function(name), (_Share * len(shares))(*shares)
-        together = len(shares) > 1 and _may_use_openmp and _start_team(work, array)
+        together = len(shares) > 1 and _may_use_openmp and _work_as_team(work, array)
         if not together:
             # ctypes lets go of the interpreter's lock, so Python's threads will do.
             others = [_pool(len(shares)).submit(work, ctypes.byref(s)) for s in array[1:]]
@@ -330,25 +344,30 @@ class CBackend:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Some samples of some networks; parts of the same networks write to copies of their own."""
+class _Range:
+    """Some samples of some networks, for one thread.
+
+    Threads that share networks write to copies of the result, which are added up.
+    """
 
     networks: slice
     samples: slice
     copy: int
 
 
-def _copies(parts: Sequence[_Part]) -> int:
-    return max(part.copy for part in parts) + 1
+def _copies(ranges: Sequence[_Range]) -> int:
+    return max(each.copy for each in ranges) + 1
 
 
-def _cuts(total: int, parts: int) -> list[tuple[int, int]]:
-    parts = max(1, min(parts, total))
-    edges = [total * part // parts for part in range(parts + 1)]
+def _cuts(total: int, threads: int) -> list[tuple[int, int]]:
+    """``range(total)`` in intervals of about equal length, at most one a thread."""
+    count = max(1, min(threads, total))
+    edges = [total * index // count for index in range(count + 1)]
     return list(pairwise(edges))
 
 
 def _network_stride(tensor: Tensor) -> int:
+    """Numbers from one network's data to the next's: none where all share them."""
     return 0 if tensor.shape[0] == 1 else tensor[0].numel()
 
 
@@ -361,15 +380,15 @@ def make_c_backend(  # noqa: PLR0917 - the parts of a problem, in its order
     weight: Tensor,
     output: Tensor,
     data: Data,
-    block: int,
+    chunk: int,
     quantity: Quantity,
 ) -> CBackend:
-    """A kernel whose tensors lie in memory as the compiled code reads them."""
+    """A backend whose tensors lie in memory as the compiled code reads them."""
     scale = data.scale
     if isinstance(scale, Tensor):
         scale = scale.to(weight.dtype).contiguous()
     data = Data(data.x.contiguous(), data.y.to(weight.dtype).contiguous(), scale)
-    return CBackend(arch, weight.contiguous(), output.contiguous(), data, block, quantity)
+    return CBackend(arch, weight.contiguous(), output.contiguous(), data, chunk, quantity)
 
 
 @cache
@@ -377,7 +396,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="lowland")
 
 
-def _start_team(work: Callable[..., int], shares: ctypes.Array[_Share]) -> bool:
+def _work_as_team(work: Callable[..., int], shares: ctypes.Array[_Share]) -> bool:
+    """Work on all shares by PyTorch's OpenMP threads; False, with nothing done, without them."""
     library = _library()
     return library is not None and bool(
         library.run_together(work, shares, ctypes.c_int64(len(shares)))

@@ -1,8 +1,8 @@
-r"""The closed form as a differentiable function: plan, run, and the analytic backward pass.
+r"""The closed form as a differentiable function, with its analytic backward pass.
 
 The gradient of :math:`a\,\mathrm{Tr} H + b\,\mathrm{Tr} H^2` is :math:`\nabla\langle C, H\rangle`
 with the constant matrix :math:`C = a I + 2 b H` (theorems 2 to 5 of arXiv:2606.28662 in one
-formula). So the backward pass runs over the samples once more and contracts each sample's blocks
+formula). So the backward pass goes over the samples once more and contracts each sample's blocks
 with ``C``; autograd never sees the inside of the forward pass.
 """
 
@@ -25,12 +25,22 @@ from lowland.exact.torch_backend import PerNetwork, TorchBackend
 Result = TypeVar("Result")
 
 Backend = TorchBackend | CBackend
-"""Some networks and their data on the path that a plan has chosen."""
+"""Some networks with their data, in PyTorch or in compiled code: both give the same results."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An architecture, its data, and the plan to run it by."""
+    """What is to be computed of which networks and data, and the plan to do it by.
+
+    Attributes:
+        arch: What the networks share.
+        data: The samples.
+        plan: In which order, by which backend, how much at a time.
+        size: The extent of it all.
+        quantity: What is wanted of each network.
+        unbiased: Whether ``Tr H^2`` leaves out each sample's pair with itself.
+        differentiable: Whether the gradient will be asked for.
+    """
 
     arch: Architecture
     data: Data
@@ -43,23 +53,26 @@ class Problem:
     def on_torch(
         self, weights: Sequence[Tensor], compute: Callable[[TorchBackend], Result]
     ) -> list[Result]:
-        """``compute`` on the PyTorch path, for each group of networks that are handled together."""
+        """``compute`` in PyTorch, for as many networks at a time as the plan says."""
         with _full_precision(weights[0]):
-            return [compute(self._reference(weights, chosen)) for chosen in self._groups(weights)]
+            return [compute(self._torch_backend(weights, some)) for some in self._slices(weights)]
 
     def on_backend(
         self, weights: Sequence[Tensor], compute: Callable[[slice, Backend], Result]
     ) -> list[Result]:
-        """``compute`` on the path that the plan has chosen, group by group."""
-        make = self._kernel if self.plan.compiled else self._reference
-        with _full_precision(weights[0]):
-            return [compute(chosen, make(weights, chosen)) for chosen in self._groups(weights)]
+        """``compute`` with the plan's backend, for as many networks at a time as the plan says.
 
-    def _reference(self, weights: Sequence[Tensor], chosen: slice) -> TorchBackend:
+        It is given the networks' places in the ensemble, too.
+        """
+        make = self._c_backend if self.plan.compiled else self._torch_backend
+        with _full_precision(weights[0]):
+            return [compute(some, make(weights, some)) for some in self._slices(weights)]
+
+    def _torch_backend(self, weights: Sequence[Tensor], networks: slice) -> TorchBackend:
         return TorchBackend(
             self.arch,
-            [weight[chosen] for weight in weights],
-            self.data.of_networks(chosen),
+            [weight[networks] for weight in weights],
+            self.data.of_networks(networks),
             self.plan,
             self.size,
             self.quantity,
@@ -67,35 +80,39 @@ class Problem:
             self.differentiable,
         )
 
-    def _kernel(self, weights: Sequence[Tensor], chosen: slice) -> CBackend:
+    def _c_backend(self, weights: Sequence[Tensor], networks: slice) -> CBackend:
         weight, output = weights
         return make_c_backend(
             self.arch,
-            weight[chosen],
-            output[chosen].squeeze(2),
-            self.data.of_networks(chosen),
-            self.plan.block,
+            weight[networks],
+            output[networks].squeeze(2),
+            self.data.of_networks(networks),
+            self.plan.chunk,
             self.quantity,
         )
 
-    def _groups(self, weights: Sequence[Tensor]) -> Iterator[slice]:
+    def _slices(self, weights: Sequence[Tensor]) -> Iterator[slice]:
+        """The ensemble, as many networks at a time as the plan says."""
         size, networks = self.plan.networks, weights[0].shape[0]
         return (slice(start, start + size) for start in range(0, networks, size))
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
-    """Autocast would round the factors of each matrix product to 16 bits."""
+    """Keep a caller's autocast out: it would round the factors of each product to 16 bits."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 class _Moments(Function):
+    """``Tr H`` and ``Tr H^2`` of all networks, and what is kept for the backward pass."""
+
     # The data come as arguments, not inside the problem: so torch.func can unwrap them.
     @staticmethod
     def forward(problem: Problem, x: Tensor, y: Tensor, scale: Any, *weights: Tensor) -> Any:
         problem = replace(problem, data=Data(x, y, scale))
         first, second, kept = zip(
-            *problem.on_backend(weights, lambda _, part: part.moments()), strict=True
+            *problem.on_backend(weights, lambda _, backend: backend.moments()), strict=True
         )
+        # The compiled code always hands out its packed Hessians, also where the plan has no room.
         keep = problem.plan.keep or not problem.plan.compiled
         return _join(first), _join(second), *map(_join, zip(*kept, strict=True) if keep else ())
 
@@ -121,7 +138,10 @@ class _Moments(Function):
 
 
 class _Gradient(Function):
-    """The backward pass, as a function of its own: differentiated, it says what is wrong."""
+    """The backward pass of ``_Moments`` as a function of its own, whose own backward pass says no.
+
+    Without that, second derivatives would silently be those of a constant.
+    """
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd functions take their arguments by position
@@ -137,9 +157,9 @@ class _Gradient(Function):
         problem = replace(problem, data=Data(x, y, scale))
         weights, kept = rest[:layers], rest[layers:]
 
-        def gradient(chosen: slice, part: Backend) -> Sequence[Tensor]:
-            return part.gradient(
-                trace_weight[chosen], square_weight[chosen], [each[chosen] for each in kept]
+        def gradient(some: slice, backend: Backend) -> Sequence[Tensor]:
+            return backend.gradient(
+                trace_weight[some], square_weight[some], [each[some] for each in kept]
             )
 
         return join_layers(problem.on_backend(weights, gradient), weights)
@@ -157,15 +177,18 @@ class _Gradient(Function):
         )
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """Those of some networks after those of others; a single one without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def join_layers(parts: Sequence[Sequence[Tensor]], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Layer by layer the gradients of all groups of networks, shaped like the weights."""
+def join_layers(
+    gradients: Sequence[Sequence[Tensor]], like: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Each layer's gradient, shaped like its weights, from those of some networks at a time."""
     return tuple(
         _join(layer).view_as(weight)
-        for layer, weight in zip(zip(*parts, strict=True), like, strict=True)
+        for layer, weight in zip(zip(*gradients, strict=True), like, strict=True)
     )
 
 

@@ -20,9 +20,9 @@ from lowland.exact.plan import (
     Path,
     cost,
     gradient_cost,
-    make_linear_plan,
     make_plan,
-    term_rows,
+    make_trace_plan,
+    term_floats,
 )
 from lowland.exact.problem import Backend, Problem, join_layers, run_moments
 from lowland.exact.size import Size
@@ -42,15 +42,26 @@ from lowland.validation import (
 Reduction = Literal["mean", "sum"]
 Activations = str | Activation | Sequence[str | Activation]
 
+# Where terms take more than this, they are far from the cache, and their prices are others.
 _NEAR = 32 * MEBIBYTE
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Checked arguments, the ensemble flattened to one leading dimension.
+    """Networks, their data and their loss, checked once, from which everything is computed.
 
     What is to be computed again and again on the same data is set up once: in a step of training,
     looking at the data would take longer than a small network's gradient.
+
+    Attributes:
+        arch: What the networks share: activations, loss, trained rows.
+        data: The samples.
+        weights: Of each layer, ``(networks, inputs + 1, outputs)``: the ensemble's dimensions as
+            one.
+        ensemble: The ensemble's dimensions, which results are given.
+        size: The extent of it all.
+        is_mean: Whether the loss is a mean over samples that all weigh the same.
+        covered: Whether the compiled code can take it.
     """
 
     arch: Architecture
@@ -59,10 +70,10 @@ class Setup:
     ensemble: torch.Size
     size: Size
     is_mean: bool
-    covered: bool  # by the compiled code
+    covered: bool
 
     def at(self, weights: Sequence[Tensor]) -> Setup:
-        """The same at other weights of the same shapes, which are not looked at."""
+        """The setup at other weights of the same shapes, which are not checked."""
         shaped = zip(weights, self.weights, strict=True)
         return replace(self, weights=tuple(new.reshape(old.shape) for new, old in shaped))
 
@@ -74,7 +85,7 @@ class Setup:
         unbiased: bool = False,
         moments: int = 2,
     ) -> HessianMoments:
-        """As :func:`moments`."""
+        """``Tr H`` and ``Tr H^2``, as :func:`lowland.exact.moments` gives them."""
         problem = self.problem(order, memory_budget, unbiased=unbiased)
         first, second = run_moments(problem, self.weights)
         higher = self._higher(memory_budget, unbiased=unbiased) if moments != 2 else None
@@ -83,8 +94,10 @@ class Setup:
         )
 
     def _higher(self, memory_budget: int, *, unbiased: bool) -> tuple[Tensor, Tensor]:
+        """``Tr H^3`` and ``Tr H^4``, from ``H`` itself and one network at a time."""
         if unbiased:
             raise ValueError("unbiased=True estimates Tr H and Tr H^2 alone; use moments=2")
+        # H, its square, and their product.
         needed = 3 * self.size.dim**2 * self.size.itemsize
         if needed > memory_budget:
             raise ValueError(
@@ -92,11 +105,12 @@ class Setup:
                 f"squares the Hessian of {self.size.dim} parameters and takes "
                 f"{needed / MEBIBYTE:.3g} MiB; raise memory_budget"
             )
+        # All blocks have to be held at a time, whatever the budget is otherwise.
         problem = self.problem("parameters", max(memory_budget, 16 * needed), compiled=False)
         problem = replace(problem, plan=replace(problem.plan, networks=1))
 
-        def powers(part: TorchBackend) -> Tensor:
-            matrix = part.hessian()
+        def powers(backend: TorchBackend) -> Tensor:
+            matrix = backend.hessian()
             square = matrix @ matrix
             return torch.stack([(square * matrix).sum((1, 2)), square.square().sum((1, 2))])
 
@@ -110,38 +124,38 @@ class Setup:
         paths: list[Path] = ["samples", "compiled" if self.covered else "parameters"]
         exact = min(cost(size, path) for path in paths)
         # The prices are those of terms near the cache; wide layers' are not.
-        far = size.samples * term_rows(size) * size.itemsize > _NEAR
+        far = size.samples * term_floats(size) * size.itemsize > _NEAR
         return (8 if far else 1) * exact / gradient_cost(size)
 
     def trace(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> Tensor:
-        """As :func:`trace`."""
-        first, _ = run_moments(self.linear_problem("trace", memory_budget), self.weights)
+        """``Tr H`` alone, as :func:`lowland.exact.trace` gives it."""
+        first, _ = run_moments(self.trace_problem(memory_budget), self.weights)
         return first.view(self.ensemble)
 
     def hessian(self) -> Tensor:
-        """As :func:`hessian`."""
-        # The result is as large as the matrix; a budget beside it only sets the length of runs.
+        """The matrices ``H``, as :func:`lowland.exact.hessian` gives them."""
+        # The result is as large as the matrix; a budget beside it only sets the length of chunks.
         needed = 16 * self.size.dim**2 * self.size.itemsize
         budget = max(DEFAULT_MEMORY_BUDGET, needed)
         problem = self.problem("parameters", budget, compiled=False)
         with torch.no_grad():
-            parts = problem.on_torch(self.weights, TorchBackend.hessian)
-        return torch.cat(parts).view(*self.ensemble, self.size.dim, self.size.dim)
+            matrices = problem.on_torch(self.weights, TorchBackend.hessian)
+        return torch.cat(matrices).view(*self.ensemble, self.size.dim, self.size.dim)
 
     def loss_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
-        """As :func:`loss_gradient`."""
+        """The loss's gradient, as :func:`lowland.exact.loss_gradient` gives it."""
         return self._gradients(
-            self.linear_problem("loss", memory_budget), lambda part: part.loss_gradient()
+            self.trace_problem(memory_budget, "loss"), lambda backend: backend.loss_gradient()
         )
 
     def trace_gradient(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
         """The gradient of each network's ``Tr H``, without a graph."""
 
-        def gradient(part: Backend) -> Sequence[Tensor]:
-            one = self.weights[0].new_ones(part.networks)
-            return part.gradient(one, torch.zeros_like(one), [])
+        def gradient(backend: Backend) -> Sequence[Tensor]:
+            one = self.weights[0].new_ones(backend.networks)
+            return backend.gradient(one, torch.zeros_like(one), [])
 
-        return self._gradients(self.linear_problem("trace", memory_budget), gradient)
+        return self._gradients(self.trace_problem(memory_budget), gradient)
 
     def gradient(
         self,
@@ -151,30 +165,31 @@ class Setup:
     ) -> tuple[Tensor, ...]:
         """The gradient of a function of each network's own moments, without a graph.
 
-        The same as a backward pass through :meth:`moments`, without what autograd costs a step.
+        A backward pass through :meth:`moments` gives the same, with what autograd costs a step.
         """
         dim = self.size.dim
 
-        def gradient(part: Backend) -> Sequence[Tensor]:
-            first, second, kept = part.moments()
+        def gradient(backend: Backend) -> Sequence[Tensor]:
+            first, second, kept = backend.moments()
             with torch.enable_grad():
                 leaves = first.detach().requires_grad_(), second.detach().requires_grad_()
                 value = function(HessianMoments(dim, *leaves)).sum()
             by_trace, by_square = grad(value, leaves, materialize_grads=True)
-            return part.gradient(by_trace, by_square, kept)
+            return backend.gradient(by_trace, by_square, kept)
 
         return self._gradients(self.problem(order, memory_budget), gradient)
 
     def _gradients(
         self, problem: Problem, compute: Callable[[Backend], Sequence[Tensor]]
     ) -> tuple[Tensor, ...]:
+        """A gradient in each layer's weights from what ``compute`` gives for some networks."""
         with torch.no_grad():
-            parts = problem.on_backend(self.weights, lambda _, part: compute(part))
-        return self.shaped(join_layers(parts, self.weights))
+            found = problem.on_backend(self.weights, lambda _, backend: compute(backend))
+        return self.shaped(join_layers(found, self.weights))
 
     def shaped(self, layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What there is for each layer, with the ensemble's dimensions in front."""
-        return tuple(part.view(*self.ensemble, *part.shape[1:]) for part in layers)
+        return tuple(layer.view(*self.ensemble, *layer.shape[1:]) for layer in layers)
 
     def problem(
         self,
@@ -184,7 +199,7 @@ class Setup:
         compiled: bool = True,
         unbiased: bool = False,
     ) -> Problem:
-        """The problem of both moments; ``compiled=False`` insists on the PyTorch path."""
+        """The problem of both moments; ``compiled=False`` insists on PyTorch."""
         memory_budget = check_budget(memory_budget)
         if unbiased:
             self._check_unbiased()
@@ -197,10 +212,10 @@ class Setup:
         )
         return Problem(self.arch, self.data, plan, self.size, unbiased=unbiased)
 
-    def linear_problem(self, quantity: Quantity, memory_budget: int) -> Problem:
-        """The problem of the trace alone, or of the loss."""
+    def trace_problem(self, memory_budget: int, quantity: Quantity = "trace") -> Problem:
+        """The problem of ``Tr H`` alone, or of the loss, planned alike: no matrix is formed."""
         memory_budget = check_budget(memory_budget)
-        plan = make_linear_plan(
+        plan = make_trace_plan(
             self.size,
             memory_budget,
             on_cpu=self._device.type == "cpu",
@@ -237,10 +252,10 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
     scale: float | Tensor | None = None,
     rows: Sequence[slice] | None = None,
 ) -> Setup:
-    """Check everything at the door and bring it into the engine's shapes.
+    """Check all arguments and bring them into the shapes of :class:`Setup`.
 
     Args:
-        weights: As for :func:`moments`, like all that follows.
+        weights: As for :func:`lowland.exact.moments`, like all that follows.
         x: Inputs.
         y: Targets; for classes also a distribution over them for each sample.
         activation: Of all layers but the last, or one for each of them.
@@ -287,10 +302,10 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         terms = samples * (outputs if loss.per_output else 1)
         scale = 1 / terms if reduction == "mean" else 1.0
     if isinstance(scale, Tensor):
-        scale = _flatten(scale if scale.ndim == y.ndim else scale.unsqueeze(-1), ensemble, 2)
+        scale = _flatten(scale if scale.ndim == y.ndim else scale.unsqueeze(-1), ensemble)
     rows = tuple(rows or (slice(0, weight.shape[-2]) for weight in weights))
     arch = Architecture(activations, loss, rows)
-    data = Data(_flatten(x.detach(), ensemble, 2), _flatten(y.detach(), ensemble, 2), scale)
+    data = Data(_flatten(x.detach(), ensemble), _flatten(y.detach(), ensemble), scale)
     size = Size(
         networks,
         samples,
@@ -313,6 +328,12 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
 
 
 def _read_activations(activation: Activations, count: int) -> tuple[Activation, ...]:
+    """One activation for each of ``count`` hidden layers, from names or from one for all.
+
+    Raises:
+        TypeError: If it is neither a name, an activation, nor a sequence of these.
+        ValueError: If they are not as many as hidden layers, or a name is unknown.
+    """
     if isinstance(activation, str | Activation):
         return (get_activation(activation),) * count
     if not (
@@ -331,9 +352,9 @@ def _read_activations(activation: Activations, count: int) -> tuple[Activation, 
     return tuple(get_activation(each) for each in activation)
 
 
-def _flatten(tensor: Tensor, ensemble: torch.Size, own: int) -> Tensor:
-    """One leading dimension for the ensemble: of size 1 where all networks share the tensor."""
-    leading, trailing = tensor.shape[:-own], tensor.shape[-own:]
+def _flatten(tensor: Tensor, ensemble: torch.Size) -> Tensor:
+    """One dimension for the ensemble before the last two: of size 1 where all networks share it."""
+    leading, trailing = tensor.shape[:-2], tensor.shape[-2:]
     if math.prod(leading) == 1:
         return tensor.reshape(1, *trailing)
     return tensor.expand(*ensemble, *trailing).reshape(-1, *trailing)

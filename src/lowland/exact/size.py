@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """The extent of a problem.
+    """The numbers of networks, samples, units and trained rows, which costs depend on.
 
     Attributes:
         networks: In the ensemble.

@@ -14,6 +14,9 @@ Everything is laid out features first, samples last: a row is one quantity over 
 samples, so that blocks add up over samples by matrix products. What is computed here is made of
 operations that autograd knows, so that the gradient needs no second set of formulas.
 
+Words: a *trained row* is a row of some ``W_l`` that is trained; a *chunk* is some consecutive
+samples that are handled together; an *adjoint* is the derivative, in a term, of a scalar.
+
 Source: arXiv:2606.28662, section IV, for three layers and one output; beyond, our derivation.
 """
 
@@ -31,10 +34,11 @@ from torch.autograd import Function
 from lowland.activations import Activation
 from lowland.losses import Loss, logit_derivatives
 
-Rows = Float[Tensor, "#networks _ samples"]
+# A vector or a matrix for each sample, the samples last.
+Vectors = Float[Tensor, "#networks _ samples"]
 Matrices = Float[Tensor, "networks _ _ samples"]
 
-# A factor and its layer or layers.
+# A term by its symbol and its layer or pair of layers: ("g", 1), ("B", (0, 2)).
 Name = tuple[str, int | tuple[int, int]]
 
 # What is wanted of a network: both traces, Tr H alone, or only the loss's own gradient.
@@ -87,7 +91,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What stays fixed while weights and data vary.
+    """What stays fixed while weights and data vary: activations, loss, and which rows are trained.
 
     Attributes:
         activations: Of each layer but the last.
@@ -105,11 +109,11 @@ class Architecture:
         return bool(self.rows[layer].stop > self.rows[layer].start)
 
     def trains_beyond_bias(self, layer: int) -> bool:
-        """Whether the rows that multiply hidden units are."""
+        """Whether any row below the biases is trained: only such a row multiplies a unit."""
         return bool(self.rows[layer].stop > 1)
 
     def first_beyond_bias(self, layer: int) -> int:
-        """The first trained row, counted from the first trained one, that multiplies a unit."""
+        """The place, among the trained rows, of the first that multiplies a unit."""
         return 1 if self.rows[layer].start == 0 else 0
 
     @property
@@ -120,30 +124,31 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Terms:
-    r"""The factors of the Hessian's blocks for a run of samples (symbols as above).
+    r"""What the Hessian's blocks are made of, for a chunk of samples (symbols as above).
 
     Attributes:
-        z: The trained rows of each layer's augmented inputs.
-        slope: :math:`\phi'_l(a_l)`.
-        g: By layer; carries the samples' weights, as ``B`` does.
-        B: By pair of layers ``l <= m``.
-        D: By pair of layers ``l < m``; where ``l = m`` it is the diagonal matrix of slopes.
-        gain: Where ``B_ll`` is not formed, the ``U`` of :math:`B_{ll} = U Q U^T + diag(c)` with
-            the ``Q`` of the logits; ``B`` of this layer and the logits' is :math:`U Q`.
-        bend: There, the ``c``.
+        z: By layer, the entries of :math:`\tilde z_l` that meet trained rows of :math:`W_l`.
+        slope: By layer, :math:`\phi'_l(a_l)`.
+        g: By layer; carries the samples' weights in the loss, as ``B`` does.
+        B: By pair of layers ``l <= m``, ``(networks, width_l, width_m, samples)``.
+        D: By pair of layers ``l < m``, of that shape; ``D_ll`` is the diagonal matrix of slopes.
+        gain: By layer, where ``B_ll`` is not formed, the ``U`` of
+            :math:`B_{ll} = U Q U^T + \mathrm{diag}(c)` with the ``Q`` of the logits; ``B`` of this
+            layer and the logits' is :math:`U Q`.
+        bend: By the same layers, the ``c``.
     """
 
-    z: list[Rows]
-    slope: list[Rows]
-    g: dict[int, Rows]
+    z: list[Vectors]
+    slope: list[Vectors]
+    g: dict[int, Vectors]
     B: dict[tuple[int, int], Matrices]
     D: dict[tuple[int, int], Matrices]
     gain: dict[int, Matrices] = field(default_factory=dict)
-    bend: dict[int, Rows] = field(default_factory=dict)
+    bend: dict[int, Vectors] = field(default_factory=dict)
 
     @property
     def named(self) -> dict[Name, Tensor]:
-        """All of them but the data, which depend on no weights."""
+        """By name, all terms that depend on weights: all but the data, ``z`` of layer 0."""
         return {
             **{("z", layer): z for layer, z in enumerate(self.z) if layer},
             **{("slope", layer): slope for layer, slope in enumerate(self.slope)},
@@ -156,11 +161,11 @@ class Terms:
 
     @property
     def samples(self) -> int:
-        """How many there are."""
+        """The number of samples in the chunk."""
         return self.z[0].shape[-1]
 
     def of_samples(self, samples: slice) -> Terms:
-        """Those of some samples."""
+        """The terms of some of the samples."""
         return Terms(
             [z[..., samples] for z in self.z],
             [slope[..., samples] for slope in self.slope],
@@ -172,7 +177,7 @@ class Terms:
         )
 
     def like(self, named: Mapping[Name, Tensor]) -> Terms:
-        """Other tensors in the places of :attr:`named`."""
+        """Terms laid out as these, of other tensors: the inverse of :attr:`named`."""
         return Terms(
             [self.z[0], *(named["z", layer] for layer in range(1, len(self.z)))],
             [named["slope", layer] for layer in range(len(self.slope))],
@@ -185,7 +190,7 @@ class Terms:
 
 
 class _Activate(Function):
-    """An activation and its first two derivatives, which autograd can differentiate once more."""
+    """An activation and its first two derivatives; differentiated by the third that comes along."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,10 +205,13 @@ class _Activate(Function):
 
 
 class _AddDiagonal(Function):
-    """Add to the diagonal of matrices that nobody else has seen, in their place."""
+    """``matrices + diag(diagonal)`` in place, where no other operation has saved the matrices.
+
+    They are the largest of all terms, and autograd's own way would copy them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, matrices: Matrices, diagonal: Rows) -> Matrices:
+    def forward(ctx: Any, matrices: Matrices, diagonal: Vectors) -> Matrices:
         matrices.diagonal(dim1=1, dim2=2).add_(diagonal.mT)
         ctx.mark_dirty(matrices)
         return matrices
@@ -215,21 +223,24 @@ class _AddDiagonal(Function):
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Samples run through the networks: augmented inputs, logits, and the activations' derivatives.
+    r"""What a forward pass through the networks leaves at each layer.
 
-    ``slope`` and ``bend`` have one entry fewer than there are layers.
+    Attributes:
+        inputs: By layer, :math:`\tilde z_l`.
+        logits: The last layer's ``a``.
+        slope: By layer but the last, :math:`\phi'_l(a_l)`.
+        bend: By layer but the last, :math:`\phi''_l(a_l)`.
     """
 
-    inputs: list[Rows]
-    logits: Rows
-    slope: list[Rows]
-    bend: list[Rows]
+    inputs: list[Vectors]
+    logits: Vectors
+    slope: list[Vectors]
+    bend: list[Vectors]
 
 
 def forward(arch: Architecture, weights: Sequence[Tensor], data: Data) -> ForwardPass:
-    """Run samples through the networks."""
-    rows = data.x.mT
-    inputs, slopes, bends = [_augment(rows)], [], []
+    """The networks' forward pass, layer by layer."""
+    inputs, slopes, bends = [_augment(data.x.mT)], [], []
     a = batched_matmul(weights[0].mT, inputs[0])
     for activation, weight in zip(arch.activations, weights[1:], strict=True):
         value, slope, bend = _Activate.apply(a, activation)  # type: ignore[no-untyped-call]
@@ -240,12 +251,13 @@ def forward(arch: Architecture, weights: Sequence[Tensor], data: Data) -> Forwar
     return ForwardPass(inputs, a, slopes, bends)
 
 
-def _augment(rows: Rows) -> Rows:
-    return torch.cat([rows.new_ones(rows.shape[0], 1, rows.shape[2]), rows], dim=1)
+def _augment(z: Vectors) -> Vectors:
+    """``[1; z]``: the 1 meets the biases."""
+    return torch.cat([z.new_ones(z.shape[0], 1, z.shape[2]), z], dim=1)
 
 
-def top(arch: Architecture, logits: Rows, data: Data) -> tuple[Rows, Matrices]:
-    """``g`` and ``B`` of the logits."""
+def _at_logits(arch: Architecture, logits: Vectors, data: Data) -> tuple[Vectors, Matrices]:
+    """``g`` and ``B`` of the last layer: the loss's derivatives in the logits."""
     residual, curvature = logit_derivatives(
         arch.loss, logits.mT, data.y.to(logits.dtype), data.scale
     )
@@ -261,68 +273,84 @@ def compute_terms(
     *,
     last_in_factors: bool = False,
 ) -> Terms:
-    """Run samples through the networks and collect the factors of their Hessian's blocks.
+    """A forward pass, then ``g``, ``B`` and ``D`` of each layer from those of the layer above.
 
     Args:
         arch: What the networks share.
         weights: Of each layer, ``(networks, inputs + 1, outputs)``.
         data: The samples.
-        last_in_factors: Do not form the last hidden layer's ``B``; it must be the lowest trained.
+        last_in_factors: Leave the last hidden layer's ``B`` in the factors ``gain`` and ``bend``.
+            It must be the lowest trained layer: those below would need the whole.
     """
     last = len(weights) - 1
-    run = forward(arch, weights, data)
-    g: dict[int, Rows] = {}
+    passed = forward(arch, weights, data)
+    g: dict[int, Vectors] = {}
     B: dict[tuple[int, int], Matrices] = {}  # noqa: N806 - as in the formulas
     D: dict[tuple[int, int], Matrices] = {}  # noqa: N806
     gains: dict[int, Matrices] = {}
-    bends: dict[int, Rows] = {}
-    g[last], B[last, last] = top(arch, run.logits, data)
+    bends: dict[int, Vectors] = {}
+    g[last], B[last, last] = _at_logits(arch, passed.logits, data)
     for layer in range(last - 1, arch.lowest - 1, -1):
         above = layer + 1
-        slope, gain = run.slope[layer], weights[above][:, 1:]
-        # The diagonal block below needs the one above; other layers' matter where they are trained.
+        # V = V_l+1, (networks, M_l, M_l+1): W_l+1 without the biases, which meet no unit.
+        slope, outgoing = passed.slope[layer], weights[above][:, 1:]
+        # B_ll is made of B_l+1,l+1, whether that layer is trained or not. The others are for blocks
+        # alone: B_lm for that of W_l and W_m, D_lm for that of W_l and V_m+1.
         seconds = [m for m in range(above, last + 1) if m == above or arch.trains(m)]
         firsts = [m for m in range(above + 1, last) if arch.trains_beyond_bias(m + 1)]
-        parts = [g[above].unsqueeze(2)]
-        parts += [B[above, m] for m in seconds] + [D[above, m] for m in firsts]
-        widths = [part.shape[2] for part in parts]
-        pulled = gain @ torch.cat(parts, 2).flatten(2)
+        # g_l = diag(phi'_l) V g_l+1, B_lm = diag(phi'_l) V B_l+1,m, D_lm = diag(phi'_l) V D_l+1,m:
+        # one product of V, with the columns of all three side by side.
+        columns = [g[above].unsqueeze(2)]
+        columns += [B[above, m] for m in seconds] + [D[above, m] for m in firsts]
+        widths = [each.shape[2] for each in columns]
+        pulled = outgoing @ torch.cat(columns, 2).flatten(2)
         pulled = pulled.unflatten(2, (-1, slope.shape[2]))
-        into_g, *into = (slope.unsqueeze(2) * pulled).split(widths, 2)
-        g[layer] = into_g.squeeze(2)
-        for m, part in zip(seconds, into, strict=False):
-            B[layer, m] = part
-        for m, part in zip(firsts, into[len(seconds) :], strict=True):
-            D[layer, m] = part
+        g_below, *below = (slope.unsqueeze(2) * pulled).split(widths, 2)
+        g[layer] = g_below.squeeze(2)
+        for m, matrices in zip(seconds, below, strict=False):
+            B[layer, m] = matrices
+        for m, matrices in zip(firsts, below[len(seconds) :], strict=True):
+            D[layer, m] = matrices
         if above < last and arch.trains_beyond_bias(above + 1):
-            between = gain.unsqueeze(3) * run.slope[above].unsqueeze(1)
+            # D_l,l+1 = diag(phi'_l) V diag(phi'_l+1), where the rule for D begins.
+            between = outgoing.unsqueeze(3) * passed.slope[above].unsqueeze(1)
             D[layer, above] = slope.unsqueeze(2) * between
-        bend = run.bend[layer] * pulled[:, :, 0]
+        # c = phi''_l * V g_l+1, and V g_l+1 is the first column, before the slopes.
+        bend = passed.bend[layer] * pulled[:, :, 0]
         if last_in_factors:
-            gains[layer], bends[layer] = slope.unsqueeze(2) * gain.unsqueeze(3), bend
+            # U = diag(phi'_l) V, (networks, M_l, K, samples).
+            gains[layer], bends[layer] = slope.unsqueeze(2) * outgoing.unsqueeze(3), bend
             break
-        # B_l,l+1 V^T, transposed: it is symmetric up to the slopes.
-        across = gain @ B[layer, above].transpose(1, 2).flatten(2)
+        # B_ll = diag(phi'_l) V B_l,l+1^T + diag(c), since B_l,l+1 = diag(phi'_l) V B_l+1,l+1 holds
+        # one V and one slope already. It is symmetric, so the slopes may multiply rows.
+        across = outgoing @ B[layer, above].transpose(1, 2).flatten(2)
         across = across.unflatten(2, (-1, slope.shape[2])) * slope.unsqueeze(2)
         B[layer, layer] = _AddDiagonal.apply(across, bend)  # type: ignore[no-untyped-call]
-    z = [inputs[:, rows] for inputs, rows in zip(run.inputs, arch.rows, strict=True)]
-    return Terms(z, run.slope, g, B, D, gains, bends)
+    z = [inputs[:, rows] for inputs, rows in zip(passed.inputs, arch.rows, strict=True)]
+    return Terms(z, passed.slope, g, B, D, gains, bends)
 
 
 def loss_gradient(arch: Architecture, weights: Sequence[Tensor], data: Data) -> list[Tensor]:
-    """The gradient of the loss itself, summed over the samples."""
-    run = forward(arch, weights, data)
-    g, _ = logit_derivatives(arch.loss, run.logits.mT, data.y.to(run.logits.dtype), data.scale)
+    r"""The gradient of the loss in each layer's weights, :math:`\sum_i \tilde z_l g_l^T`.
+
+    All rows have one, trained or not: ``(networks, inputs + 1, outputs)`` a layer.
+    """
+    passed = forward(arch, weights, data)
+    logits = passed.logits
+    g, _ = logit_derivatives(arch.loss, logits.mT, data.y.to(logits.dtype), data.scale)
     g = g.mT
-    result = [batched_matmul(g, run.inputs[-1].mT).mT]
+    result = [batched_matmul(g, passed.inputs[-1].mT).mT]
     for layer in range(len(weights) - 2, -1, -1):
-        g = run.slope[layer] * (weights[layer + 1][:, 1:] @ g)
-        result.append(batched_matmul(g, run.inputs[layer].mT).mT)
+        g = passed.slope[layer] * (weights[layer + 1][:, 1:] @ g)
+        result.append(batched_matmul(g, passed.inputs[layer].mT).mT)
     return result[::-1]
 
 
 def batched_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` where ``right`` may be shared by all networks: then one flat product."""
+    """``left @ right``, where ``right`` may be shared by all networks.
+
+    Without its leading 1 PyTorch makes one tall product of a batch of small ones.
+    """
     if right.shape[0] == 1:
         return torch.matmul(left, right.squeeze(0))
     return torch.matmul(left, right)

@@ -1,4 +1,4 @@
-"""Both passes of the closed form in PyTorch, for one group of networks, on any device."""
+"""The moments and their gradient in PyTorch, on any device, for some networks of an ensemble."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd import grad
 
 from lowland.exact import by_parameters, by_samples, trace_alone
 from lowland.exact.blocks import dense
-from lowland.exact.by_parameters import Found
+from lowland.exact.by_parameters import Adjoints, Tiles
 from lowland.exact.plan import Plan
 from lowland.exact.size import Size
 from lowland.exact.terms import (
@@ -26,19 +26,22 @@ from lowland.exact.terms import (
 )
 
 PerNetwork = Float[Tensor, " networks"]
-Slopes = dict[Name, Tensor]
-Parts = Callable[[Terms], Iterable[Slopes]]
+
+# Of a chunk's terms, adjoints that add up to those of what is differentiated.
+Summands = Callable[[Terms], Iterable[Adjoints]]
+
+# Of weights and data, some tensors to differentiate.
 Values = Callable[[list[Tensor], Data], list[Tensor]]
 
 
 class TorchBackend:
-    """Some networks and their data, gone through run by run.
+    """Some networks and their data, gone through chunk by chunk of samples.
 
     Args:
         arch: What the networks share.
         weights: Of each layer, ``(networks, inputs + 1, outputs)``.
         data: The samples.
-        plan: Order of summation and sizes of its pieces.
+        plan: The order of summation, and how much is handled at a time.
         size: The extent of the problem.
         quantity: What is wanted.
         unbiased: Whether ``Tr H^2`` leaves out each sample's pair with itself.
@@ -63,36 +66,43 @@ class TorchBackend:
         self.plan, self.size, self.quantity, self.unbiased = plan, size, quantity, unbiased
         self.networks = weights[0].shape[0]
         total = data.samples
-        self.runs = [slice(i, min(i + plan.run, total)) for i in range(0, total, plan.run)]
-        # An average over pairs of different samples, where the sum has n^2 terms.
+        self.chunks = [slice(i, min(i + plan.chunk, total)) for i in range(0, total, plan.chunk)]
+        # The samples' weights of 1 / n make a sum over all pairs a mean over n^2 of them; of pairs
+        # of different samples there are n (n - 1).
         self.pairing = total / (total - 1) if unbiased else 1.0
 
         # Knows nothing of self: in a cycle the terms would live on until it is collected.
         def terms(index: int) -> Terms:
-            return compute(weights, data.of_samples(runs[index]))
+            return compute(weights, data.of_samples(chunks[index]))
 
-        runs, by_pairs = self.runs, plan.order == "samples"
+        chunks, by_pairs = self.chunks, plan.order == "samples"
         compute = self.compute_terms = partial(
             compute_terms, arch, last_in_factors=by_pairs and size.last_in_factors
         )
-        # Pairs of runs need each run many times: keep the terms if memory allows.
+        # Pairs of chunks need each chunk many times: keep the terms if memory allows.
         keep = by_pairs and plan.keep
         self.terms: Callable[[int], Terms] = lru_cache(None if keep else 1)(terms)
 
     def all_terms(self) -> Iterator[Terms]:
-        """The terms of each run, computed when asked for."""
-        return (self.terms(index) for index in range(len(self.runs)))
+        """The terms of each chunk, computed when asked for."""
+        return (self.terms(index) for index in range(len(self.chunks)))
 
-    def groups(self) -> Iterator[Found]:
-        """The pieces of ``H``, as many at a time as memory allows."""
-        for pieces in self.plan.pieces:
-            yield by_parameters.accumulate_pieces(self.arch, self.size, self.all_terms(), pieces)
+    def tiles(self) -> Iterator[Tiles]:
+        """All tiles of ``H``, as many at a time as memory allows."""
+        for group in self.plan.tiles:
+            yield by_parameters.accumulate_tiles(self.arch, self.size, self.all_terms(), group)
+
+    @property
+    def _trace_is_apart(self) -> bool:
+        """Whether ``Tr H`` is a sum of its own, rather than the diagonal of blocks of ``H``."""
+        return self.quantity == "trace" or self.plan.order == "samples"
 
     def moments(self) -> tuple[PerNetwork, PerNetwork, list[Tensor]]:
         """``Tr H``, ``Tr H^2``, and what the plan keeps for their gradient.
 
-        In the order "parameters" the blocks of ``H``; else the gradients of both moments, which
-        come with them at less than what it takes to compute the same terms again.
+        In the order "parameters" that is the blocks of ``H``; else the gradients of both moments,
+        layer by layer, first those of the trace: found now, they cost less than computing the same
+        terms again.
         """
         first, second = self.weights[0].new_zeros(2, self.networks)
         kept: list[Tensor] = []
@@ -106,51 +116,54 @@ class TorchBackend:
                 return self._trace(in_first), self._with_gradient(in_second), in_first + in_second
             first, second = self._trace(), self._over_samples()
         else:
-            for found in self.groups():
-                more_first, more_second = by_parameters.traces(self.size, found)
+            for tiles in self.tiles():
+                more_first, more_second = by_parameters.traces(self.size, tiles)
                 first, second = first + more_first, second + more_second
-                if self.plan.keep and len(self.plan.pieces) == 1:
-                    kept = [block for _, block in found]
-                del found
+                if self.plan.keep and len(self.plan.tiles) == 1:
+                    kept = [values for _, values in tiles]
+                del tiles  # or they would be held while the next ones are made
         if self.unbiased:
             alone = sum(by_samples.own(self.arch, terms).sum(1) for terms in self.all_terms())
             second = (second - alone) * self.pairing
         return first, second, kept
 
     def _zeros(self) -> list[Tensor]:
+        """What gradients in all weights are added to."""
         return [torch.zeros_like(weight) for weight in self.leaves]
 
     def _trace(self, gradient: list[Tensor] | None = None) -> PerNetwork:
-        """``Tr H``; its gradient is added to what is given."""
+        """``Tr H``; its gradient is added to ``gradient``, if that is given."""
         total = self.weights[0].new_zeros(self.networks)
-        for run in self.runs:
+        for chunk in self.chunks:
             with torch.set_grad_enabled(bool(gradient)):
-                trace = trace_alone.trace(self.arch, self.leaves, self.data.of_samples(run))
+                trace = trace_alone.trace(self.arch, self.leaves, self.data.of_samples(chunk))
             total += trace.detach()
             if gradient:
                 _chain(gradient, self.leaves, [trace], [torch.ones_like(total)])
         return total
 
     def _over_samples(self) -> PerNetwork:
+        """``Tr H^2`` as the sum over pairs of samples."""
         total = self.weights[0].new_zeros(self.networks)
-        for i in range(len(self.runs)):
+        for i in range(len(self.chunks)):
             left = self.terms(i)
-            for j in range(i, len(self.runs)):
-                # The double sum is symmetric: half of the pairs of runs count twice.
-                kernel = by_samples.pairs(self.arch, left, self.terms(j))
-                total.add_(kernel.sum((1, 2)), alpha=1 if i == j else 2)
+            for j in range(i, len(self.chunks)):
+                # The double sum is symmetric: pairs of different chunks count twice.
+                pairs = by_samples.pairs(self.arch, left, self.terms(j))
+                total.add_(pairs.sum((1, 2)), alpha=1 if i == j else 2)
         return total
 
     def _with_gradient(self, gradient: list[Tensor]) -> PerNetwork:
-        """``Tr H^2`` over pairs of samples; its gradient is added to what is given."""
+        """``Tr H^2`` as the sum over pairs of samples; its gradient is added to ``gradient``."""
         total = self.weights[0].new_zeros(self.networks)
-        count = len(self.runs)
+        count = len(self.chunks)
         with torch.enable_grad():
             terms = [self.compute_terms(self.leaves, self._data(i)) for i in range(count)]
         leaves = [_leaves(each) for each in terms]
         for i, left in enumerate(leaves):
             for j in range(i, count):
-                # Within a run one factor's share of the slope is half of it, as of two runs.
+                # Each value is weighed by 2: of two chunks since the pair counts twice, within one
+                # since only the left factors are differentiated, and the right ones give as much.
                 right = leaves[j] if j > i else _detached(left)
                 with torch.enable_grad():
                     value = by_samples.pairs(self.arch, left, right).sum((1, 2))
@@ -161,17 +174,19 @@ class TorchBackend:
                     alone = by_samples.own(self.arch, left).sum(1)
                 total -= alone.detach()
                 alone.backward(alone.new_full(alone.shape, -1))
-            slopes = {name: part.grad for name, part in left.named.items() if part.grad is not None}
-            values = [terms[i].named[name] for name in slopes]
-            _chain(gradient, self.leaves, values, list(slopes.values()))
+            adjoints = {
+                name: term.grad for name, term in left.named.items() if term.grad is not None
+            }
+            values = [terms[i].named[name] for name in adjoints]
+            _chain(gradient, self.leaves, values, list(adjoints.values()))
         for whole in gradient:
             whole.mul_(self.pairing)
         return self.pairing * total
 
     def pairs(self) -> Float[Tensor, "networks samples samples"]:
-        """The terms of the double sum over samples."""
+        """What each pair of samples adds to ``Tr H^2``."""
         rows = []
-        for index in range(len(self.runs)):
+        for index in range(len(self.chunks)):
             left = self.terms(index)
             row = [by_samples.pairs(self.arch, left, right) for right in self.all_terms()]
             rows.append(torch.cat(row, dim=2))
@@ -179,43 +194,55 @@ class TorchBackend:
 
     def hessian(self) -> Float[Tensor, "networks dim dim"]:
         """``H`` itself, if the plan holds all of it at a time."""
-        (found,) = self.groups()
-        return dense(self.size, found)
+        (tiles,) = self.tiles()
+        return dense(self.size, tiles)
 
     def gradient(
         self, trace_weight: PerNetwork, square_weight: PerNetwork, kept: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The gradient of ``trace_weight Tr H + square_weight Tr H^2`` in the weights."""
+        """The gradient of ``trace_weight Tr H + square_weight Tr H^2`` in the weights.
+
+        Args:
+            trace_weight: One for each network.
+            square_weight: One for each network.
+            kept: What :meth:`moments` has kept for it, if anything.
+        """
         leaves, total = self.leaves, self._zeros()
-        if kept and (self.plan.order == "samples" or self.quantity == "trace"):
+        if kept and self._trace_is_apart:  # the two gradients, to be weighed
             count = len(leaves)
-            for group, weight in ((kept[:count], trace_weight), (kept[count:], square_weight)):
-                for whole, part in zip(total, group, strict=False):
+            for gradients, weight in ((kept[:count], trace_weight), (kept[count:], square_weight)):
+                for whole, part in zip(total, gradients, strict=False):
                     whole.addcmul_(part, weight[:, None, None])
             return total
-        for index, parts in self._derivatives(trace_weight, square_weight, kept):
+        for index, summands in self._summands(trace_weight, square_weight, kept):
             with torch.enable_grad():
                 terms = self.compute_terms(leaves, self._data(index))
-            slopes = _add_up(parts(_detached(terms)))
-            _chain(total, leaves, [terms.named[name] for name in slopes], list(slopes.values()))
-        for run, slope in self._linear_part(trace_weight):
-            with torch.enable_grad():
-                trace = trace_alone.trace(self.arch, leaves, self.data.of_samples(run))
-            _chain(total, leaves, [trace], [slope])
+            adjoints = _add_up(summands(_detached(terms)))
+            _chain(total, leaves, [terms.named[name] for name in adjoints], list(adjoints.values()))
+        if self._trace_is_apart:
+            for chunk in self.chunks:
+                with torch.enable_grad():
+                    trace = trace_alone.trace(self.arch, leaves, self.data.of_samples(chunk))
+                _chain(total, leaves, [trace], [trace_weight])
         return total
 
     def sample_gradients(
         self, trace_weight: PerNetwork, square_weight: PerNetwork, kept: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The same, sample by sample: ``(networks, samples, inputs + 1, outputs)`` each."""
+        """Each sample's summand of :meth:`gradient`.
+
+        Returns:
+            For each layer ``(networks, samples, inputs + 1, outputs)``.
+        """
         result = [
             weight.new_zeros(self.networks, self.data.samples, *weight.shape[1:])
             for weight in self.weights
         ]
 
-        def chain(run: slice, values: Values, slopes: Sequence[Tensor]) -> None:
-            data = self.data.of_samples(run)
-            # As many networks as samples, with one sample each.
+        def chain(chunk: slice, values: Values, adjoints: Sequence[Tensor]) -> None:
+            data = self.data.of_samples(chunk)
+            # Autograd adds up over samples; of as many networks as samples, each with one sample of
+            # its own, the gradients come out one by one.
             leaves = [
                 weight.detach().repeat_interleave(data.samples, 0).requires_grad_()
                 for weight in self.weights
@@ -223,26 +250,27 @@ class TorchBackend:
             total = [torch.zeros_like(leaf) for leaf in leaves]
             with torch.enable_grad():
                 outputs = values(leaves, data.one_by_one(self.networks))
-            _chain(total, leaves, outputs, slopes)
+            _chain(total, leaves, outputs, adjoints)
             for whole, part in zip(result, total, strict=True):
-                whole[:, run] += part.unflatten(0, (self.networks, -1))
+                whole[:, chunk] += part.unflatten(0, (self.networks, -1))
 
-        for index, parts in self._derivatives(trace_weight, square_weight, kept):
-            slopes = _add_up(parts(self.terms(index)))
-            apart = [
-                slope.expand(self.networks, *slope.shape[1:])
+        for index, summands in self._summands(trace_weight, square_weight, kept):
+            adjoints = _add_up(summands(self.terms(index)))
+            one_by_one = [
+                adjoint.expand(self.networks, *adjoint.shape[1:])
                 .movedim(-1, 1)
                 .flatten(0, 1)
                 .unsqueeze(-1)
-                for slope in slopes.values()
+                for adjoint in adjoints.values()
             ]
-            chain(self.runs[index], partial(self._named_terms, list(slopes)), apart)
-        for run, slope in self._linear_part(trace_weight):
-            chain(
-                run,
-                lambda leaves, data: [trace_alone.trace(self.arch, leaves, data)],
-                [slope.repeat_interleave(run.stop - run.start)],
-            )
+            chain(self.chunks[index], partial(self._named_terms, list(adjoints)), one_by_one)
+        if self._trace_is_apart:
+            for chunk in self.chunks:
+                chain(
+                    chunk,
+                    lambda leaves, data: [trace_alone.trace(self.arch, leaves, data)],
+                    [trace_weight.repeat_interleave(chunk.stop - chunk.start)],
+                )
         return result
 
     def _named_terms(
@@ -252,87 +280,88 @@ class TorchBackend:
         return [named[name] for name in names]
 
     def _data(self, index: int) -> Data:
-        return self.data.of_samples(self.runs[index])
+        return self.data.of_samples(self.chunks[index])
 
-    def _linear_part(self, trace_weight: PerNetwork) -> Iterator[tuple[slice, PerNetwork]]:
-        """The trace's share, run by run, where it does not come with the blocks of ``H``."""
-        if self.quantity == "trace" or self.plan.order == "samples":
-            for run in self.runs:
-                yield run, trace_weight
-
-    def _derivatives(
+    def _summands(
         self, trace_weight: PerNetwork, square_weight: PerNetwork, kept: Sequence[Tensor]
-    ) -> Iterator[tuple[int, Parts]]:
-        """For each run what gives the moments' derivatives in its terms, in parts that add up.
+    ) -> Iterator[tuple[int, Summands]]:
+        r"""Of each chunk, by its index, what gives the adjoints of :math:`\langle C, H\rangle`.
 
-        A run may come up several times, once for each group of pieces.
+        A chunk may come up several times, once for each group of tiles. The trace is in it where it
+        is the diagonal of blocks of ``H``.
         """
         if self.quantity == "trace":
             return
         square_weight = self.pairing * square_weight
-        runs = range(len(self.runs))
+        chunks = range(len(self.chunks))
         if self.plan.order == "samples":
-            for index in runs:
+            for index in chunks:
                 yield index, partial(self._of_pairs, square_weight, index)
         else:
-            whole = [list(zip(self.plan.pieces[0], kept, strict=True))] if kept else self.groups()
-            for found in whole:
-                matrix = by_parameters.coefficients(self.size, found, trace_weight, square_weight)
-                del found
-                for index in runs:
-                    yield index, partial(self._of_blocks, matrix)
+            groups = [list(zip(self.plan.tiles[0], kept, strict=True))] if kept else self.tiles()
+            for tiles in groups:
+                matrix = by_parameters.coefficients(self.size, tiles, trace_weight, square_weight)
+                del tiles  # C takes the place of H
+                for index in chunks:
+                    yield index, partial(self._of_tiles, matrix)
                 del matrix
         if self.unbiased:
-            for index in runs:
+            for index in chunks:
                 yield index, partial(self._of_own, square_weight)
 
-    def _of_blocks(self, matrix: Found, terms: Terms) -> Iterator[Slopes]:
-        for piece, part in matrix:
-            yield by_parameters.derivatives(self.arch, terms, piece, part)
+    def _of_tiles(self, matrix: Tiles, terms: Terms) -> Iterator[Adjoints]:
+        """The adjoints of ``<C, H>`` over some tiles of both."""
+        for tile, values in matrix:
+            yield by_parameters.adjoints(self.arch, terms, tile, values)
 
-    def _of_pairs(self, weight: PerNetwork, index: int, terms: Terms) -> Iterator[Slopes]:
-        for other in range(len(self.runs)):
-            # Twice: the other sample's share of a pair is the same, when it is its turn.
+    def _of_pairs(self, weight: PerNetwork, index: int, terms: Terms) -> Iterator[Adjoints]:
+        """The adjoints of ``weight Tr H^2`` over all pairs with a sample of one chunk."""
+        for other in range(len(self.chunks)):
+            # Twice: a pair's two samples have equal shares, and each chunk finds only its own.
             right = terms if other == index else self.terms(other)
-            kernel = partial(by_samples.pairs, self.arch, right=right)
-            yield _slopes(terms, kernel, 2 * weight[:, None, None])
+            value = partial(by_samples.pairs, self.arch, right=right)
+            yield _adjoints(terms, value, 2 * weight[:, None, None])
 
-    def _of_own(self, weight: PerNetwork, terms: Terms) -> Iterator[Slopes]:
-        yield _slopes(terms, partial(by_samples.own, self.arch), -weight[:, None])
+    def _of_own(self, weight: PerNetwork, terms: Terms) -> Iterator[Adjoints]:
+        """The adjoints of what the samples' pairs with themselves take from ``weight Tr H^2``."""
+        yield _adjoints(terms, partial(by_samples.own, self.arch), -weight[:, None])
 
     def loss_gradient(self) -> list[Tensor]:
         """The gradient of the loss itself in the weights."""
         total = [torch.zeros_like(weight) for weight in self.weights]
-        for run in self.runs:
-            parts = loss_gradient(self.arch, self.weights, self.data.of_samples(run))
-            for whole, part in zip(total, parts, strict=True):
+        for chunk in self.chunks:
+            gradients = loss_gradient(self.arch, self.weights, self.data.of_samples(chunk))
+            for whole, part in zip(total, gradients, strict=True):
                 whole.add_(part)
         return total
 
 
 def _detached(terms: Terms) -> Terms:
-    return terms.like({name: part.detach() for name, part in terms.named.items()})
+    """Equal terms that autograd takes for constants."""
+    return terms.like({name: term.detach() for name, term in terms.named.items()})
 
 
 def _leaves(terms: Terms) -> Terms:
-    return terms.like({name: part.detach().requires_grad_() for name, part in terms.named.items()})
+    """Equal terms that autograd differentiates in, without what they came from."""
+    return terms.like({name: term.detach().requires_grad_() for name, term in terms.named.items()})
 
 
-def _slopes(terms: Terms, kernel: Callable[[Terms], Tensor], weight: Tensor) -> Slopes:
-    """The derivatives of ``sum weight * kernel(terms)`` in the terms."""
+def _adjoints(terms: Terms, function: Callable[[Terms], Tensor], weight: Tensor) -> Adjoints:
+    """The derivatives of ``sum weight * function(terms)`` in the terms."""
     terms = _leaves(terms)
     named = terms.named
     with torch.enable_grad():
-        value = kernel(terms)
-    parts = grad(value, list(named.values()), weight.expand_as(value), allow_unused=True)
-    return {name: part for name, part in zip(named, parts, strict=True) if part is not None}
+        value = function(terms)
+    found = grad(value, list(named.values()), weight.expand_as(value), allow_unused=True)
+    return {name: each for name, each in zip(named, found, strict=True) if each is not None}
 
 
-def _add_up(parts: Iterable[Slopes]) -> Slopes:
-    total: Slopes = {}
-    for part in parts:
-        for name, slope in part.items():
-            total[name] = total[name] + slope if name in total else slope
+def _add_up(summands: Iterable[Adjoints]) -> Adjoints:
+    """Term by term the sum of adjoints, of which each may lack some terms."""
+    total: Adjoints = {}
+    for adjoints in summands:
+        for name, adjoint in adjoints.items():
+            total[name] = total[name] + adjoint if name in total else adjoint
     return total
 
 
@@ -340,17 +369,19 @@ def _chain(
     total: list[Tensor],
     leaves: list[Tensor],
     values: Sequence[Tensor],
-    slopes: Sequence[Tensor],
+    adjoints: Sequence[Tensor],
 ) -> None:
-    """Add the gradient of ``sum <slopes, values>`` in the leaves."""
+    """Add the gradient of ``sum <adjoints, values>`` in the leaves to ``total``."""
     used = [
-        (value, slope) for value, slope in zip(values, slopes, strict=True) if value.requires_grad
+        (value, adjoint)
+        for value, adjoint in zip(values, adjoints, strict=True)
+        if value.requires_grad
     ]
     if not used:
         return
-    parts = grad(
-        [value for value, _ in used], leaves, [slope for _, slope in used], allow_unused=True
+    gradients = grad(
+        [value for value, _ in used], leaves, [adjoint for _, adjoint in used], allow_unused=True
     )
-    for whole, part in zip(total, parts, strict=True):
+    for whole, part in zip(total, gradients, strict=True):
         if part is not None:
             whole.add_(part)

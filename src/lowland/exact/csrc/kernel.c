@@ -1,11 +1,11 @@
 /* The order "parameters" for three-layer networks of one output, compiled.
  *
- * The arithmetic is that of terms.py and parameters.py, the readable reference that tests hold it
- * to. What it adds is that a block of samples stays in the cache from its inputs to its share of
+ * The arithmetic is that of terms.py and by_parameters.py, the readable reference that tests hold it
+ * to. What it adds is that a chunk of samples stays in the cache from its inputs to its share of
  * the Hessian: element-wise passes over main memory cost more than the matrix products between
  * them.
  *
- * A block lays quantities out as rows over consecutive samples. With the packed pairs of rows
+ * A chunk lays quantities out as rows over consecutive samples. With the packed pairs of rows
  *
  *     X[kk'] = x_k x_k'                        k <= k'
  *     S[jj'] = q u_j u_j' + [j = j'] r c_j     j <= j'
@@ -27,19 +27,19 @@ enum { IDENTITY, SIGMOID, TANH, SOFTPLUS, GELU, SILU, LEAKY_RELU };
 enum { BCE, MSE };
 enum { BOTH, TRACE_ALONE, LOSS };
 
-/* A problem as the caller describes it; the order of the fields is that of compiled.py. */
+/* A problem as the caller describes it; the order of the fields is that of c_backend.py. */
 typedef struct {
     int64_t networks, samples, inputs, hidden;
     int64_t x_start, x_stop; /* trained rows of [1; x] */
     int64_t z_start, z_stop; /* trained rows of [1; z] */
     int64_t x_stride, y_stride, scale_stride; /* between networks; 0 if they share the data */
-    int64_t block;   /* samples in a block, a multiple of 16 */
+    int64_t chunk;   /* samples in a chunk, a multiple of 16 */
     int32_t activation, loss, mode;
     int32_t pad;
     double negative_slope, scale;
 } Problem;
 
-/* One thread's part of the work, with the order of the fields as in compiled.py. */
+/* One thread's part of the work, with the order of the fields as in c_backend.py. */
 typedef struct {
     Problem problem;
     const void *w, *v, *x, *y, *scale;                  /* of its first network */

@@ -1,4 +1,4 @@
-"""What is chosen, and into which pieces it is cut."""
+"""What is chosen, and into which tiles it is cut."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowland.exact import blocks, plan
-from lowland.exact.plan import LONGEST_RUN, cost, make_linear_plan, make_plan, work
+from lowland.exact.plan import LONGEST_CHUNK, cost, make_trace_plan, make_plan, work
 from lowland.exact.size import Size
 
 GENEROUS = 1 << 38
@@ -81,11 +81,11 @@ def test_what_is_kept_for_the_way_back_takes_a_quarter_of_the_budget(
             kept = (
                 found.networks
                 * size.samples
-                * plan.term_rows(size, in_factors=size.last_in_factors)
+                * plan.term_floats(size, in_factors=size.last_in_factors)
             )
         else:
             kept = size.networks * blocks.entries(size)
-            assert not found.keep or len(found.pieces) == 1
+            assert not found.keep or len(found.tiles) == 1
         assert not found.keep or 8 * kept <= budget // 4
     small = replace(size, networks=1, samples=min(size.samples, 5))
     for order in ("samples", "parameters"):
@@ -106,17 +106,17 @@ def test_the_compiled_codes_matrices_take_half_of_the_budget(inputs, hidden, bit
 
 @pytest.mark.parametrize("order", ["samples", "parameters"])
 def test_runs_are_about_equal_and_fit_the_cache_of_a_processor(order):
-    size = size_of(3, 4, 2, samples=LONGEST_RUN + 2)
-    assert make_plan(size, order, GENEROUS, on_cpu=True, compiled=False).run == LONGEST_RUN // 2 + 1
+    size = size_of(3, 4, 2, samples=LONGEST_CHUNK + 2)
+    assert make_plan(size, order, GENEROUS, on_cpu=True, compiled=False).chunk == LONGEST_CHUNK // 2 + 1
     on_device = make_plan(size, order, GENEROUS, on_cpu=False, compiled=False)
-    assert on_device.run == LONGEST_RUN + 2
+    assert on_device.chunk == LONGEST_CHUNK + 2
 
 
 def test_the_trace_alone_takes_runs_four_times_as_long():
-    size = size_of(3, 4, 2, samples=4 * LONGEST_RUN + 2)
-    assert make_linear_plan(size, GENEROUS, on_cpu=True, compiled=False).run == 2 * LONGEST_RUN + 1
-    on_device = make_linear_plan(size, GENEROUS, on_cpu=False, compiled=False)
-    assert on_device.run == 4 * LONGEST_RUN + 2
+    size = size_of(3, 4, 2, samples=4 * LONGEST_CHUNK + 2)
+    assert make_trace_plan(size, GENEROUS, on_cpu=True, compiled=False).chunk == 2 * LONGEST_CHUNK + 1
+    on_device = make_trace_plan(size, GENEROUS, on_cpu=False, compiled=False)
+    assert on_device.chunk == 4 * LONGEST_CHUNK + 2
 
 
 @pytest.mark.parametrize("samples", [1, 50])
@@ -124,10 +124,10 @@ def test_a_budget_for_the_trace_holds_the_weights_and_a_sample(samples):
     size = size_of(200, 100, 3, samples=samples)
     weights = 6 * 8 * (201 * 100 + 101 * 3)
     with pytest.raises(ValueError, match="one sample's terms take"):
-        make_linear_plan(size, weights, on_cpu=True, compiled=False)
-    one = plan._linear_rows(size) * 8
-    found = make_linear_plan(size, weights + one, on_cpu=True, compiled=False)
-    assert (found.run, found.networks) == (1, 1)
+        make_trace_plan(size, weights, on_cpu=True, compiled=False)
+    one = plan._trace_floats(size) * 8
+    found = make_trace_plan(size, weights + one, on_cpu=True, compiled=False)
+    assert (found.chunk, found.networks) == (1, 1)
 
 
 def test_runs_that_memory_makes_short_make_the_order_over_samples_dearer():

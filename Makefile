@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo reproduce test install check bench clean
+.PHONY: demo reproduce test install check bench mutation clean
 
 demo: $(STAMP)  ## train on real patient data with and without curvature control
 	$(BIN)/lowland compare --out lowland-results/compare
@@ -28,6 +28,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/training.py --keep
 	$(BIN)/python benchmarks/weakness.py --keep
 	$(BIN)/python benchmarks/illusion.py --keep
+
+mutation: $(STAMP)  ## break lines on purpose and see whether the tests notice
+	$(BIN)/python benchmarks/mutation.py
 
 # The stamp is written last: an interrupted set-up leaves none, and the next run starts afresh.
 $(STAMP): pyproject.toml constraints.txt $(wildcard src/lowland/exact/csrc/*)

@@ -67,6 +67,21 @@ def test_the_dearer_order_is_taken_where_it_alone_fits():
         make_plan(size, "samples", 3 << 20, on_cpu=True, compiled=False)
 
 
+def test_the_cheaper_order_is_not_taken_where_it_does_not_fit():
+    size = size_of(12, 5, samples=50)
+    assert cost(size, "parameters") < cost(size, "samples")
+    assert make_plan(size, "auto", 14_000, on_cpu=True, compiled=False).order == "samples"
+    with pytest.raises(ValueError, match="too small for order='parameters'"):
+        make_plan(size, "parameters", 14_000, on_cpu=True, compiled=False)
+
+
+def test_a_matrix_in_pieces_is_not_kept_small_as_it_may_be():
+    found = make_plan(size_of(5, 5), "parameters", 12_288, on_cpu=True, compiled=False)
+    assert len(found.pieces) > 1
+    assert 8 * blocks.entries(size_of(5, 5)) <= 12_288 // 4
+    assert not found.keep
+
+
 @given(**drawn, bits=st.integers(14, 28))
 def test_what_is_kept_for_the_way_back_takes_a_quarter_of_the_budget(
     widths, samples, networks, bits

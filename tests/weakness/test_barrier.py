@@ -140,8 +140,9 @@ def test_a_direction_in_which_points_differ_by_little_counts():
 
 
 def test_who_is_out_of_the_hull_by_little_escapes_as_well():
-    train = torch.tensor([[0.0, 1.0], [1.0, 1.0], [3.0, 1.0]]).double()
-    unseen = torch.tensor([[1.0, 1.0 + 1e-6], [1.0, 1.0]]).double()
+    train = torch.tensor([[0.0, 1.0, 1.0], [1.0, 2.0, 3.0], [3.0, 1.0, 4.0]]).double()
+    unseen = torch.tensor([[1.0, 1.0, 2.0 + 1e-6], [1.0, 1.0, 2.0]]).double()
     cone = build_cone(train, torch.tensor([0, 0, 1]), unseen, 2)
     layers = Interior(cone, find_layer(Findings(cone))).escapes()
     assert (cone.unseen[0] @ layers.transpose(0, 2, 1)).argmax(1).tolist() == [0, 1]
+    assert all((margins(cone, layer) > 0).all() for layer in layers)

@@ -304,6 +304,14 @@ def test_findings_that_were_tampered_with_do_not_hold():
     findings.witness[x, c] = others[0]
     assert not findings.hold()
 
+    # A layer that puts every point into one class does not classify the training points.
+    findings = found()
+    constant = np.zeros_like(findings.layers[0])
+    constant[c, -1] = 1.0
+    findings.witness[x, c] = len(findings.layers)
+    findings.layers.append(constant)
+    assert not findings.hold()
+
     findings = found()
     (pair, proof), *_ = findings.proofs.items()
     findings.proofs[pair] = Proof(proof.point[1:], proof.against[1:], proof.weight[1:])

@@ -34,3 +34,11 @@ def test_split_r_hat_compares_the_halves_of_chains():
     expected = (4 / 5 + 7**2 / 2 / within).sqrt()
     torch.testing.assert_close(split_r_hat(apart), expected)
     assert split_r_hat(alike[:, :3]).isinf().all()
+
+
+def test_no_step_toward_the_center_leaves_the_polytope():
+    # Of a thousand walls to one on the other side: a whole step of Newton's would overshoot.
+    rows = torch.tensor([[1.0]] * 1000 + [[-1.0]]).double()
+    offset = torch.tensor([0.6] * 1000 + [0.4]).double()
+    center, _ = analytic_center(Polytope(rows, offset))
+    assert center.item() == pytest.approx(1000 / 1001 - 0.6)

@@ -48,6 +48,15 @@ def test_a_sure_class_wins_wherever_roundings_may_have_moved_the_point(seed, siz
     assert found < 0 or never_loses(layers, points[0], found)
 
 
+def test_a_lead_that_the_roundings_of_coordinates_take_back_makes_no_class_sure():
+    point = np.array([1.0, 1.0])
+    for units in range(2, 200, 2):
+        layer = np.array([[1.0, 0.0], [-1.0, 2.0 - units * 2.0**-53]])
+        (found,) = sure_classes(layer[None], point[None])[0]
+        assert found < 0 or never_loses(layer, point, found)
+    assert found == 0
+
+
 def test_a_sum_that_is_rounded_up_at_each_step_makes_no_class_sure():
     # Each addition to 1 rounds by nearly half of the last bit, always in the same direction.
     size = 40

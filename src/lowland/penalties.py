@@ -16,6 +16,7 @@ from torch.autograd import grad
 from lowland.batches import rows
 from lowland.criteria import Criterion, scalar_loss
 from lowland.engines import Engine, Method, check_method, choose
+from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.limits import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments
@@ -59,6 +60,7 @@ class CurvaturePenalty(nn.Module, ABC):
     Raises:
         TypeError: If the criterion cannot be called, the weight or the budget is no number, or the
             generator is none.
+        UnsupportedModelError: If an engine without the gradient of four moments is asked for.
         ValueError: If the weight is negative or not finite, or another setting makes no sense.
 
     Notes:
@@ -68,7 +70,7 @@ class CurvaturePenalty(nn.Module, ABC):
 
     used: str | None = None
     count: int = 2
-    """How many moments :meth:`value` reads: 1 for ``Tr H`` alone, or 2."""
+    """How many moments :meth:`value` reads: 1 for ``Tr H`` alone, 2, or 4."""
 
     def __init__(
         self,
@@ -96,6 +98,11 @@ class CurvaturePenalty(nn.Module, ABC):
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be a finite number of at least 0; got {weight}")
         check_method(method)
+        if self.count > 2 and method in ("exact", "probes"):
+            raise UnsupportedModelError(
+                f"{type(self).__name__} is a function of four moments, of which method={method!r} "
+                "knows no gradient: use method='dense'"
+            )
         estimation = Estimation(probes, products, generator, unbiased, memory_budget)
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1; got {every!r}")
@@ -172,7 +179,9 @@ class CurvaturePenalty(nn.Module, ABC):
         return objective(model, self.criterion, x, y, self._subset)
 
     def _engine(self, target: Objective) -> Engine:
-        engine = choose(target, self.method, self.estimation, count=self.count, dense_limit=0)
+        # Of four moments brute force alone knows the gradient; of two it is never worth its price.
+        method: Method = "dense" if self.count > 2 else self.method
+        engine = choose(target, method, self.estimation, count=self.count, dense_limit=0)
         self.used = engine.name
         return engine
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
 
+from lowland.activations import has_kinks
 from lowland.estimation import Products
 from lowland.objective import (
     Gradient,
@@ -434,7 +435,7 @@ def warn_of_kinks(model: nn.Module) -> None:
     Functions called in a ``forward`` are not seen.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _WITH_KINKS):
+        if isinstance(module, _KINKED_POOLS) or has_kinks(module):
             warnings.warn(
                 f"products='differences' with layer {name!r}, {type(module).__name__}: the "
                 "gradient jumps at its kinks, and differences across them can be many times what "
@@ -445,24 +446,9 @@ def warn_of_kinks(model: nn.Module) -> None:
             return
 
 
-_WITH_KINKS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.RReLU,
-    nn.Hardtanh,
-    nn.Hardshrink,
-    nn.Softshrink,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Threshold,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d,
+_KINKED_POOLS = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
 )
 
 

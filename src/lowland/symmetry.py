@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lowland.activations import is_elementwise, is_homogeneous
 from lowland.errors import UnsupportedModelError
 from lowland.layers import has_hooks, is_as_inherited, is_plain_sequence, walk
 from lowland.validation import check_initialized, check_tensor, is_number
@@ -25,11 +26,10 @@ _POOLS = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
 )
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Flatten, *_POOLS, *_DROPOUTS)
-_SMOOTH = (nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU, nn.SELU, nn.CELU, nn.Mish)
-_OTHER = (nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softsign, nn.LogSigmoid)
+# Beside activations, of which lowland.activations knows.
+_HOMOGENEOUS = (nn.Flatten, *_POOLS, *_DROPOUTS)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_BY_UNIT = (*_HOMOGENEOUS, *_SMOOTH, *_OTHER, *_NORMS)
+_BY_UNIT = (*_HOMOGENEOUS, *_NORMS)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def rescale(model: nn.Module, layer: int, factor: float | Tensor) -> nn.Sequenti
     changed = _copy(model)
     junction = _junction(changed, layer)
     for module in junction.between:
-        if not isinstance(module, _HOMOGENEOUS):
+        if not (isinstance(module, _HOMOGENEOUS) or is_homogeneous(module)):
             raise UnsupportedModelError(
                 f"rescale keeps predictions only where everything between layers {layer} and "
                 f"{layer + 1} is positively homogeneous, such as ReLU, leaky ReLU, pooling, "
@@ -130,7 +130,7 @@ def permute(model: nn.Module, layer: int, order: Int[Tensor, " units"]) -> nn.Se
     changed = _copy(model)
     junction = _junction(changed, layer)
     for module in junction.between:
-        if not isinstance(module, _BY_UNIT):
+        if not (isinstance(module, _BY_UNIT) or is_elementwise(module)):
             raise UnsupportedModelError(
                 f"permute needs to know that what stands between layers {layer} and {layer + 1} "
                 f"treats each unit by itself; got {type(module).__name__}"

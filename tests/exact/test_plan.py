@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowland.exact import blocks, plan
-from lowland.exact.plan import LONGEST_CHUNK, cost, make_trace_plan, make_plan, work
+from lowland.exact.plan import LONGEST_CHUNK, cost, make_plan, make_trace_plan, work
 from lowland.exact.size import Size
 
 GENEROUS = 1 << 38
@@ -122,14 +122,19 @@ def test_the_compiled_codes_matrices_take_half_of_the_budget(inputs, hidden, bit
 @pytest.mark.parametrize("order", ["samples", "parameters"])
 def test_runs_are_about_equal_and_fit_the_cache_of_a_processor(order):
     size = size_of(3, 4, 2, samples=LONGEST_CHUNK + 2)
-    assert make_plan(size, order, GENEROUS, on_cpu=True, compiled=False).chunk == LONGEST_CHUNK // 2 + 1
+    assert (
+        make_plan(size, order, GENEROUS, on_cpu=True, compiled=False).chunk
+        == LONGEST_CHUNK // 2 + 1
+    )
     on_device = make_plan(size, order, GENEROUS, on_cpu=False, compiled=False)
     assert on_device.chunk == LONGEST_CHUNK + 2
 
 
 def test_the_trace_alone_takes_runs_four_times_as_long():
     size = size_of(3, 4, 2, samples=4 * LONGEST_CHUNK + 2)
-    assert make_trace_plan(size, GENEROUS, on_cpu=True, compiled=False).chunk == 2 * LONGEST_CHUNK + 1
+    assert (
+        make_trace_plan(size, GENEROUS, on_cpu=True, compiled=False).chunk == 2 * LONGEST_CHUNK + 1
+    )
     on_device = make_trace_plan(size, GENEROUS, on_cpu=False, compiled=False)
     assert on_device.chunk == 4 * LONGEST_CHUNK + 2
 

@@ -1,5 +1,6 @@
 """The closed form: exact moments, their gradient, and what contributes to it."""
 
+from lowland.activations import register_activation
 from lowland.criteria import register_criterion
 from lowland.exact.api import hessian, loss_gradient, moments, trace
 from lowland.exact.attribution import (
@@ -18,6 +19,7 @@ __all__ = [
     "loss_gradient",
     "moments",
     "pair_contributions",
+    "register_activation",
     "register_criterion",
     "sample_contributions",
     "trace",

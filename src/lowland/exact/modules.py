@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lowland.activations import ACTIVATIONS, Activation, compose, leaky_relu
+from lowland.activations import ACTIVATIONS, Activation, compose, read_activation
 from lowland.criteria import Criterion, encode, read_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.exact.setup import Setup, prepare
@@ -112,7 +112,7 @@ def _read_layers(model: nn.Module) -> _Network:
             _require_plain_flatten(layer, name)
             flat = flat or not layers  # beyond them there is nothing left to flatten
         elif not _does_nothing(layer):
-            activation = _read_activation(layer)
+            activation = read_activation(layer)
             if activation is None:
                 raise UnsupportedModelError(_not_covered(name, layer))
             if layers:
@@ -195,31 +195,3 @@ def _require_fit(layers: list[nn.Linear]) -> None:
                 f"the layers do not fit: {first} gives {first.out_features} values and {second} "
                 f"takes {second.in_features}; make them equal"
             )
-
-
-_MODULES: dict[type[nn.Module], str] = {
-    nn.Identity: "identity",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.Softplus: "softplus",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-}
-
-# PyTorch's softplus is a straight line beyond its threshold; from here on the bend that it leaves
-# out is at most 2e-9.
-_SOFTPLUS_THRESHOLD = 20
-
-
-def _read_activation(layer: nn.Module) -> Activation | None:
-    if type(layer) is nn.LeakyReLU:
-        return leaky_relu(layer.negative_slope)
-    if isinstance(layer, nn.GELU) and layer.approximate != "none":
-        return None
-    if isinstance(layer, nn.Softplus) and (
-        layer.beta != 1 or layer.threshold < _SOFTPLUS_THRESHOLD
-    ):
-        return None
-    name = _MODULES.get(type(layer))
-    return None if name is None else ACTIVATIONS[name]

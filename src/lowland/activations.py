@@ -30,6 +30,15 @@ class Activation:
             None. Then phi'' = phi''' = 0 wherever they exist, and moments are exact for almost
             every parameter vector; on a kink they are those of the piece that PyTorch's own
             derivative picks.
+
+    Example:
+        >>> import torch
+        >>> from lowland.activations import Activation
+        >>> def derivatives(a):
+        ...     return torch.sin(a), torch.cos(a), -torch.sin(a), -torch.cos(a)
+        >>> sine = Activation("sine", derivatives)
+        >>> sine(torch.zeros(2))[1]  # the slope
+        tensor([1., 1.])
     """
 
     name: str
@@ -83,13 +92,28 @@ def _leaky_relu(a: Tensor, slope: float) -> Derivatives:
 
 
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
-    """``max(a, 0) + negative_slope * min(a, 0)``; zero slope is the ReLU."""
+    """``max(a, 0) + negative_slope * min(a, 0)``; zero slope is the ReLU.
+
+    Example:
+        >>> import torch
+        >>> from lowland.activations import leaky_relu
+        >>> leaky_relu(0.1)(torch.tensor([-2.0, 3.0]))[0]
+        tensor([-0.2000,  3.0000])
+    """
     name = "relu" if negative_slope == 0 else "leaky_relu"
     return Activation(name, partial(_leaky_relu, slope=negative_slope), negative_slope)
 
 
 def compose(outer: Activation, inner: Activation | None) -> Activation:
-    """``outer(inner(a))`` by the chain rule; ``outer`` alone if there is no ``inner``."""
+    """``outer(inner(a))`` by the chain rule; ``outer`` alone if there is no ``inner``.
+
+    Example:
+        >>> import torch
+        >>> from lowland.activations import compose, get_activation
+        >>> twice = compose(get_activation("tanh"), get_activation("tanh"))
+        >>> twice(torch.tensor(0.5))[0] == torch.tanh(torch.tanh(torch.tensor(0.5)))
+        tensor(True)
+    """
     if inner is None:
         return outer
 
@@ -126,6 +150,13 @@ def get_activation(activation: str | Activation) -> Activation:
 
     Raises:
         ValueError: If the name is not one of ``ACTIVATIONS``.
+
+    Example:
+        >>> import torch
+        >>> from lowland.activations import get_activation
+        >>> value, slope, bend, twist = get_activation("tanh")(torch.zeros(1))
+        >>> slope, twist
+        (tensor([1.]), tensor([-2.]))
     """
     if isinstance(activation, Activation):
         return activation

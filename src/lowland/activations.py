@@ -53,6 +53,7 @@ class Activation:
 def _sigmoid_family(a: Tensor) -> Derivatives:
     high, low = torch.sigmoid(a), torch.sigmoid(-a)  # low = 1 - high, without the cancellation
     slope = high * low
+    # slope' = slope (low - high), and (low - high)^2 = 1 - 4 slope.
     return high, slope, slope * (low - high), slope * (1 - 6 * slope)
 
 
@@ -65,6 +66,7 @@ def _tanh(a: Tensor) -> Derivatives:
     value = torch.tanh(a)
     # sech(a)^2 as a product of sigmoids: 1 - tanh(a)^2 has no digits left for |a| > 20.
     slope = 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
+    # slope' = -2 value slope, and value^2 = 1 - slope.
     return value, slope, -2 * value * slope, slope * (4 - 6 * slope)
 
 
@@ -76,12 +78,13 @@ def _softplus(a: Tensor) -> Derivatives:
 def _gelu(a: Tensor) -> Derivatives:
     cdf = 0.5 * torch.special.erfc(a * -math.sqrt(0.5))  # erfc keeps the left tail's digits
     square = a * a
-    pdf = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))
+    pdf = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))  # pdf' = -a pdf
     return a * cdf, cdf + a * pdf, pdf * (2 - square), pdf * a * (square - 4)
 
 
 def _silu(a: Tensor) -> Derivatives:
     high, slope, bend, twist = _sigmoid_family(a)
+    # The k-th derivative of a f is a f^(k) + k f^(k - 1).
     return a * high, high + a * slope, 2 * slope + a * bend, 3 * bend + a * twist
 
 

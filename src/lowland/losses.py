@@ -118,6 +118,8 @@ class Loss:
 
 
 class _SeparableFunction(Function):
+    """``(r, q)`` as functions of the logits: the chain rule by ``dr/ds = q`` and ``dq/ds = t``."""
+
     @staticmethod
     def forward(ctx: Any, _: Tensor, derivatives: Separable) -> tuple[Tensor, Tensor]:
         residual, curvature, third = derivatives
@@ -131,6 +133,8 @@ class _SeparableFunction(Function):
 
 
 class _CoupledFunction(Function):
+    """``(r, Q)`` as functions of the logits: ``dr/ds = Q``, and ``third`` is ``d<A, Q>/ds``."""
+
     @staticmethod
     def forward(
         ctx: Any, _: Tensor, derivatives: Coupled, scale: float | Tensor
@@ -144,19 +148,20 @@ class _CoupledFunction(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (curvature,) = ctx.saved_tensors
-        adjoint = 0.5 * (grads[1] + grads[1].mT)
+        adjoint = 0.5 * (grads[1] + grads[1].mT)  # Q is symmetric: only this part of it counts
         chained = (curvature @ grads[0].unsqueeze(-1)).squeeze(-1)
         return chained + ctx.third(adjoint) * ctx.scale, None, None
 
 
 def _last(scale: float | Tensor) -> float | Tensor:
+    """Weights ``(..., samples, 1)`` of samples in a shape that multiplies their matrices."""
     return scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale
 
 
 def logit_derivatives(
     loss: Loss, logits: Tensor, targets: Tensor, scale: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The first and second derivatives, which autograd can differentiate once more.
+    """A loss's first and second derivatives in the logits, with a backward pass by its third.
 
     Args:
         loss: The loss.
@@ -181,7 +186,7 @@ def logit_derivatives(
 
 
 def read_derivatives(loss: Loss, logits: Tensor, targets: Tensor) -> Separable | Coupled:
-    """What a loss says at these logits, required to have the shapes that were agreed on.
+    """A loss's derivatives at some logits, checked for the types and shapes that it promises.
 
     Raises:
         TypeError: If it is no :class:`Separable` or :class:`Coupled`.

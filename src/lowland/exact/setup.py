@@ -228,6 +228,11 @@ class Setup:
         return self.weights[0].device
 
     def _check_unbiased(self) -> None:
+        """Require pairs of different samples, and a loss of which they make an unbiased estimate.
+
+        Raises:
+            ValueError: If there is a single sample, or the loss is no plain mean.
+        """
         if self.size.samples < 2:
             raise ValueError(
                 "unbiased=True leaves out each sample's pair with itself, so it needs at least 2 "

@@ -2,11 +2,13 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import lowland
 
@@ -15,21 +17,39 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(lowland.__path__, "lowland.")
     if not module.name.endswith(("_kernel", "__main__"))
 )
-EXAMPLES = [
-    test
-    for name in ["lowland", *MODULES]
-    for test in doctest.DocTestFinder().find(importlib.import_module(name))
-    if test.examples
-]
+
+# TO BE EMPTIED: public names whose examples are still being written.
+WITHOUT_EXAMPLE = {
+    "lowland.Audit",
+    "lowland.FlatnessAware",
+    "lowland.HSR",
+    "lowland.HessianTrace",
+    "lowland.Spectrum",
+}
 
 
-def test_there_are_examples():
-    assert "lowland.engines.hessian_moments" in {test.name for test in EXAMPLES}
+def examples_of(module):
+    found = doctest.DocTestFinder().find(importlib.import_module(module))
+    return [test for test in found if test.examples]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)
-def test_example(example):
-    assert doctest.DocTestRunner().run(example).failed == 0
+@pytest.mark.parametrize("module", ["lowland", *MODULES])
+def test_examples(module):
+    torch.manual_seed(0)
+    for example in examples_of(module):
+        assert doctest.DocTestRunner().run(example).failed == 0, example.name
+
+
+@pytest.mark.parametrize("package", ["lowland", "lowland.exact", "lowland.weakness"])
+def test_public_names_have_an_example_each(package):
+    home = importlib.import_module(package)
+    public = {name: getattr(home, name) for name in home.__all__}
+    for name, value in public.items():
+        if not (inspect.isclass(value) or inspect.isroutine(value)):
+            continue  # a module, or an alias of a type: these have no docstring of their own
+        path = f"{value.__module__}.{value.__qualname__}"
+        tested = any(example.name == path for example in examples_of(value.__module__))
+        assert tested or f"{package}.{name}" in WITHOUT_EXAMPLE, path
 
 
 @pytest.mark.usefixtures("as_installed")

@@ -33,6 +33,15 @@ class Activation:
             None. Then phi'' = phi''' = 0 wherever they exist, and moments are exact for almost
             every parameter vector; on a kink they are those of the piece that PyTorch's own
             derivative picks.
+
+    Example:
+        >>> import torch
+        >>> from lowland.activations import Activation
+        >>> def derivatives(a):
+        ...     return torch.sin(a), torch.cos(a), -torch.sin(a), -torch.cos(a)
+        >>> sine = Activation("sine", derivatives)
+        >>> sine(torch.zeros(2))[1]  # the slope
+        tensor([1., 1.])
     """
 
     name: str
@@ -47,6 +56,7 @@ class Activation:
 def _sigmoid_family(a: Tensor) -> Derivatives:
     high, low = torch.sigmoid(a), torch.sigmoid(-a)  # low = 1 - high, without the cancellation
     slope = high * low
+    # slope' = slope (low - high), and (low - high)^2 = 1 - 4 slope.
     return high, slope, slope * (low - high), slope * (1 - 6 * slope)
 
 
@@ -59,6 +69,7 @@ def _tanh(a: Tensor) -> Derivatives:
     value = torch.tanh(a)
     # sech(a)^2 as a product of sigmoids: 1 - tanh(a)^2 has no digits left for |a| > 20.
     slope = 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
+    # slope' = -2 value slope, and value^2 = 1 - slope.
     return value, slope, -2 * value * slope, slope * (4 - 6 * slope)
 
 
@@ -70,12 +81,13 @@ def _softplus(a: Tensor) -> Derivatives:
 def _gelu(a: Tensor) -> Derivatives:
     cdf = 0.5 * torch.special.erfc(a * -math.sqrt(0.5))  # erfc keeps the left tail's digits
     square = a * a
-    pdf = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))
+    pdf = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))  # pdf' = -a pdf
     return a * cdf, cdf + a * pdf, pdf * (2 - square), pdf * a * (square - 4)
 
 
 def _silu(a: Tensor) -> Derivatives:
     high, slope, bend, twist = _sigmoid_family(a)
+    # The k-th derivative of a f is a f^(k) + k f^(k - 1).
     return a * high, high + a * slope, 2 * slope + a * bend, 3 * bend + a * twist
 
 
@@ -86,13 +98,28 @@ def _leaky_relu(a: Tensor, slope: float) -> Derivatives:
 
 
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
-    """``max(a, 0) + negative_slope * min(a, 0)``; zero slope is the ReLU."""
+    """``max(a, 0) + negative_slope * min(a, 0)``; zero slope is the ReLU.
+
+    Example:
+        >>> import torch
+        >>> from lowland.activations import leaky_relu
+        >>> leaky_relu(0.1)(torch.tensor([-2.0, 3.0]))[0]
+        tensor([-0.2000,  3.0000])
+    """
     name = "relu" if negative_slope == 0 else "leaky_relu"
     return Activation(name, partial(_leaky_relu, slope=negative_slope), negative_slope)
 
 
 def compose(outer: Activation, inner: Activation | None) -> Activation:
-    """``outer(inner(a))`` by the chain rule; ``outer`` alone if there is no ``inner``."""
+    """``outer(inner(a))`` by the chain rule; ``outer`` alone if there is no ``inner``.
+
+    Example:
+        >>> import torch
+        >>> from lowland.activations import compose, get_activation
+        >>> twice = compose(get_activation("tanh"), get_activation("tanh"))
+        >>> twice(torch.tensor(0.5))[0] == torch.tanh(torch.tanh(torch.tensor(0.5)))
+        tensor(True)
+    """
     if inner is None:
         return outer
 
@@ -129,6 +156,13 @@ def get_activation(activation: str | Activation) -> Activation:
 
     Raises:
         ValueError: If the name is not one of ``ACTIVATIONS``.
+
+    Example:
+        >>> import torch
+        >>> from lowland.activations import get_activation
+        >>> value, slope, bend, twist = get_activation("tanh")(torch.zeros(1))
+        >>> slope, twist
+        (tensor([1.]), tensor([-2.]))
     """
     if isinstance(activation, Activation):
         return activation

@@ -39,6 +39,15 @@ def four_moment_bracket(k: int, dim: int, means: tuple[Tensor, ...]) -> tuple[Te
     Returns:
         Two tensors of shape ``(*ensemble)``, without gradients; NaN where rounding has left nothing
         of the third and fourth moments, as it has when all numbers are nearly equal.
+
+    Example:
+        >>> import torch
+        >>> from lowland.brackets import four_moment_bracket
+        >>> numbers = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+        >>> means = tuple((numbers**power).mean() for power in (1, 2, 3, 4))
+        >>> low, high = four_moment_bracket(2, 3, means)
+        >>> bool(low <= 2 <= high)
+        True
     """
     first, second, third, fourth = means
     scale = second.sqrt()

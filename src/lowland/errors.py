@@ -13,4 +13,15 @@ ANY_MODULE = "use method='probes' or, for few parameters, method='dense', which 
 
 
 class UnsupportedModelError(ValueError):
-    """The closed form does not cover a model, a criterion, or what is asked of them."""
+    """The closed form does not cover a model, a criterion, or what is asked of them.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import lowland
+        >>> norm, criterion, x = nn.LayerNorm(2), nn.MSELoss(), torch.randn(8, 2)
+        >>> lowland.hessian_moments(norm, criterion, x, x, method="exact")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        lowland.errors.UnsupportedModelError: the closed form ...
+    """

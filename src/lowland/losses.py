@@ -15,7 +15,16 @@ TargetKind = Literal["binary", "probabilities", "real", "classes"]
 
 
 class Separable(NamedTuple):
-    """Derivatives of a sum of functions of one logit each; each field has the logits' shape."""
+    """Derivatives of a sum of functions of one logit each; each field has the logits' shape.
+
+    Example:
+        >>> import torch
+        >>> from lowland.losses import Separable
+        >>> def derivatives(s, y):  # of (s - y)^4
+        ...     return Separable(4 * (s - y) ** 3, 12 * (s - y) ** 2, 24 * (s - y))
+        >>> derivatives(torch.tensor([2.0]), torch.tensor([1.0])).curvature
+        tensor([12.])
+    """
 
     residual: Tensor
     curvature: Tensor
@@ -30,6 +39,17 @@ class Coupled(NamedTuple):
         curvature: Second derivatives ``Q``, ``(..., samples, K, K)``, symmetric.
         third: Maps a symmetric ``A`` of ``Q``'s shape to the gradient of ``<A, Q>`` in the logits,
             ``(..., samples, K)``.
+
+    Example:
+        >>> import torch
+        >>> from lowland.losses import Coupled
+        >>> def derivatives(s, y):  # of (sum of s - y)^2 / 2
+        ...     ones = torch.ones_like(s)
+        ...     residual = ones * (s - y).sum(-1, keepdim=True)
+        ...     curvature = ones.unsqueeze(-1) * ones.unsqueeze(-2)
+        ...     return Coupled(residual, curvature, lambda A: torch.zeros_like(s))
+        >>> derivatives(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)).residual
+        tensor([[3., 3.]])
     """
 
     residual: Tensor
@@ -41,14 +61,7 @@ class Coupled(NamedTuple):
 class Loss:
     """A loss of the logits ``s`` and the targets ``y`` of each sample, twice differentiable.
 
-    A loss of your own needs its logit derivatives and nothing else; the engine does the rest::
-
-        def derivatives(s, y):  # Poisson regression, l = exp(s) - y s
-            rate = s.exp()
-            return Separable(rate - y, rate, rate)
-
-        poisson = Loss("poisson", lambda s, y: s.exp() - y * s, derivatives)
-        lowland.exact.moments(weights, x, counts, activation="tanh", loss=poisson)
+    A loss of your own needs its logit derivatives and nothing else; the engine does the rest.
 
     Attributes:
         name: The name used in ``loss="..."`` arguments.
@@ -64,6 +77,18 @@ class Loss:
     Raises:
         TypeError: If a part is not what it must be.
         ValueError: If there are no such targets.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> from lowland.losses import Loss, Separable
+        >>> def derivatives(s, y):  # Poisson regression, l = exp(s) - y s
+        ...     rate = s.exp()
+        ...     return Separable(rate - y, rate, rate)
+        >>> poisson = Loss("poisson", lambda s, y: s.exp() - y * s, derivatives)
+        >>> weights, x, counts = [torch.zeros(2, 1)], torch.ones(4, 1), torch.arange(4.0)
+        >>> exact.trace(weights, x, counts, activation="identity", loss=poisson)
+        tensor(2.)
     """
 
     name: str
@@ -93,6 +118,8 @@ class Loss:
 
 
 class _SeparableFunction(Function):
+    """``(r, q)`` as functions of the logits: the chain rule by ``dr/ds = q`` and ``dq/ds = t``."""
+
     @staticmethod
     def forward(ctx: Any, _: Tensor, derivatives: Separable) -> tuple[Tensor, Tensor]:
         residual, curvature, third = derivatives
@@ -106,6 +133,8 @@ class _SeparableFunction(Function):
 
 
 class _CoupledFunction(Function):
+    """``(r, Q)`` as functions of the logits: ``dr/ds = Q``, and ``third`` is ``d<A, Q>/ds``."""
+
     @staticmethod
     def forward(
         ctx: Any, _: Tensor, derivatives: Coupled, scale: float | Tensor
@@ -119,19 +148,20 @@ class _CoupledFunction(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (curvature,) = ctx.saved_tensors
-        adjoint = 0.5 * (grads[1] + grads[1].mT)
+        adjoint = 0.5 * (grads[1] + grads[1].mT)  # Q is symmetric: only this part of it counts
         chained = (curvature @ grads[0].unsqueeze(-1)).squeeze(-1)
         return chained + ctx.third(adjoint) * ctx.scale, None, None
 
 
 def _last(scale: float | Tensor) -> float | Tensor:
+    """Weights ``(..., samples, 1)`` of samples in a shape that multiplies their matrices."""
     return scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale
 
 
 def logit_derivatives(
     loss: Loss, logits: Tensor, targets: Tensor, scale: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The first and second derivatives, which autograd can differentiate once more.
+    """A loss's first and second derivatives in the logits, with a backward pass by its third.
 
     Args:
         loss: The loss.
@@ -156,7 +186,7 @@ def logit_derivatives(
 
 
 def read_derivatives(loss: Loss, logits: Tensor, targets: Tensor) -> Separable | Coupled:
-    """What a loss says at these logits, required to have the shapes that were agreed on.
+    """A loss's derivatives at some logits, checked for the types and shapes that it promises.
 
     Raises:
         TypeError: If it is no :class:`Separable` or :class:`Coupled`.
@@ -275,6 +305,12 @@ def get_loss(loss: str | Loss) -> Loss:
 
     Raises:
         ValueError: If the name is not one of ``LOSSES``.
+
+    Example:
+        >>> import torch
+        >>> from lowland.losses import get_loss
+        >>> get_loss("mse").value(torch.tensor([3.0]), torch.tensor([1.0]))
+        tensor([4.])
     """
     if isinstance(loss, Loss):
         return loss

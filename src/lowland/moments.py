@@ -44,6 +44,16 @@ class HessianMoments:
     References:
         H. Wolkowicz and G. P. H. Styan, Bounds for eigenvalues using traces, Linear Algebra and
         its Applications 29 (1980), theorems 2.1 to 2.5.
+
+    Example:
+        >>> import torch
+        >>> from lowland import HessianMoments
+        >>> eigenvalues = torch.tensor([1.0, 2.0, 6.0])
+        >>> moments = HessianMoments(3, eigenvalues.sum(), eigenvalues.square().sum())
+        >>> moments
+        HessianMoments(dim=3, trace=9, trace_sq=41)
+        >>> moments.mean, moments.lower, moments.upper  # the bounds hold all three
+        (tensor(3.), tensor(-0.0551), tensor(6.0551))
     """
 
     dim: int
@@ -109,7 +119,15 @@ class HessianMoments:
 
     @property
     def spread(self) -> tuple[Tensor, Tensor]:
-        """``(low, high)`` for the distance between the largest and the smallest eigenvalue."""
+        """``(low, high)`` for the distance between the largest and the smallest eigenvalue.
+
+        Example:
+            >>> import torch
+            >>> from lowland import HessianMoments
+            >>> moments = HessianMoments(3, torch.tensor(9.0), torch.tensor(41.0))  # of 1, 2 and 6
+            >>> moments.spread  # around 5
+            (tensor(4.5826), tensor(5.2915))
+        """
         dim = self.dim
         if dim == 1:
             return torch.zeros_like(self.trace), torch.zeros_like(self.trace)
@@ -132,6 +150,17 @@ class HessianMoments:
             TypeError: If ``k`` is no whole number.
             ValueError: If ``k`` is not between 1 and ``dim``, or ``moments`` is neither 2 nor 4, or
                 is 4 without ``higher``.
+
+        Example:
+            >>> import torch
+            >>> from lowland import HessianMoments
+            >>> eigenvalues = torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0]).double()
+            >>> traces = [(eigenvalues**power).sum() for power in (1, 2, 3, 4)]
+            >>> moments = HessianMoments(5, *traces[:2], higher=tuple(traces[2:]))
+            >>> [round(end.item(), 2) for end in moments.bracket(2)]
+            [2.42, 7.87]
+            >>> [round(end.item(), 2) for end in moments.bracket(2, moments=4)]
+            [3.57, 5.09]
         """
         check_number(moments)
         dim = self.dim

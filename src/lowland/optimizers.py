@@ -31,20 +31,11 @@ class SAM(Optimizer):
     .. math:: \epsilon = \rho\, T^2 g / \lVert T g \rVert, \qquad T = 1
         \text{ or, adaptive, } T = \mathrm{diag}(|w| + \eta)
 
-    and the norm is taken over all parameters of all groups. Two gradients a step::
-
-        def closure():
-            optimizer.zero_grad()
-            loss = criterion(model(x), y)
-            loss.backward()
-            return loss
-
-        optimizer = lowland.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
-        loss = optimizer.step(closure, model=model)
-
-    Where a closure does not fit, call :meth:`first_step` after the first backward pass, zero the
-    gradients, go backward again, and call :meth:`second_step`. Between these two the gradients are
-    those that the base optimizer steps with: this is where to clip them.
+    and the norm is taken over all parameters of all groups. A step takes two gradients, from a
+    closure as in the example. Where one does not fit, call :meth:`first_step` after the first
+    backward pass, zero the gradients, go backward again, and call :meth:`second_step`. Between
+    these two the gradients are those that the base optimizer steps with: this is where to clip
+    them.
 
     Args:
         params: Parameters or parameter groups, as for any optimizer. A group may set ``rho``,
@@ -72,6 +63,22 @@ class SAM(Optimizer):
     References:
         Foret et al., Sharpness-aware minimization for efficiently improving generalization (2021),
         algorithm 1. Kwon et al., ASAM: adaptive sharpness-aware minimization (2021), algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import lowland
+        >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
+        >>> x, y = torch.randn(8, 2), torch.randn(8, 1)
+        >>> optimizer = lowland.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.01)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = criterion(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure, model=model)  # the loss before the step
+        >>> bool(criterion(model(x), y) < loss)
+        True
     """
 
     def __init__(

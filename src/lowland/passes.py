@@ -31,7 +31,10 @@ def frozen_statistics(*models: nn.Module) -> Iterator[None]:
         forward pass again and belongs inside too. Inside, a ``state_dict()`` may lack the
         statistics of instance normalizations.
 
-    Examples:
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowland.passes import frozen_statistics
         >>> model = nn.BatchNorm1d(3)
         >>> with frozen_statistics(model):
         ...     _ = model(torch.randn(8, 3) + 5)
@@ -69,7 +72,14 @@ def frozen_statistics(*models: nn.Module) -> Iterator[None]:
 
 
 def unsteady(module: nn.Module) -> str | None:
-    """What makes a layer's next call another function than this one; None for nothing."""
+    """What makes a layer's next call another function than this one; None for nothing.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowland.passes import unsteady
+        >>> unsteady(nn.Dropout(0.5)), unsteady(nn.Dropout(0.5).eval())
+        ('draws random numbers', None)
+    """
     if not module.training:
         return None
     if isinstance(module, _NormBase) and module.track_running_stats:
@@ -94,7 +104,9 @@ def remember_randomness(
         A function that gives a context, any number of times, in which random numbers start where
         they stood at this call. Outside of it they go on as if it had not been there.
 
-    Examples:
+    Example:
+        >>> import torch
+        >>> from lowland.passes import remember_randomness
         >>> again = remember_randomness()
         >>> first = torch.rand(2)
         >>> with again():

@@ -83,6 +83,16 @@ def rescale(model: nn.Module, layer: int, factor: float | Tensor) -> nn.Sequenti
     References:
         L. Dinh et al., Sharp minima can generalize for deep nets, ICML 2017; arXiv:2605.05209,
         table 6.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import lowland
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> other = lowland.rescale(model, layer=0, factor=8.0)
+        >>> x = torch.randn(5, 3)
+        >>> torch.equal(other(x), model(x)), torch.equal(other[0].weight, 8 * model[0].weight)
+        (True, True)
     """
     changed = _copy(model)
     junction = _junction(changed, layer)
@@ -126,6 +136,18 @@ def permute(model: nn.Module, layer: int, order: Int[Tensor, " units"]) -> nn.Se
         UnsupportedModelError: If what stands between the two layers mixes units or is not known,
             or the model is no sequence, or the layers' weights are used elsewhere too.
         ValueError: If there is no such layer, or ``order`` is no permutation of its units.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import lowland
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        >>> other = lowland.permute(model, layer=0, order=torch.tensor([2, 0, 3, 1]))
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(other(x), model(x), atol=1e-6)
+        True
+        >>> torch.equal(other[0].weight[0], model[0].weight[2])
+        True
     """
     changed = _copy(model)
     junction = _junction(changed, layer)

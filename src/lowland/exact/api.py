@@ -87,6 +87,18 @@ def moments(
 
     References:
         arXiv:2606.28662, theorems 1 to 5; the order ``"parameters"`` is not in the paper.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> weights = [torch.randn(1000, 3, 4, requires_grad=True), torch.randn(1000, 5, 1)]
+        >>> x, y = torch.randn(50, 2), torch.randint(2, (50,)).float()
+        >>> moments = exact.moments(weights, x, y, activation="tanh", loss="bce")
+        >>> moments.dim, moments.trace.shape  # 1,000 networks of 17 parameters each
+        (17, torch.Size([1000]))
+        >>> moments.upper.sum().backward()
+        >>> weights[0].grad.shape
+        torch.Size([1000, 3, 4])
     """
     check_number(moments)
     setup = prepare(weights, x, y, activation, loss, reduction)
@@ -109,6 +121,14 @@ def trace(
 
     Returns:
         ``Tr H``, shape ``(*ensemble)``.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> x, y = torch.tensor([[-1.0], [1.0]]), torch.tensor([-1.0, 1.0])
+        >>> line = [torch.zeros(2, 1)]  # bias and slope of a linear model
+        >>> exact.trace(line, x, y, activation="identity", loss="mse")
+        tensor(4.)
     """
     return prepare(weights, x, y, activation, loss, reduction).trace(memory_budget)
 
@@ -128,8 +148,17 @@ def loss_gradient(
     Arguments and errors are those of :func:`moments`.
 
     Returns:
-        Gradients in ``W`` and ``v``, ``(*ensemble, inputs + 1, hidden)`` and
-        ``(*ensemble, hidden + 1, 1)``; they carry no gradient.
+        A gradient for each layer's weights, ``(*ensemble, inputs + 1, outputs)`` with that of the
+        biases in row 0; they carry no gradient.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> x, y = torch.tensor([[-1.0], [1.0]]), torch.tensor([-1.0, 1.0])
+        >>> line = [torch.zeros(2, 1)]  # bias and slope of a linear model
+        >>> exact.loss_gradient(line, x, y, activation="identity", loss="mse")
+        (tensor([[ 0.],
+                [-2.]]),)
     """
     return prepare(weights, x, y, activation, loss, reduction).loss_gradient(memory_budget)
 
@@ -143,9 +172,21 @@ def hessian(
     loss: str | Loss,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """The Hessian itself, ``(*ensemble, P, P)``, from the closed form; it carries no gradient.
+    """The Hessian itself, from the closed form.
 
-    Parameters are ordered as ``W`` row by row, then ``v``. Arguments and errors are those of
-    :func:`moments`.
+    Arguments and errors are those of :func:`moments`.
+
+    Returns:
+        ``(*ensemble, P, P)``, without a gradient. The parameters come layer by layer from the first
+        on, each layer's weights row by row: first its biases, then what its first input multiplies.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> x, y = torch.tensor([[-1.0], [1.0]]), torch.tensor([-1.0, 1.0])
+        >>> line = [torch.zeros(2, 1)]  # bias and slope of a linear model
+        >>> exact.hessian(line, x, y, activation="identity", loss="mse")
+        tensor([[2., 0.],
+                [0., 2.]])
     """
     return prepare(weights, x, y, activation, loss, reduction).hessian()

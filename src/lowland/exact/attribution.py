@@ -23,11 +23,22 @@ from lowland.moments import HessianMoments
 
 @dataclass(frozen=True)
 class Direction:
-    r"""The gradient of the bound :math:`U = m + s\sqrt{P - 1}`, split by its two parts.
+    r"""The gradient of the bound :math:`U = m + s\sqrt{P - 1}`, split by its two summands.
 
     Attributes:
-        mean: The gradient of ``m``, shaped like ``weights``.
-        spread: The gradient of ``s sqrt(P - 1)``, shaped like ``weights``.
+        mean: The gradient of the mean eigenvalue ``m``, layer by layer.
+        spread: The gradient of ``s sqrt(P - 1)``, with the eigenvalues' standard deviation ``s``,
+            layer by layer.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> weights = [torch.randn(3, 4).double(), torch.randn(5, 2).double()]
+        >>> x, y = torch.randn(6, 2).double(), torch.randint(2, (6,))
+        >>> network = {"activation": "tanh", "loss": "ce"}
+        >>> direction = exact.direction(weights, x, y, **network)
+        >>> torch.equal(direction.total[0], direction.mean[0] + direction.spread[0])
+        True
     """
 
     mean: tuple[Tensor, ...]
@@ -35,7 +46,7 @@ class Direction:
 
     @property
     def total(self) -> tuple[Tensor, ...]:
-        """The gradient of ``U``."""
+        """The gradient of ``U``, layer by layer: what HSR descends."""
         return tuple(mean + spread for mean, spread in zip(self.mean, self.spread, strict=True))
 
 
@@ -50,12 +61,25 @@ def direction(
     reduction: Reduction = "mean",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Direction:
-    """The gradient of ``U``, split into its mean part and its spread part (section V-C).
+    r"""The gradient of :math:`U = m + s\sqrt{P - 1}`, apart for each summand (section V-C).
 
     Arguments and errors are those of :func:`lowland.exact.moments`.
 
     Returns:
-        Gradients of the shapes of ``weights``; at zero spread the spread part is zero.
+        Gradients in each layer's weights, ``(*ensemble, inputs + 1, outputs)``, of networks of any
+        depth. At zero spread that of the second summand is zero.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> weights = [torch.randn(3, 4).double(), torch.randn(5, 2).double()]
+        >>> x, y = torch.randn(6, 2).double(), torch.randint(2, (6,))
+        >>> network = {"activation": "tanh", "loss": "ce"}
+        >>> direction = exact.direction(weights, x, y, **network)
+        >>> leaves = [weight.requires_grad_() for weight in weights]
+        >>> exact.moments(leaves, x, y, **network).upper.backward()
+        >>> all(torch.allclose(a, b.grad) for a, b in zip(direction.total, leaves))
+        True
     """
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem(order, memory_budget)
@@ -64,9 +88,9 @@ def direction(
         moments = HessianMoments(setup.size.dim, *run_moments(problem, leaves))
         mean = moments.mean.sum()
         spread = (moments.std * math.sqrt(setup.size.dim - 1)).sum()
-    mean_part = torch.autograd.grad(mean, leaves, retain_graph=True)
-    spread_part = torch.autograd.grad(spread, leaves)
-    return Direction(setup.shaped(mean_part), setup.shaped(spread_part))
+    in_mean = torch.autograd.grad(mean, leaves, retain_graph=True)
+    in_spread = torch.autograd.grad(spread, leaves)
+    return Direction(setup.shaped(in_mean), setup.shaped(in_spread))
 
 
 def sample_contributions(
@@ -80,17 +104,31 @@ def sample_contributions(
     reduction: Reduction = "mean",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> tuple[Tensor, ...]:
-    r"""Each sample's share of the gradient of ``U`` (section V-A).
+    r"""Each sample's share of the gradient of the bound ``U`` (section V-A).
 
     With ``U``'s derivatives ``a`` and ``b`` in the two traces, the share of sample ``i`` is
-    :math:`\nabla\langle C, H_i\rangle / n`, :math:`C = a I + 2 b H`. The shares add up to the
-    gradient of ``U``, and a sample's share vanishes as the sample is fitted (Proposition 1).
+    :math:`\nabla\langle C, H_i\rangle / n`, where :math:`C = a I + 2 b H` is constant and
+    :math:`H_i` the sample's own Hessian. The shares add up to the gradient of ``U``, and a sample's
+    share vanishes as the sample is fitted (Proposition 1).
 
     Arguments and errors are those of :func:`lowland.exact.moments`.
 
     Returns:
-        Shares for ``W`` and ``v``, of shapes ``(*ensemble, samples, inputs + 1, hidden)`` and
-        ``(*ensemble, samples, hidden + 1, 1)``. They come on top of the memory budget.
+        For each layer the shares in its weights, ``(*ensemble, samples, inputs + 1, outputs)``.
+        They come on top of the memory budget.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> weights = [torch.randn(3, 4).double(), torch.randn(5, 2).double()]
+        >>> x, y = torch.randn(6, 2).double(), torch.randint(2, (6,))
+        >>> network = {"activation": "tanh", "loss": "ce"}
+        >>> shares = exact.sample_contributions(weights, x, y, **network)
+        >>> [share.shape for share in shares]
+        [torch.Size([6, 3, 4]), torch.Size([6, 5, 2])]
+        >>> total = exact.direction(weights, x, y, **network).total
+        >>> all(torch.allclose(a.sum(0), b) for a, b in zip(shares, total))
+        True
     """
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem(order, memory_budget, compiled=False)
@@ -118,13 +156,27 @@ def pair_contributions(
     reduction: Reduction = "mean",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """What each pair of samples adds to ``Tr H^2`` (section V-B).
+    r"""What each pair of samples adds to ``Tr H^2`` (section V-B).
+
+    With the samples' own Hessians, the mean of which is ``H``, it is
+    :math:`\langle H_i, H_{i'}\rangle / n^2`.
 
     Arguments and errors are those of :func:`lowland.exact.moments`.
 
     Returns:
         A symmetric matrix of shape ``(*ensemble, samples, samples)`` whose sum is ``Tr H^2``; it
         comes on top of the memory budget.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> weights = [torch.randn(3, 4).double(), torch.randn(5, 2).double()]
+        >>> x, y = torch.randn(6, 2).double(), torch.randint(2, (6,))
+        >>> network = {"activation": "tanh", "loss": "ce"}
+        >>> pairs = exact.pair_contributions(weights, x, y, **network)
+        >>> moments = exact.moments(weights, x, y, **network)
+        >>> pairs.shape, torch.allclose(pairs.sum(), moments.trace_sq)
+        (torch.Size([6, 6]), True)
     """
     setup = prepare(weights, x, y, activation, loss, reduction)
     problem = setup.problem("samples", memory_budget)

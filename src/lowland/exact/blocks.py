@@ -83,7 +83,7 @@ def blocks(size: Size) -> Iterator[Tile]:
 def cut(size: Size, limit: int) -> list[list[Tile]] | None:
     """Groups of tiles of at most ``limit`` entries a group; None if one row of a block has more."""
     groups: list[list[Tile]] = [[]]
-    room = limit
+    room = limit  # in the last group
     for block in blocks(size):
         start = 0
         while start < block.stop:
@@ -103,6 +103,7 @@ def cut(size: Size, limit: int) -> list[list[Tile]] | None:
 
 
 def _entries(size: Size, block: Tile, start: int, stop: int) -> int:
+    """Entries of the tile of a block from row ``start`` to ``stop``."""
     return math.prod(shape(size, Tile(block.lower, block.upper, start, stop)))
 
 

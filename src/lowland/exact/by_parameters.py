@@ -129,23 +129,23 @@ def _in_block_across(
         in z~_lk         <C_k, G>
     """
     lower, upper = tile.lower, tile.upper
-    z, other = terms.z[lower][:, tile.start : tile.stop], terms.z[upper]
+    z, upper_z = terms.z[lower][:, tile.start : tile.stop], terms.z[upper]
     second = terms.B[lower, upper]
-    networks, width, above, count = second.shape
+    networks, width, other, count = second.shape
     rows = matrix.view(networks, tile.stop - tile.start, -1)
     inputs = z.mT.expand(networks, -1, -1)
     contracted = workspace[: networks * count * rows.shape[2]].view(networks, count, -1)
     torch.bmm(inputs, rows, out=contracted)
-    contracted = contracted.view(networks, count, other.shape[1], width * above)  # Y
+    contracted = contracted.view(networks, count, upper_z.shape[1], width * other)  # Y
     by_sample = second.permute(0, 3, 1, 2).flatten(2)
     result: Adjoints = {
         ("B", (lower, upper)): _samples_last(
-            (_samples_first(other).unsqueeze(2) @ contracted).view(networks, count, width, above)
+            (_samples_first(upper_z).unsqueeze(2) @ contracted).view(networks, count, width, other)
         ),
         ("z", upper): (contracted @ by_sample.unsqueeze(3)).squeeze(3).mT,
     }
     if arch.trains_beyond_bias(upper):
-        beyond = contracted[:, :, arch.first_beyond_bias(upper) :].unflatten(3, (width, above))
+        beyond = contracted[:, :, arch.first_beyond_bias(upper) :].unflatten(3, (width, other))
         result |= _in_first_order_part(terms, lower, upper, beyond)
     if lower:  # the inputs of layer 0 are data
         whole = right_factor(arch, terms, lower, upper).flatten(1, 3)
@@ -192,7 +192,7 @@ def _in_diagonal_block(terms: Terms, tile: Tile, matrix: Tensor) -> Adjoints:
     in_packed = matrix.mT @ products(z, tile.start, tile.stop)
     result: Adjoints = {("B", (layer, layer)): _unpacked(in_packed, width)}
     if layer:
-        # In F: C G, and each F = z~_k z~_k' passes it on to both, times the other.
+        # In F: C G, and F = z~_k z~_k' passes it on to both, times the other; twice for k = k'.
         rows = z.shape[1]
         first, other = pairs_of(rows, z.device)
         chosen = (first >= tile.start) & (first < tile.stop)
@@ -219,4 +219,5 @@ def _samples_first(vectors: Vectors) -> Tensor:
 
 
 def _samples_last(matrices: Tensor) -> Matrices:
+    """A view of ``(networks, samples, rows, columns)`` in the order of all terms."""
     return matrices.permute(0, 2, 3, 1)

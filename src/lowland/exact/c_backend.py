@@ -95,6 +95,7 @@ class _Share(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | None:
+    """The compiled code, loaded once; None where it was not built."""
     spec = importlib.util.find_spec("lowland.exact._kernel")
     return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
 
@@ -123,6 +124,10 @@ def covers(arch: Architecture, size: Size, data: Data) -> bool:
 
 
 def _activation_code(activation: Activation) -> int | None:
+    """What kernel.c calls an activation; None for one that it does not know.
+
+    An activation of the user's that merely has a known one's name is not known.
+    """
     if activation.negative_slope is not None:
         return _PIECEWISE_LINEAR
     known = ACTIVATIONS.get(activation.name) is activation
@@ -211,6 +216,7 @@ class CBackend:
         return traces[:, 0], traces[:, 1], [packed]
 
     def _accumulate(self) -> Packed:
+        """The packed Hessians summed over samples, or the traces where nothing else is wanted."""
         networks = self.weight.shape[0]
         entries = 1 if self.quantity == "trace" else packed_entries(*self._shape())
         ranges = self._ranges()
@@ -268,6 +274,7 @@ class CBackend:
         return rows.stop - rows.start, self.weight.shape[2], outputs.stop - outputs.start
 
     def _function(self, name: str) -> Callable[..., int]:
+        """A function of the compiled code, for numbers of the weights' type."""
         library = _library()
         if library is None:
             raise RuntimeError("lowland was installed without its compiled code")
@@ -276,6 +283,7 @@ class CBackend:
         return function
 
     def _problem(self, networks: int) -> _Problem:
+        """The description, as kernel.c reads it, of so many of the networks."""
         arch, data = self.arch, self.data
         scale = data.scale
         return _Problem(
@@ -356,6 +364,7 @@ class _Range:
 
 
 def _copies(ranges: Sequence[_Range]) -> int:
+    """How many copies of the result the threads write to."""
     return max(each.copy for each in ranges) + 1
 
 
@@ -393,6 +402,7 @@ def make_c_backend(  # noqa: PLR0917 - the parts of a problem, in its order
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads of Python's, kept from call to call."""
     return ThreadPoolExecutor(threads, thread_name_prefix="lowland")
 
 

@@ -249,6 +249,7 @@ def _smallest_over_samples(size: Size) -> int:
 
 
 def _too_small(size: Size, budget: int, order: Order) -> ValueError:
+    """The error that says how much an order needs, and whether the other one needs less."""
     smallest = {
         "samples": _smallest_over_samples(size),
         "parameters": _smallest_over_parameters(size),
@@ -363,6 +364,7 @@ def _factor_floats(size: Size) -> int:
 
 
 def _term_floats_over_samples(size: Size) -> int:
+    """Floats of one sample's terms in the order "samples", which may leave a layer in factors."""
     return term_floats(size, in_factors=size.last_in_factors)
 
 

@@ -81,7 +81,7 @@ class Problem:
         )
 
     def _c_backend(self, weights: Sequence[Tensor], networks: slice) -> CBackend:
-        weight, output = weights
+        weight, output = weights  # W and v: only one hidden layer is covered
         return make_c_backend(
             self.arch,
             weight[networks],

@@ -14,8 +14,10 @@ Everything is laid out features first, samples last: a row is one quantity over 
 samples, so that blocks add up over samples by matrix products. What is computed here is made of
 operations that autograd knows, so that the gradient needs no second set of formulas.
 
-Words: a *trained row* is a row of some ``W_l`` that is trained; a *chunk* is some consecutive
-samples that are handled together; an *adjoint* is the derivative, in a term, of a scalar.
+Words of this package: a *block* of ``H`` is that of two layers' weights, a *tile* some rows of a
+block; a *trained row* is a row of some ``W_l`` that is trained; a *chunk* is some consecutive
+samples that are handled together; an *adjoint* is the derivative, in a term, of a scalar; a
+*backend*, in PyTorch or in C, does the work for some networks at a time, as a *plan* says.
 
 Source: arXiv:2606.28662, section IV, for three layers and one output; beyond, our derivation.
 """

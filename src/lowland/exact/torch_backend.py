@@ -276,6 +276,7 @@ class TorchBackend:
     def _named_terms(
         self, names: Sequence[Name], weights: Sequence[Tensor], data: Data
     ) -> list[Tensor]:
+        """The terms of these names, computed anew at the given weights and data."""
         named = self.compute_terms(weights, data).named
         return [named[name] for name in names]
 

@@ -25,6 +25,13 @@ def ensemble_agreement(
 
     References:
         arXiv:2605.05209, tables 1 and 2.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import ensemble_agreement
+        >>> predictions = torch.tensor([[0, 1, 1], [0, 1, 0], [1, 1, 0]])  # three networks
+        >>> ensemble_agreement(predictions, labels=torch.tensor([0, 1, 1]))
+        tensor([   nan, 0.5000, 0.7500], dtype=torch.float64)
     """
     if predictions.ndim != 2 or len(predictions) < 2:
         raise ValueError(

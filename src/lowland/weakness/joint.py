@@ -36,6 +36,16 @@ class JointWeakness:
         r_hat: The largest split R-hat over all coordinates; near 1 where chains agree.
         chains: Independent chains.
         samples: Kept from each.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import joint_weakness
+        >>> train, labels = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> unseen = torch.tensor([[2.0], [0.0]])  # beyond both of them, and between
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> joint = joint_weakness(train, labels, unseen, 2, generator=generator, chains=4)
+        >>> joint.converged, round(joint.log_effective, 2)  # log 2: two labelings of equal share
+        (True, 0.69)
     """
 
     labelings: Int[Tensor, "labelings unseen"] = field(repr=False)
@@ -106,6 +116,16 @@ def joint_weakness(
     References:
         B. T. Polyak and E. N. Gryazina, European Journal of Operational Research 238 (2014),
         billiard walk; A. Vehtari et al., Bayesian Analysis 16 (2021), split R-hat.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import joint_weakness
+        >>> train, labels = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> unseen = torch.tensor([[2.0], [0.0]])  # beyond both of them, and between
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> joint = joint_weakness(train, labels, unseen, 2, generator=generator, chains=4)
+        >>> sorted(joint.labelings.tolist())
+        [[1, 0], [1, 1]]
     """
     if not isinstance(generator, torch.Generator):
         raise TypeError(

@@ -26,6 +26,16 @@ class Witness:
         bias: Shape ``(classes,)``.
         center: Subtracted from the features first: at a large offset a bias alone, rounded, would
             move the scores.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import pair_proxy
+        >>> train, labels = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> unseen = torch.tensor([[2.0], [0.0]])  # beyond both of them, and between
+        >>> proxy = pair_proxy(train, labels, unseen, num_classes=2)
+        >>> witness = proxy.witness(1, 0)  # puts the point between into class 0
+        >>> witness.scores(train).argmax(1), witness.scores(unseen).argmax(1)
+        (tensor([0, 1]), tensor([1, 0]))
     """
 
     weight: Float[Tensor, "classes features"] = field(repr=False)
@@ -56,6 +66,18 @@ class Certificate:
         rivals: The classes ``k`` that the unseen point cannot be put before all of; empty for a
             certificate that the training points alone cannot be classified.
         rival_weights: Positive, ``mu``.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import pair_proxy
+        >>> train, labels = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> unseen = torch.tensor([[2.0], [0.0]])  # beyond both of them, and between
+        >>> proxy = pair_proxy(train, labels, unseen, num_classes=2)
+        >>> certificate = proxy.certificate(0, 0)  # the point beyond is never of class 0
+        >>> certificate.samples, certificate.rivals
+        (tensor([0, 1]), tensor([1]))
+        >>> bool((certificate.weights > 0).all())
+        True
     """
 
     samples: Int[Tensor, " rows"]
@@ -78,6 +100,15 @@ class PairProxy:
             features that depend on one another up to rounding.
         separable: Whether any last layer classifies all training points correctly; None if that
             was not settled. If there is none, no pair is feasible.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import pair_proxy
+        >>> train, labels = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> unseen = torch.tensor([[2.0], [0.0]])  # beyond both of them, and between
+        >>> proxy = pair_proxy(train, labels, unseen, num_classes=2)
+        >>> proxy.count, proxy.total, proxy.verify()
+        (3, 4, True)
     """
 
     feasible: Bool[Tensor, "unseen classes"] = field(repr=False)
@@ -203,6 +234,18 @@ def pair_proxy(
 
     References:
         arXiv:2605.05209, tables 4 and 5.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import pair_proxy
+        >>> train, labels = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> unseen = torch.tensor([[2.0], [0.0]])  # beyond both of them, and between
+        >>> proxy = pair_proxy(train, labels, unseen, num_classes=2)
+        >>> proxy
+        PairProxy(count=3, total=4, undecided=0, separable=True)
+        >>> proxy.feasible
+        tensor([[False,  True],
+                [ True,  True]])
     """
     cone = build_cone(features_train, y_train, features_unseen, num_classes)
     need_highs()

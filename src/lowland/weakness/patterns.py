@@ -42,6 +42,14 @@ def activation_patterns(
 
     Raises:
         ValueError: If it is no matrix, or holds NaN or infinite values.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import activation_patterns
+        >>> train = torch.tensor([[0.0, 2.0], [0.0, 1.0], [3.0, 0.0]])  # two units at three points
+        >>> patterns, index = activation_patterns(train)
+        >>> len(patterns), bool(index[0] == index[1] != index[2])
+        (2, True)
     """
     packed = pack(_active(activations, "activations"))
     words = _words(packed)
@@ -55,7 +63,15 @@ def activation_patterns(
 
 
 def count_patterns(activations: Float[Tensor, "points units"]) -> int:
-    """How many distinct patterns occur."""
+    """How many distinct patterns occur.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import count_patterns
+        >>> train = torch.tensor([[0.0, 2.0], [0.0, 1.0], [3.0, 0.0]])  # two units at three points
+        >>> count_patterns(train)
+        2
+    """
     return len(activation_patterns(activations)[0])
 
 
@@ -73,6 +89,14 @@ def free_regions(
 
     References:
         arXiv:2605.05209, table 3.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import free_regions
+        >>> train = torch.tensor([[0.0, 2.0], [0.0, 1.0], [3.0, 0.0]])  # two units at three points
+        >>> unseen = torch.tensor([[1.0, 1.0], [0.0, 5.0]])
+        >>> free_regions(train, unseen)  # no training point has both units active
+        1
     """
     counts, unseen = _counts(activations_train, activations_unseen)
     return int((unseen & (counts == 0)).sum())
@@ -97,6 +121,13 @@ def free_parameters(
 
     References:
         arXiv:2605.05209, table 3.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import free_parameters
+        >>> train = torch.tensor([[0.0, 2.0], [0.0, 1.0], [3.0, 0.0]])  # two units at three points
+        >>> free_parameters(train, num_classes=2)  # 6 a region, less two points and less one
+        9
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be positive; got {num_classes}")

@@ -17,6 +17,14 @@ def weight_norm(parameters: Iterable[Tensor], order: float = 2.0) -> float:
 
     Raises:
         ValueError: If there are no parameters.
+
+    Example:
+        >>> import torch
+        >>> from lowland.weakness import weight_norm
+        >>> weight_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        5.0
+        >>> weight_norm([torch.tensor([3.0]), torch.tensor([[-4.0]])], order=1)
+        7.0
     """
     parts = [part.detach().double().flatten() for part in parameters]
     if not parts:

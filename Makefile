@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo reproduce test install check bench mutation clean
+.PHONY: demo reproduce test test-fast install check bench mutation clean
 
 demo: $(STAMP)  ## train on real patient data with and without curvature control
 	$(BIN)/lowland compare --out lowland-results/compare
@@ -12,8 +12,15 @@ demo: $(STAMP)  ## train on real patient data with and without curvature control
 reproduce: $(STAMP)  ## a paper's study in small: networks to critical points, figures, claims
 	$(BIN)/lowland reproduce hsr
 
+# Two workers of one thread each: more threads would wait for each other. Tests of a file share
+# their fixtures, so they stay together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: $(STAMP)  ## the tests that take less than a few seconds
+	$(PYTEST) -m "not slow"
 
 install: $(STAMP)
 

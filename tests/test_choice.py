@@ -31,7 +31,7 @@ def test_the_trace_alone_takes_the_closed_form_where_both_moments_are_too_dear()
     trace, bound = lowland.HessianTrace(CE, 1.0), lowland.HSR(CE, 1.0)
     value = trace(model, *data)
     bound(model, *data)
-    assert (trace.took, bound.took) == ("exact", "probes")
+    assert (trace.used, bound.used) == ("exact", "probes")
     exact = lowland.HessianTrace(CE, 1.0, method="exact")(model, *data)
     torch.testing.assert_close(value, exact)
 
@@ -43,9 +43,9 @@ def test_terms_that_leave_the_cache_make_the_closed_form_dearer_than_probes():
     one, other = (read(model, CE, *data).relative_cost() for data in (near, far))
     assert 6 * one < other < 10 * one
     penalty(model, *near)
-    assert penalty.took == "exact"
+    assert penalty.used == "exact"
     penalty(model, *far)
-    assert penalty.took == "probes"
+    assert penalty.used == "probes"
 
 
 def test_an_exact_value_is_worth_more_than_a_single_probe():
@@ -53,7 +53,7 @@ def test_an_exact_value_is_worth_more_than_a_single_probe():
     assert 4 < read(model, CE, *data).relative_cost() < 8 * 4
     penalty = lowland.HSR(CE, 1.0, probes=1)
     penalty(model, *data)
-    assert penalty.took == "exact"
+    assert penalty.used == "exact"
 
 
 def test_the_cheaper_order_is_what_the_closed_form_costs():

@@ -53,7 +53,7 @@ def test_public_names_have_an_example_each(package):
 
 
 @pytest.mark.usefixtures("as_installed")
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/extending.md"])
 def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some save a figure
     text = (Path(__file__).parents[1] / page).read_text()

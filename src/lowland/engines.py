@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Generator, Tensor, nn
@@ -25,14 +25,13 @@ from lowland.objective import Objective, objective
 from lowland.passes import unsteady
 from lowland.probes import Estimate, loader_moments
 
-Method = Literal["auto", "exact", "probes", "dense"]
-
 
 @runtime_checkable
 class Engine(Protocol):
     """Whatever finds the moments of one model, criterion and batch; :func:`choose` makes it.
 
-    An engine of your own gives these three, and any penalty can be a function of its moments.
+    An engine of your own gives these three; ``method=`` takes what makes it, of a loss and of
+    settings, wherever it takes an engine's name (docs/extending.md has an example).
     """
 
     @property
@@ -47,6 +46,11 @@ class Engine(Protocol):
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
         """The loss, as a step of training has it, and :meth:`moments`."""
+
+
+Name = Literal["auto", "exact", "probes", "dense"]
+Method = Name | Callable[[Objective, Estimation], Engine]
+"""The name of an engine, or what makes one."""
 
 
 def hessian_moments(
@@ -82,7 +86,7 @@ def hessian_moments(
             force by automatic differentiation. ``"auto"`` takes the closed form where it covers the
             model, ``x`` and ``y`` ask for no gradients, and it is not dearer than the probes; else
             brute force up to a few thousand parameters, and probes beyond. The result says which
-            it was.
+            it was. Or what makes an engine of your own: see :class:`Engine`.
         probes: How many, for ``"probes"``. Standard errors fall with their square root.
         products: For ``"probes"``, ``"autograd"`` or ``"differences"`` of gradients.
         generator: Of the probes' signs; without one PyTorch's own is used.
@@ -132,13 +136,13 @@ def hessian_moments(
     return choose(target, method, settings, count=moments, dense_limit=limit).moments(moments)
 
 
-def check_method(method: str) -> None:
+def check_method(method: Method | str) -> None:
     """Refuse what is no engine.
 
     Raises:
         ValueError: If there is no engine of that name.
     """
-    if method not in get_args(Method):
+    if not callable(method) and method not in get_args(Name):
         raise ValueError(
             f"unknown method {method!r}: expected 'auto', 'exact', 'probes' or 'dense'"
         )
@@ -156,7 +160,7 @@ def choose(
 
     Args:
         target: The loss.
-        method: ``"auto"``, or the name of an engine.
+        method: ``"auto"``, the name of an engine, or what makes one.
         settings: What the engine may spend.
         count: How many moments are wanted: ``Tr H`` alone, 1, the closed form has in linear time.
         dense_limit: Up to how many parameters ``"auto"`` may use brute force.
@@ -166,6 +170,8 @@ def choose(
             engine but probes where the samples are several processes'.
         TypeError, ValueError: If the data do not fit it.
     """
+    if callable(method):
+        return method(target, settings)
     if target.parallel:
         if method in ("exact", "dense"):
             raise UnsupportedModelError(
@@ -173,20 +179,22 @@ def choose(
                 "DistributedDataParallel model needs method='probes'"
             )
         return Estimate(target, settings)
-    if method == "probes":
-        return Estimate(target, settings)
-    if method == "dense":
-        return BruteForce(target, settings)
-    try:
-        exact = ExactEngine.read(target, settings)
-    except UnsupportedModelError:
-        if method == "exact":
-            raise
-    else:
+    if method in ("auto", "exact"):
+        exact = _read(target, settings, required=method == "exact")
         price = GRADIENTS_A_PROBE * max(settings.probes, PROBES_WORTH)
-        if method == "exact" or exact.relative_cost(count) <= price:
+        if exact and (method == "exact" or exact.relative_cost(count) <= price):
             return exact
     # Of layers that are others in each call a matrix would be of one draw.
-    if target.dim <= dense_limit and not any(map(unsteady, target.model.modules())):
+    steady = target.dim <= dense_limit and not any(map(unsteady, target.model.modules()))
+    if method == "dense" or (method == "auto" and steady):
         return BruteForce(target, settings)
     return Estimate(target, settings)
+
+
+def _read(target: Objective, settings: Estimation, *, required: bool) -> ExactEngine | None:
+    try:
+        return ExactEngine.read(target, settings)
+    except UnsupportedModelError:
+        if required:
+            raise
+        return None

@@ -40,7 +40,8 @@ class CurvaturePenalty(nn.Module, ABC):
         weight: Factor of the penalty, at least zero.
         method: The engine: ``"exact"``, ``"probes"``, ``"dense"``, or ``"auto"``, the closed form
             where it covers the model at the price of some probes, and probes elsewhere. Which it
-            was last is :attr:`used`.
+            was last is :attr:`used`. Or what makes an engine of your own, see
+            :class:`lowland.engines.Engine`.
         probes: Random directions in a step, for ``"probes"``. One is enough in training: the
             gradients of both traces are right on average.
         products: ``"autograd"`` or ``"differences"``, see :func:`lowland.probes.probe_moments`.
@@ -180,7 +181,7 @@ class CurvaturePenalty(nn.Module, ABC):
 
     def _engine(self, target: Objective) -> Engine:
         # Of four moments brute force alone knows the gradient; of two it is never worth its price.
-        method: Method = "dense" if self.count > 2 else self.method
+        method: Method = "dense" if self.count > 2 and self.method == "auto" else self.method
         engine = choose(target, method, self.estimation, count=self.count, dense_limit=0)
         self.used = engine.name
         return engine

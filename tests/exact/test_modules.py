@@ -410,7 +410,10 @@ def _pruned():
 
 
 NOT_COVERED = {
-    "not a sequential": (nn.Tanh, "reads nn.Linear, or nn.Sequential.*got Tanh"),
+    "not a sequential": (
+        lambda: nn.Bilinear(3, 3, 1),
+        "reads nn.Linear, or nn.Sequential.*got Bilinear",
+    ),
     "own linear model": (lambda: _Doubled(3, 1), "reads nn.Linear, or .*got _Doubled"),
     "own forward within": (
         lambda: nn.Sequential(nn.Identity(), _DoubledModel(nn.Linear(3, 1))),
@@ -425,7 +428,7 @@ NOT_COVERED = {
         r"forward hooks on layer 1 of the model, Sequential may",
     ),
     "hooks on a lone layer": (
-        lambda: _hooked()[1:2],
+        lambda: _hooked()[1:],
         "forward hooks on layer 1 of the model, Tanh",
     ),
     "deep layers": (
@@ -457,7 +460,6 @@ NOT_COVERED = {
         lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1)),
         r"layer 2 of the model, Dropout\(p=0.5.*call model.eval\(\) first",
     ),
-    "no layer": (lambda: nn.Sequential(nn.Tanh()), "at least one Linear layer; got none"),
     "activation at the end": (
         lambda: nn.Sequential(nn.Linear(3, 1), nn.Sigmoid()),
         r"layer 1 of the model, Sigmoid\(\), stands after the last Linear.*takes logits",

@@ -126,7 +126,7 @@ def _read_layers(model: nn.Module) -> _Network:
             "outputs of a Linear layer, and a criterion on logits; remove it, or "
             f"{ANY_MODULE}"
         )
-    _require_layers(model, layers)
+    _require_fit(layers)
     hidden = [ACTIVATIONS["identity"] if each is None else each for each in activations[:-1]]
     return _Network(flat, before, layers, hidden)
 
@@ -155,19 +155,6 @@ def _does_nothing(layer: nn.Module) -> bool:
 def _require_plain_flatten(layer: nn.Flatten, name: str) -> None:
     if (layer.start_dim, layer.end_dim) != (1, -1):
         raise UnsupportedModelError(f"{name}, is covered with its default dimensions; {ANY_MODULE}")
-
-
-def _require_layers(model: nn.Module, layers: list[nn.Linear]) -> None:
-    if not layers:
-        raise UnsupportedModelError(
-            f"the closed form needs at least one Linear layer; got none; {ANY_MODULE}"
-        )
-    _require_fit(layers)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "
-            "those whose curvature you want"
-        )
 
 
 def _not_covered(name: str, layer: nn.Module) -> str:

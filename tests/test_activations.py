@@ -7,8 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mpmath import mp
+from torch import nn
 from torch.nn import functional
 
+import lowland
+from lowland import activations
 from lowland.activations import ACTIVATIONS, compose, get_activation, leaky_relu
 
 BOTH_TYPES = (torch.float64, torch.float32)
@@ -169,3 +172,104 @@ def test_names_and_activations_are_looked_up():
     assert get_activation(own) is own
     with pytest.raises(ValueError, match="unknown activation 'swish': expected one of identity"):
         get_activation("swish")
+
+
+# Activations of one's own
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """What is registered here is forgotten afterwards."""
+    for table in ("ACTIVATIONS", "_LAYERS"):
+        monkeypatch.setattr(activations, table, dict(getattr(activations, table)))
+
+
+class Sine(nn.Module):
+    def __init__(self, rate=1.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, a):
+        return (self.rate * a).sin()
+
+
+SINE = activations.Activation("sine", lambda a: (a.sin(), a.cos(), -a.sin(), -a.cos()))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_activation_is_known_to_the_closed_form_by_layer_and_by_name():
+    lowland.exact.register_activation(Sine, SINE)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), Sine(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(9, 3).double(), torch.arange(9) % 2
+    found = lowland.hessian_moments(model, nn.CrossEntropyLoss(), x, y, "exact")
+    expected = lowland.hessian_moments(model, nn.CrossEntropyLoss(), x, y, "dense")
+    torch.testing.assert_close(found.trace_sq, expected.trace_sq, rtol=1e-10, atol=0)
+    weights = [torch.cat([layer.bias[None], layer.weight.T]) for layer in (model[0], model[2])]
+    by_name = lowland.exact.moments(weights, x, y, activation="sine", loss="ce")
+    torch.testing.assert_close(by_name.trace_sq, expected.trace_sq, rtol=1e-10, atol=0)
+
+
+@pytest.mark.usefixtures("registered")
+def test_settings_of_a_layer_decide_which_activation_it_is():
+    lowland.exact.register_activation(Sine, lambda layer: SINE if layer.rate == 1 else None)
+    assert activations.read_activation(Sine()) is SINE
+    assert activations.read_activation(Sine(2.0)) is None
+    lowland.exact.register_activation(Sine, lambda layer: SINE)
+    with pytest.raises(ValueError, match=r"Sine\(\) is not the activation 'sine'"):
+        activations.read_activation(Sine(2.0))
+
+
+@pytest.mark.usefixtures("registered", "as_installed")
+def test_a_slip_in_a_registered_activation_is_found():
+    def slip(order):
+        def function(a):
+            parts = [a.sin(), a.cos(), -a.sin(), -a.cos()]
+            parts[order] = parts[order] + 0.01
+            return tuple(parts)
+
+        return activations.Activation("slip", function)
+
+    for order in (1, 2, 3):
+        with pytest.raises(ValueError, match=f"derivative {order} of the activation 'slip' is not"):
+            lowland.exact.register_activation(Sine, slip(order))
+    short = activations.Activation("short", lambda a: (a.sin(), a.cos(), -a.sin()))
+    with pytest.raises(ValueError, match="must return its value and three derivatives"):
+        lowland.exact.register_activation(Sine, short)
+    for kind, activation in ((Sine(), SINE), (torch.sin, SINE), (Sine, "sine")):
+        with pytest.raises(TypeError, match="expected a"):
+            lowland.exact.register_activation(kind, activation)
+    assert activations.read_activation(Sine()) is None
+
+
+class Bent(nn.Module):
+    def forward(self, a):
+        return torch.where(a > 0, a, -0.5 * a)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_activation_that_is_straight_on_both_sides_can_be_rescaled():
+    model = nn.Sequential(nn.Linear(3, 4), Bent(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(9, 3).double(), torch.arange(9) % 2
+    with pytest.raises(lowland.UnsupportedModelError, match="positively homogeneous"):
+        lowland.rescale(model, 0, 4.0)
+    with pytest.raises(lowland.UnsupportedModelError, match="treats each unit by itself"):
+        lowland.permute(model, 0, torch.tensor([1, 0, 3, 2]))
+    lowland.exact.register_activation(Bent, activations.leaky_relu(-0.5))
+    for changed in (
+        lowland.rescale(model, 0, 4.0),
+        lowland.permute(model, 0, torch.tensor([1, 0, 3, 2])),
+    ):
+        torch.testing.assert_close(changed(x), model(x))
+    penalty = lowland.HSR(nn.CrossEntropyLoss(), 1.0, method="probes", products="differences")
+    with pytest.warns(UserWarning, match="layer '1', Bent: the gradient jumps at its kinks"):
+        penalty(model, x, y)
+
+
+def test_what_pytorchs_layers_keep():
+    assert all(map(activations.is_homogeneous, (nn.ReLU(), nn.PReLU(), nn.LeakyReLU(0.3))))
+    assert not any(map(activations.is_homogeneous, (nn.Tanh(), nn.ReLU6(), nn.RReLU(), nn.GELU())))
+    kinked = (nn.ReLU(), nn.Hardswish(), nn.PReLU(), nn.Softshrink())
+    assert all(map(activations.has_kinks, kinked))
+    assert not any(map(activations.has_kinks, (nn.Identity(), nn.GELU("tanh"), nn.SiLU())))
+    assert not any(map(activations.is_elementwise, (nn.Softmax(1), nn.Linear(2, 2), nn.GLU())))

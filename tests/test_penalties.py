@@ -218,3 +218,44 @@ def test_the_base_class_is_abstract():
 
     with pytest.raises(TypeError, match="abstract"):
         CurvaturePenalty(BCE, weight=1.0)
+
+
+class FourthPower(lowland.penalties.CurvaturePenalty):
+    count = 4
+
+    def value(self, moments, samples):
+        return moments.higher[1] + moments.higher[0]
+
+
+def test_a_penalty_of_four_moments_has_the_gradient_of_brute_force(data):
+    x, y = data
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(x.shape[1], 2), nn.Tanh(), nn.Linear(2, 1)).to(x.dtype)
+    penalty = FourthPower(BCE, 0.5)
+    value = penalty(model, x, y)
+    assert penalty.used == "dense"
+    matrix = lowland.dense.dense_hessian(model, BCE, x, y)
+    powers = [torch.linalg.matrix_power(matrix, power).trace() for power in (3, 4)]
+    expected = 0.5 * sum(powers)
+    torch.testing.assert_close(value, expected)
+    parameters = list(model.parameters())
+    found, theirs = (torch.autograd.grad(each, parameters) for each in (value, expected))
+    torch.testing.assert_close(found, theirs, rtol=1e-8, atol=1e-12)
+    for method in ("exact", "probes"):
+        with pytest.raises(lowland.UnsupportedModelError, match="use method='dense'"):
+            FourthPower(BCE, 0.5, method=method)
+
+
+def test_the_gradient_of_brute_force_can_be_differentiated_again(data):
+    x, y = data
+    model = nn.Sequential(nn.Linear(x.shape[1], 2), nn.Tanh(), nn.Linear(2, 1)).to(x.dtype)
+    parameters = list(model.parameters())
+    twice = []
+    for square in (
+        lowland.hessian_moments(model, BCE, x, y, "dense").trace_sq,
+        lowland.dense.dense_hessian(model, BCE, x, y).square().sum(),
+    ):
+        first = torch.autograd.grad(square, parameters, create_graph=True)
+        total = sum(part.square().sum() for part in first)
+        twice.append(torch.autograd.grad(total, parameters))
+    torch.testing.assert_close(*twice)

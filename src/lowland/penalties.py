@@ -217,6 +217,16 @@ class HSR(CurvaturePenalty):
 
     References:
         arXiv:2606.28662, theorem 1.
+
+    Example:
+        >>> import torch, lowland
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> x, y = torch.randn(50, 3), torch.ones(50, dtype=torch.long)
+        >>> penalty = lowland.HSR(nn.CrossEntropyLoss(), weight=0.01)
+        >>> penalty.loss(model, x, y).backward()  # the criterion's loss and the penalty
+        >>> penalty.used
+        'exact'
     """
 
     average: Tensor
@@ -264,6 +274,14 @@ class HessianTrace(CurvaturePenalty):
 
     References:
         Liu et al. (2023), who estimate it; here it is exact where the closed form covers the model.
+
+    Example:
+        >>> import torch, lowland
+        >>> from torch import nn
+        >>> model, criterion = nn.Linear(3, 2), nn.CrossEntropyLoss()
+        >>> x, y = torch.randn(50, 3), torch.ones(50, dtype=torch.long)
+        >>> loss = criterion(model(x), y) + lowland.HessianTrace(criterion, 0.01)(model, x, y)
+        >>> loss.backward()
     """
 
     count = 1
@@ -280,6 +298,13 @@ class FlatnessAware(CurvaturePenalty):
     accumulated, or the last batch of an epoch is small, the penalty is as much larger.
 
     Arguments and errors are those of :class:`CurvaturePenalty`.
+
+    Example:
+        >>> import torch, lowland
+        >>> from torch import nn
+        >>> model, x, y = nn.Linear(3, 1), torch.randn(50, 3), torch.randn(50)
+        >>> penalty = lowland.FlatnessAware(nn.MSELoss(), weight=0.01, method="probes", probes=4)
+        >>> penalty(model, x, y).backward()
     """
 
     def value(self, moments: HessianMoments, samples: int) -> Tensor:

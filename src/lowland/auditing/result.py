@@ -23,6 +23,16 @@ class Audit(Findings):
         layer, layers, parameters, samples, unseen, dtype, probes: What was measured.
         factors, values, stderr: What was found; one number a factor, by the measure's name.
         limits, left_out, notes: What else a reader should know.
+
+    Example:
+        >>> import torch, lowland
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> x, y, x_unseen = torch.randn(40, 3), torch.arange(40) % 2, torch.randn(20, 3)
+        >>> audit = lowland.audit(model, nn.CrossEntropyLoss(), x, y, x_unseen, pairs=False)
+        >>> audit.layer, len(audit.factors), len(audit.values["trace"])
+        (0, 7, 7)
     """
 
     @property

@@ -43,6 +43,16 @@ class Spectrum:
         density: The density of all eigenvalues, None unless it was asked for.
         method: ``"dense"`` or ``"lanczos"``.
         surface: The loss around the parameters that the model had then.
+
+    Example:
+        >>> import torch, lowland
+        >>> from torch import nn
+        >>> model, x, y = nn.Linear(3, 1), torch.randn(50, 3), torch.randn(50)
+        >>> spectrum = lowland.spectrum(model, nn.MSELoss(), (x, y), k=2)
+        >>> spectrum.to_frame().columns.tolist()
+        ['rank', 'eigenvalue', 'residual']
+        >>> spectrum.along(0, [-0.1, 0.0, 0.1]).shape  # the loss along the first eigenvector
+        torch.Size([3])
     """
 
     dim: int

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lowland
-from lowland.batches import any_requires_grad, as_pair, digest, rows, to_device
+from lowland._batches import any_requires_grad, as_pair, digest, rows, to_device
 
 X, Y = torch.randn(6, 3), torch.arange(6)
 

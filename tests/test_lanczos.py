@@ -5,7 +5,7 @@ import builtins
 import numpy as np
 import pytest
 
-from lowland.lanczos import eigsh, need_scipy, start_vector
+from lowland._lanczos import eigsh, need_scipy, start_vector
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0, -2.5])

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from lowland.layers import has_hooks, is_as_inherited, is_plain_sequence, walk
+from lowland._layers import has_hooks, is_as_inherited, is_plain_sequence, walk
 
 
 def test_a_walk_gives_the_names_that_pytorch_gives_and_repeated_layers_again():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowland.layers import is_as_inherited
+from lowland._layers import is_as_inherited
 
 Derivatives = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowland._layers import has_hooks, is_as_inherited
+from lowland._loss_checks import check_criterion
 from lowland.errors import ANY_MODULE, UnsupportedModelError
-from lowland.layers import has_hooks, is_as_inherited
-from lowland.loss_checks import check_criterion
 from lowland.losses import LOSSES, Loss
 from lowland.validation import (
     check_constant,

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, grad
 
+from lowland._limits import DENSE_MEMORY
 from lowland.criteria import Criterion
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation
-from lowland.limits import DENSE_MEMORY
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, objective
 from lowland.passes import frozen_statistics, remember_randomness

@@ -7,19 +7,19 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
-from lowland.batches import as_pair
-from lowland.criteria import Criterion
-from lowland.dense import BruteForce
-from lowland.errors import UnsupportedModelError
-from lowland.estimation import Estimation, Products
-from lowland.exact.engine import ExactEngine
-from lowland.limits import (
+from lowland._batches import as_pair
+from lowland._limits import (
     DEFAULT_MEMORY_BUDGET,
     DEFAULT_PROBES,
     DENSE_LIMIT,
     GRADIENTS_A_PROBE,
     PROBES_WORTH,
 )
+from lowland.criteria import Criterion
+from lowland.dense import BruteForce
+from lowland.errors import UnsupportedModelError
+from lowland.estimation import Estimation, Products
+from lowland.exact.engine import ExactEngine
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, objective
 from lowland.passes import unsteady

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Generator
 
-from lowland.limits import DEFAULT_MEMORY_BUDGET, DEFAULT_PROBES
+from lowland._limits import DEFAULT_MEMORY_BUDGET, DEFAULT_PROBES
 from lowland.validation import check_budget
 
 Products = Literal["autograd", "differences", "exact", "finite"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.parallel import DistributedDataParallel
 
-from lowland.batches import Batch, any_requires_grad, to_device
+from lowland._batches import Batch, any_requires_grad, to_device
 from lowland.criteria import Criterion, check_splits_evenly, mass, scalar_loss
 from lowland.torch_fixes import is_ordinary
 from lowland.validation import check_initialized

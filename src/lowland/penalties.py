@@ -13,12 +13,12 @@ import torch.distributed
 from torch import Generator, Tensor, nn
 from torch.autograd import grad
 
-from lowland.batches import rows
+from lowland._batches import rows
+from lowland._limits import DEFAULT_MEMORY_BUDGET
 from lowland.criteria import Criterion, scalar_loss
 from lowland.engines import Engine, Method, check_method, choose
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
-from lowland.limits import DEFAULT_MEMORY_BUDGET
 from lowland.moments import HessianMoments
 from lowland.objective import Objective, objective
 from lowland.validation import is_number

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Generator, Tensor, nn
 
-from lowland.batches import to_device
+from lowland._batches import to_device
 from lowland.criteria import Criterion, is_sum, mass
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products

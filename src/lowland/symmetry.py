@@ -14,9 +14,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lowland._layers import has_hooks, is_as_inherited, is_plain_sequence, walk
 from lowland.activations import is_elementwise, is_homogeneous
 from lowland.errors import UnsupportedModelError
-from lowland.layers import has_hooks, is_as_inherited, is_plain_sequence, walk
 from lowland.validation import check_initialized, check_tensor, is_number
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

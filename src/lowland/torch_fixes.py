@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lowland.layers import has_hooks
+from lowland._layers import has_hooks
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowland._lanczos import need_scipy
+from lowland._limits import DEFAULT_PROBES
 from lowland.auditing.readings import LANCZOS, Bench, Forward, Values
 from lowland.auditing.result import Audit
 from lowland.criteria import Criterion, scalar_loss
 from lowland.errors import UnsupportedModelError
-from lowland.lanczos import need_scipy
-from lowland.limits import DEFAULT_PROBES
 from lowland.objective import unwrap
 from lowland.spectra.surface import check_mode
 from lowland.symmetry import rescale, weighted_layers

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from lowland._limits import DENSE_IS_QUICKER
 from lowland.criteria import Criterion, counted, labels, predictions, scalar_loss
 from lowland.engines import hessian_moments
-from lowland.limits import DENSE_IS_QUICKER
 from lowland.spectra import spectrum
 from lowland.symmetry import weighted_layers
 from lowland.weakness import (

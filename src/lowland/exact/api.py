@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from lowland._limits import DEFAULT_MEMORY_BUDGET
 from lowland.exact.plan import OrderChoice
 from lowland.exact.setup import Activations, Reduction, Setup, prepare
-from lowland.limits import DEFAULT_MEMORY_BUDGET
 from lowland.losses import Loss
 from lowland.moments import HessianMoments, check_number
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowland._limits import DEFAULT_MEMORY_BUDGET
 from lowland.exact.plan import OrderChoice
 from lowland.exact.problem import run_moments
 from lowland.exact.setup import Activations, Reduction, prepare
 from lowland.exact.torch_backend import TorchBackend
-from lowland.limits import DEFAULT_MEMORY_BUDGET
 from lowland.losses import Loss
 from lowland.moments import HessianMoments
 

@@ -9,11 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lowland._layers import has_hooks, is_plain_sequence, walk
 from lowland.activations import ACTIVATIONS, Activation, compose, read_activation
 from lowland.criteria import Criterion, encode, read_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.exact.setup import Setup, prepare
-from lowland.layers import has_hooks, is_plain_sequence, walk
 from lowland.validation import check_initialized, check_tensor
 
 

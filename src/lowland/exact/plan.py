@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from lowland._limits import DEFAULT_MEMORY_BUDGET, MEBIBYTE
 from lowland.exact import blocks
 from lowland.exact.blocks import Tile
 from lowland.exact.c_backend import choose_chunk, packed_entries
@@ -21,9 +22,6 @@ from lowland.exact.size import Size
 
 Order = Literal["samples", "parameters"]
 OrderChoice = Literal["auto", "samples", "parameters"]
-
-MEBIBYTE = 1 << 20
-DEFAULT_MEMORY_BUDGET = 256 * MEBIBYTE
 
 
 @dataclass(frozen=True)

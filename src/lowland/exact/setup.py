@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from lowland._limits import DEFAULT_MEMORY_BUDGET, MEBIBYTE
+from lowland._loss_checks import check_loss
 from lowland.activations import Activation, get_activation
 from lowland.exact.c_backend import covers
 from lowland.exact.plan import (
-    DEFAULT_MEMORY_BUDGET,
-    MEBIBYTE,
     OrderChoice,
     Path,
     cost,
@@ -28,7 +28,6 @@ from lowland.exact.problem import Backend, Problem, join_layers, run_moments
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, Quantity
 from lowland.exact.torch_backend import TorchBackend
-from lowland.loss_checks import check_loss
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments
 from lowland.validation import (

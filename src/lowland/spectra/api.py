@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from lowland.lanczos import need_scipy
-from lowland.limits import DENSE_LIMIT, DENSE_MEMORY
+from lowland._lanczos import need_scipy
+from lowland._limits import DENSE_LIMIT, DENSE_MEMORY
 from lowland.spectra.result import Spectrum
 from lowland.spectra.solve import (
     Which,

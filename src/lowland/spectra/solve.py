@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lowland.lanczos import Vector, eigsh, start_vector
+from lowland._lanczos import Vector, eigsh, start_vector
 from lowland.probes import rademacher
 
 Which = Literal["LA", "SA", "both"]

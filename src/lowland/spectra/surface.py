@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowland.batches import as_batches, checked, digest, to_device
+from lowland._batches import as_batches, checked, digest, to_device
 from lowland.criteria import check_reduction, is_sum, mass, scalar_loss
 from lowland.errors import UnsupportedModelError
 from lowland.objective import Objective, objective

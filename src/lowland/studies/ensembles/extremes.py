@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lowland._lanczos import Vector, eigsh
+from lowland._limits import DENSE_LIMIT
 from lowland.exact import hessian
-from lowland.lanczos import Vector, eigsh
-from lowland.limits import DENSE_LIMIT
 from lowland.objective import objective
 from lowland.products import gradient_graph, product
 from lowland.studies.ensembles.networks import (

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowland import criteria, exact, hessian_moments, loss_checks
+from lowland import _loss_checks as loss_checks
+from lowland import criteria, exact, hessian_moments
 from lowland.losses import LOSSES, Loss, Separable
 
 pytestmark = pytest.mark.usefixtures("as_installed")

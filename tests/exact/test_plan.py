@@ -75,9 +75,9 @@ def test_the_cheaper_order_is_not_taken_where_it_does_not_fit():
         make_plan(size, "parameters", 14_000, on_cpu=True, compiled=False)
 
 
-def test_a_matrix_in_pieces_is_not_kept_small_as_it_may_be():
+def test_a_matrix_in_tiles_is_not_kept_small_as_it_may_be():
     found = make_plan(size_of(5, 5), "parameters", 12_288, on_cpu=True, compiled=False)
-    assert len(found.pieces) > 1
+    assert len(found.tiles) > 1
     assert 8 * blocks.entries(size_of(5, 5)) <= 12_288 // 4
     assert not found.keep
 

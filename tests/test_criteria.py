@@ -36,6 +36,7 @@ ELEMENTWISE = {
     "poisson, full": nn.PoissonNLLLoss(full=True),
     "huber": nn.HuberLoss(delta=0.5),
     "smooth l1": nn.SmoothL1Loss(),
+    "soft margin": nn.SoftMarginLoss(),
     "several labels": nn.MultiLabelSoftMarginLoss(),
     "kl": nn.KLDivLoss(reduction="batchmean"),
     "function": functional.mse_loss,
@@ -127,7 +128,7 @@ def test_one_target_a_sample_is_one_target_a_sample_for_every_engine(name, shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(N, 3, generator=generator, dtype=torch.float64)
     y = torch.randint(2, (N,), generator=generator).double()
-    column = y[:, None]
+    column = y[:, None] if name != "soft margin" else 2 * y[:, None] - 1
 
     def loss_of():
         return criterion(model(x).reshape(N, 1), column)

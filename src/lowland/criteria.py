@@ -290,11 +290,12 @@ def read_loss(criterion: Criterion) -> Loss:
     return loss
 
 
-def encode(criterion: Criterion, y: Tensor, *, outputs: int, like: Tensor) -> Targets:
+def encode(criterion: Criterion, loss: Loss, y: Tensor, *, outputs: int, like: Tensor) -> Targets:
     """Targets as the closed form takes them, with the criterion's weights.
 
     Args:
-        criterion: One that :func:`read_loss` knows.
+        criterion: What gives the targets their weights.
+        loss: What :func:`read_loss` says that it is.
         y: As the criterion takes them; with one output also without its dimension.
         outputs: Of the model.
         like: ``(samples, ...)``, of the type that the logits have.
@@ -305,11 +306,9 @@ def encode(criterion: Criterion, y: Tensor, *, outputs: int, like: Tensor) -> Ta
         ValueError: If shapes or values do not suit the criterion, every sample has weight zero, or
             what was registered for the criterion is another loss.
     """
-    loss = read_loss(criterion)
-    assert isinstance(criterion, nn.Module)  # noqa: S101 - or it would have been refused
     y = _one_a_sample(y, len(like), outputs, loss)
     reduction: Reduction = "sum" if is_sum(criterion) else "mean"
-    if type(criterion) not in _PYTORCHS:
+    if isinstance(criterion, nn.Module) and type(criterion) not in _PYTORCHS:
         _check_registered(criterion, loss, y, outputs, like)
     if isinstance(criterion, nn.CrossEntropyLoss):
         y, scale = _weigh_classes(criterion, y, outputs, like)

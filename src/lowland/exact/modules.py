@@ -57,7 +57,7 @@ def read(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Setup:
         )
     if network.before is not None:
         x = network.before(x)[0]
-    targets = encode(criterion, y, outputs=outputs, like=x)
+    targets = encode(criterion, loss, y, outputs=outputs, like=x)
     return prepare(
         [_augmented(layer) for layer in network.layers],
         x,

@@ -18,7 +18,7 @@ from lowland.dense import dense_hessian, dense_moments
 from lowland.moments import HessianMoments
 from lowland.objective import objective
 from lowland.passes import frozen_statistics
-from lowland.products import measure
+from lowland.products import quadratic_forms
 
 PENALTIES = [lowland.HSR, lowland.HessianTrace, lowland.FlatnessAware]
 PRODUCTS = ["autograd", "differences"]
@@ -42,7 +42,7 @@ def test_the_slopes_of_hsr_at_the_averages_give_the_gradient_of_the_bound():
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 1, bias=False))
     model, x, y = model.double(), torch.randn(4, 2).double(), torch.rand(4, 1).double()
     target = objective(model, nn.MSELoss(), x, y)
-    _, traces, squares = measure([target], list(signs_that_cover(model)), "autograd")
+    _, traces, squares = quadratic_forms([target], list(signs_that_cover(model)), "autograd")
     exact = dense_moments(model, nn.MSELoss(), x, y)
     penalty = lowland.HSR(nn.MSELoss(), 1.0).eval()
     penalty.average.copy_(torch.stack([exact.trace, exact.trace_sq, torch.ones(())]).detach() / 4)

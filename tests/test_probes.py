@@ -13,7 +13,7 @@ from lowland.dense import dense_hessian
 from lowland.estimation import Estimation
 from lowland.objective import objective
 from lowland.probes import Estimate, probe_moments, rademacher
-from lowland.products import measure
+from lowland.products import quadratic_forms
 
 
 def loader_moments(model, criterion, loader, **settings):
@@ -96,7 +96,7 @@ def test_a_subset_is_measured_by_its_own_block():
     subset = [model[0].bias, model[4].weight]
     target = objective(model, CROSS_ENTROPY, x, y, iter(subset))
     directions = [rademacher(subset, signs())]
-    _, trace, square = measure([target], directions, "autograd")
+    _, trace, square = quadratic_forms([target], directions, "autograd")
     chosen = [*range(20, 25), *range(43, 49)]
     block = dense_hessian(model, CROSS_ENTROPY, x, y)[chosen][:, chosen]
     v = any_models.flat(directions[0])

@@ -22,7 +22,7 @@ from lowland.dense import dense_hessian
 from lowland.objective import objective
 from lowland.passes import frozen_statistics
 from lowland.probes import rademacher
-from lowland.products import hessian_products, measure
+from lowland.products import hessian_products, quadratic_forms
 
 
 def directions_for(model, count, generator):
@@ -40,7 +40,7 @@ def brute_force(model, x, y, directions, criterion=CROSS_ENTROPY):
 def measured(model, x, y, directions, products="autograd", criterion=CROSS_ENTROPY):
     target = objective(model, criterion, x, y)
     with frozen_statistics(target.model):
-        return measure([target], directions, products)[1:]
+        return quadratic_forms([target], directions, products)[1:]
 
 
 def gradients(forms, model, slopes=(0.7, -0.3)):
@@ -153,7 +153,7 @@ def test_halves_on_average_leave_out_each_samples_pair_with_itself():
     for first in combinations(range(4), 2):
         order = [*first, *(set(range(4)) - set(first))]
         target = objective(model, criterion, x[order], y[order])
-        loss, trace, square = measure(target.halves(), signs, "autograd")
+        loss, trace, square = quadratic_forms(target.halves(), signs, "autograd")
         torch.testing.assert_close(loss, criterion(model(x), y))
         squares.append(square.mean())
         traces.append(trace.mean())

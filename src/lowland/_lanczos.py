@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Vector = NDArray[np.float64]
+Array = NDArray[np.float64]
 
 
 def need_scipy() -> None:
@@ -28,7 +28,7 @@ def need_scipy() -> None:
 
 
 def eigsh(
-    product: Callable[[Vector], Vector], dim: int, *, seed: int, shift: float = 0.0, **settings: Any
+    product: Callable[[Array], Array], dim: int, *, seed: int, shift: float = 0.0, **settings: Any
 ) -> Any:
     """``scipy.sparse.linalg.eigsh`` of ``H + shift I``, from a start vector that a seed gives.
 
@@ -49,7 +49,7 @@ def eigsh(
     from scipy.sparse.linalg import LinearOperator  # noqa: PLC0415 - optional, and slow
     from scipy.sparse.linalg import eigsh as iterate  # noqa: PLC0415
 
-    def shifted(vector: Vector) -> Vector:
+    def shifted(vector: Array) -> Array:
         flat = vector.ravel()
         return product(flat) + shift * flat
 
@@ -59,6 +59,6 @@ def eigsh(
     return iterate(operator, v0=start_vector(dim, seed), **settings)
 
 
-def start_vector(dim: int, seed: int) -> Vector:
+def start_vector(dim: int, seed: int) -> Array:
     """Random numbers to begin with, the same for the same seed."""
     return np.random.default_rng(seed).standard_normal(dim)

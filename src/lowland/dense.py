@@ -28,7 +28,7 @@ from lowland.estimation import Estimation
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, objective
 from lowland.passes import frozen_statistics, remember_randomness
-from lowland.products import Parts, dot, gradient_graph, product
+from lowland.products import Vector, dot, gradient_graph, product
 from lowland.validation import check_values
 
 
@@ -108,7 +108,7 @@ class _Frame:
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     @contextmanager
-    def gradient(self) -> Iterator[Parts]:
+    def gradient(self) -> Iterator[Vector]:
         """The gradient of the loss with its graph, the same at each call."""
         target, (enabled, dtype) = self.target, self.autocast
         with ExitStack() as stack:
@@ -118,7 +118,7 @@ class _Frame:
             stack.enter_context(torch.autocast(target.device.type, enabled=enabled, dtype=dtype))
             yield stack.enter_context(gradient_graph(target))
 
-    def rows(self, gradient: Parts, *, wanted: bool) -> Iterator[Parts]:
+    def rows(self, gradient: Vector, *, wanted: bool) -> Iterator[Vector]:
         """The rows of ``H`` one after another, each with its own graph if wanted."""
         for part in gradient:
             unit = part.new_zeros(part.shape)  # in one piece, whatever the gradient is
@@ -137,7 +137,7 @@ class _Frame:
             matrix += 0 * torch.stack([p.sum() for p in self.target.parameters]).sum()
         return matrix
 
-    def contracted(self, coefficients: Tensor) -> Parts:
+    def contracted(self, coefficients: Tensor) -> Vector:
         r""":math:`\nabla \langle C, H \rangle`, row by row."""
         parameters = self.target.parameters
         total = [torch.zeros_like(p) for p in parameters]
@@ -193,7 +193,7 @@ def _powers(matrix: Tensor, count: int) -> tuple[Tensor, ...]:
     return first, second, (square * matrix).sum(), square.square().sum()
 
 
-def _flat(parts: Parts) -> Tensor:
+def _flat(parts: Vector) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 

@@ -22,7 +22,14 @@ from lowland.estimation import Estimation, Products
 from lowland.moments import HessianMoments
 from lowland.objective import Objective, data_parallel, objective
 from lowland.passes import frozen_statistics
-from lowland.products import Average, Parts, dot, hessian_products, measure, warn_of_kinks
+from lowland.products import (
+    Average,
+    Vector,
+    dot,
+    hessian_products,
+    quadratic_forms,
+    warn_of_kinks,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +78,7 @@ class Estimate:
         directions = _draw(target, settings)
         parts = target.halves() if settings.unbiased else [target]
         average = _average_over_processes(target.outer)
-        loss, traces, squares = measure(
+        loss, traces, squares = quadratic_forms(
             parts, directions, settings.products, average, disposable=True
         )
         return loss, _moments(target.dim, traces, squares)
@@ -187,7 +194,7 @@ def loader_moments(
     return _moments(target.dim, values[0] * scale, values[1] * scale**2)
 
 
-def _draw(target: Objective, settings: Estimation) -> list[Parts]:
+def _draw(target: Objective, settings: Estimation) -> list[Vector]:
     """As many directions of random signs as there are probes."""
     return [
         rademacher(target.parameters, settings.generator, target.outer)
@@ -195,7 +202,7 @@ def _draw(target: Objective, settings: Estimation) -> list[Parts]:
     ]
 
 
-def _forms(product: Parts, direction: Parts) -> tuple[Tensor, Tensor]:
+def _forms(product: Vector, direction: Vector) -> tuple[Tensor, Tensor]:
     return dot(product, direction), dot(product, product)
 
 
@@ -214,7 +221,7 @@ def _standard_error(values: Tensor) -> Tensor:
 
 def rademacher(
     parameters: Iterable[Tensor], generator: Generator | None, model: nn.Module | None = None
-) -> Parts:
+) -> Vector:
     """Random signs in the parameters' shapes, the same ones in all processes of a model."""
     parameters = list(parameters)
     device, total = parameters[0].device, sum(p.numel() for p in parameters)
@@ -244,7 +251,7 @@ def _average_over_processes(model: nn.Module) -> Average | None:
         return None
     group = parallel.process_group
 
-    def average(parts: Parts) -> None:
+    def average(parts: Vector) -> None:
         flat = torch.cat([part.reshape(-1) for part in parts])
         torch.distributed.all_reduce(flat, group=group)
         flat /= torch.distributed.get_world_size(group)

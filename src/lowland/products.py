@@ -42,14 +42,15 @@ from lowland.objective import (
 from lowland.passes import frozen_statistics, remember_randomness
 from lowland.torch_fixes import differentiable_operations
 
-Parts = list[Tensor]
+# A vector in the space of the parameters: one tensor for each.
+Vector = list[Tensor]
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 # For each direction: (loss, v^T H v, squared norm of H v), the last two with one entry a direction.
-Measured = tuple[Tensor, Tensor, Tensor]
+Forms = tuple[Tensor, Tensor, Tensor]
 
 # Averages tensors over all processes, in place.
-Average = Callable[[Parts], None]
+Average = Callable[[Vector], None]
 
 _NO_CURVATURE = (
     "the gradient of the loss does not change with the parameters, so its Hessian is zero: a "
@@ -62,19 +63,19 @@ _NOT_TWICE = (
 )
 
 
-def measure(
-    parts: Sequence[Objective],
-    directions: Sequence[Parts],
+def quadratic_forms(
+    halves: Sequence[Objective],
+    directions: Sequence[Vector],
     products: Products = "autograd",
     average: Average | None = None,
     *,
     disposable: bool = False,
-) -> Measured:
+) -> Forms:
     r"""A loss and the Hessian's quadratic forms in some directions.
 
     Args:
-        parts: The objective; or two, over the halves of its samples. Then their products with the
-            Hessian meet each other, so that neither meets its own noise.
+        halves: The objective alone; or two, over the halves of its samples. Then their products
+            with the Hessian meet each other, so that neither meets its own noise.
         directions: Each with one tensor a parameter.
         products: ``"autograd"`` or ``"differences"``.
         average: Over the processes of data-parallel training.
@@ -93,15 +94,15 @@ def measure(
     if products == "differences":
         if not disposable:
             directions = [_copies(direction) for direction in directions]
-        run = _Differences(parts, directions, average)
-        result: Measured = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
+        run = _Differences(halves, directions, average)
+        result: Forms = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
         return result
-    return _by_autograd(parts, directions, average)
+    return _by_autograd(halves, directions, average)
 
 
 def hessian_products(
-    target: Objective, directions: Sequence[Parts], products: Products = "autograd"
-) -> list[Parts]:
+    target: Objective, directions: Sequence[Vector], products: Products = "autograd"
+) -> list[Vector]:
     """``H v`` for each direction, of the loss on all batches, without gradients.
 
     Args:
@@ -113,9 +114,9 @@ def hessian_products(
         As many products, each with one tensor a parameter.
 
     Raises:
-        ValueError, RuntimeError: As :func:`measure`; but a Hessian of zeros is one.
+        ValueError, RuntimeError: As :func:`quadratic_forms`; but a Hessian of zeros is one.
     """
-    totals: list[Parts] = []
+    totals: list[Vector] = []
     for share, part in target.parts():
         found = _products_of_batch(part, directions, products)
         if target.total is None:
@@ -127,8 +128,8 @@ def hessian_products(
 
 
 def _products_of_batch(
-    part: Objective, directions: Sequence[Parts], products: Products
-) -> list[Parts]:
+    part: Objective, directions: Sequence[Vector], products: Products
+) -> list[Vector]:
     if products == "differences":
         run = _Differences([part], directions, None)
         _, gradient = run.first_gradient(part)
@@ -144,7 +145,7 @@ def _products_of_batch(
 
 
 @contextmanager
-def gradient_graph(part: Objective) -> Iterator[Parts]:
+def gradient_graph(part: Objective) -> Iterator[Vector]:
     """The gradient with its graph, where it can be differentiated again.
 
     Raises:
@@ -156,20 +157,20 @@ def gradient_graph(part: Objective) -> Iterator[Parts]:
 
 
 def _by_autograd(
-    parts: Sequence[Objective], directions: Sequence[Parts], average: Average | None
-) -> Measured:
+    halves: Sequence[Objective], directions: Sequence[Vector], average: Average | None
+) -> Forms:
     wanted = torch.is_grad_enabled()
-    scale = _loss_scale(parts[0].parameters[0].device)
-    with torch.enable_grad(), not_compiled(), _operations(parts[0]):
-        losses = [part.loss() for part in parts]
+    scale = _loss_scale(halves[0].parameters[0].device)
+    with torch.enable_grad(), not_compiled(), _operations(halves[0]):
+        losses = [part.loss() for part in halves]
         gradients = [
-            _gradient(part, scale * loss) for part, loss in zip(parts, losses, strict=True)
+            _gradient(part, scale * loss) for part, loss in zip(halves, losses, strict=True)
         ]
         forms = []
         for direction in directions:
             products = [
                 product(part, gradient, direction, wanted=wanted)
-                for part, gradient in zip(parts, gradients, strict=True)
+                for part, gradient in zip(halves, gradients, strict=True)
             ]
             if scale != 1:
                 products = [[each / scale for each in one] for one in products]
@@ -187,7 +188,9 @@ def _by_autograd(
 
 
 def _forms(
-    products: Sequence[Parts], values: Sequence[Parts], direction: Parts
+    products: Sequence[Vector],
+    values: Sequence[Vector],
+    direction: Vector,
 ) -> tuple[Tensor, Tensor]:
     """Both quadratic forms, as linear functions of the products: that is all a gradient needs."""
     trace, square = _values(values, direction)
@@ -208,7 +211,7 @@ def _operations(part: Objective) -> AbstractContextManager[None]:
     return differentiable_operations(part.model)
 
 
-def _gradient(part: Objective, loss: Tensor) -> Parts:
+def _gradient(part: Objective, loss: Tensor) -> Vector:
     if not part.is_ordinary:
         _check_differentiable([loss])
     gradient = part.complete(grad(loss, part.parameters, create_graph=True, allow_unused=True))
@@ -221,7 +224,7 @@ def _gradient(part: Objective, loss: Tensor) -> Parts:
 _ONCE = once_differentiable(print).__code__
 
 
-def _check_differentiable(values: Parts) -> None:
+def _check_differentiable(values: Vector) -> None:
     """Refuse functions that are ``once_differentiable``, in the graph of a loss or a gradient.
 
     Their gradient has no way back to the parameters, so PyTorch leaves it out of the product rather
@@ -243,7 +246,7 @@ def _check_differentiable(values: Parts) -> None:
         ahead += [before for before, _ in node.next_functions]
 
 
-def product(part: Objective, gradient: Parts, direction: Parts, *, wanted: bool) -> Parts:
+def product(part: Objective, gradient: Vector, direction: Vector, *, wanted: bool) -> Vector:
     """``H v``, with its graph if wanted; zeros where the gradient does not change."""
     used = [(g, v) for g, v in zip(gradient, direction, strict=True) if g.requires_grad]
     if not used:
@@ -273,10 +276,13 @@ class _Differences:
     """
 
     def __init__(
-        self, parts: Sequence[Objective], directions: Sequence[Parts], average: Average | None
+        self,
+        halves: Sequence[Objective],
+        directions: Sequence[Vector],
+        average: Average | None,
     ) -> None:
-        self.parts, self.directions, self.average = parts, directions, average
-        self.parameters = parts[0].parameters
+        self.halves, self.directions, self.average = halves, directions, average
+        self.parameters = halves[0].parameters
         self.device = self.parameters[0].device
         self.same_randomness: list[Callable[[], AbstractContextManager[None]]] = []
 
@@ -286,9 +292,9 @@ class _Differences:
         with self._full_precision():
             return part.gradient()
 
-    def gradient(self, number: int, at: Parts) -> Parts:
+    def gradient(self, number: int, at: Vector) -> Vector:
         """The gradient of a part elsewhere, under the same random numbers."""
-        part = self.parts[number]
+        part = self.halves[number]
         with self.same_randomness[number](), self._full_precision(), frozen_statistics(part.model):
             return part.gradient(at)[1]
 
@@ -306,8 +312,8 @@ class _Finite(Function):
     # products stay what they are as differences, step * H v, and all that scales them is numbers.
 
     @staticmethod
-    def forward(ctx: Any, run: _Differences, *parameters: Tensor) -> Measured:
-        losses, gradients = zip(*(run.first_gradient(part) for part in run.parts), strict=True)
+    def forward(ctx: Any, run: _Differences, *parameters: Tensor) -> Forms:
+        losses, gradients = zip(*(run.first_gradient(part) for part in run.halves), strict=True)
         shift = run.shift()
         forms, steps, points, differences, averages = [], [], [], [], []
         for direction in run.directions:
@@ -315,7 +321,7 @@ class _Finite(Function):
             at = direction
             torch._foreach_mul_(at, step)
             torch._foreach_add_(at, parameters)
-            found = [run.gradient(i, at) for i in range(len(run.parts))]
+            found = [run.gradient(i, at) for i in range(len(run.halves))]
             for near, gradient in zip(found, gradients, strict=True):
                 torch._foreach_sub_(near, gradient)
             averaged = _averaged(found, run.average)
@@ -342,7 +348,7 @@ class _Finite(Function):
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Differences = ctx.run
-        size, count = len(run.parameters), len(run.parts)
+        size, count = len(run.parameters), len(run.halves)
         parameters, (shift, steps) = ctx.saved_tensors[:size], ctx.saved_tensors[size : size + 2]
         saved = _batched(ctx.saved_tensors[size + 2 :], size)
         points = list(islice(saved, len(steps)))
@@ -396,18 +402,18 @@ def _along(point: Tensors, origin: Tensors, parts: Tensors) -> Tensor:
     return dot(point, parts) - dot(origin, parts)
 
 
-def _copies(parts: Tensors) -> Parts:
+def _copies(parts: Tensors) -> Vector:
     return [part.clone() for part in parts]
 
 
-def plus(parts: Tensors, others: Tensors, factor: Tensor) -> Parts:
+def plus(parts: Tensors, others: Tensors, factor: Tensor) -> Vector:
     """``parts + factor * others``."""
     if factor.device.type == "cpu":  # in one pass; elsewhere the host would wait for the number
         return list(torch._foreach_add(parts, others, alpha=factor.item()))  # noqa: SLF001
     return list(torch._foreach_add(parts, times(others, factor)))  # noqa: SLF001
 
 
-def plus_(parts: Parts, others: Tensors, factor: Tensor) -> None:
+def plus_(parts: Vector, others: Tensors, factor: Tensor) -> None:
     """The same in place."""
     if factor.device.type == "cpu":
         torch._foreach_add_(parts, others, alpha=factor.item())
@@ -415,7 +421,7 @@ def plus_(parts: Parts, others: Tensors, factor: Tensor) -> None:
         torch._foreach_add_(parts, times(others, factor))
 
 
-def times(parts: Tensors, factor: Tensor) -> Parts:
+def times(parts: Tensors, factor: Tensor) -> Vector:
     """Each of them times a number."""
     return list(torch._foreach_mul(parts, factor))  # noqa: SLF001
 
@@ -463,7 +469,7 @@ def _values(
     return trace, dot(values[0], values[-1])
 
 
-def _averaged(parts: list[Parts], average: Average | None) -> list[Parts]:
+def _averaged(parts: list[Vector], average: Average | None) -> list[Vector]:
     if average is None:
         return parts
     copies = [[each.clone() for each in part] for part in parts]

@@ -271,7 +271,7 @@ def test_standard_errors_cover_the_truth():
     everything = solve.dense_pairs(matrix)
     trace = float(matrix.trace())
     for k in (1, 5):
-        known = solve.choose(everything, k, "both")
+        known = solve.ends_of(everything, k, "both")
         found = [solve.trace_of(matrix, known, probes=30, seed=seed) for seed in range(100)]
         assert 90 <= sum(abs(value - trace) < 2.05 * stderr for value, stderr in found) < 100
     exact = solve.smooth([(everything.values, torch.ones(len(matrix)).double() / len(matrix))])

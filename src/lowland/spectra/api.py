@@ -17,9 +17,9 @@ from lowland.spectra.result import Spectrum
 from lowland.spectra.solve import (
     Which,
     check_products,
-    choose,
     dense_pairs,
     density_of,
+    ends_of,
     lanczos_pairs,
     smooth,
     trace_of,
@@ -273,7 +273,7 @@ def _measure(surface: Surface, settings: _Settings) -> Spectrum:
     curve = None
     if method == "dense":
         everything = dense_pairs(operator)
-        pairs = choose(everything, k, settings.which)
+        pairs = ends_of(everything, k, settings.which)
         trace, stderr = float(everything.values.sum()), 0.0
         if settings.density:
             curve = smooth([(everything.values, torch.full((dim,), 1 / dim).double())])

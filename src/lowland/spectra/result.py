@@ -13,7 +13,7 @@ from torch import Tensor
 from lowland.display import DataFrame, frame
 from lowland.spectra.figure import draw
 from lowland.spectra.solve import Density
-from lowland.spectra.surface import Parts, Surface
+from lowland.spectra.surface import NamedVector, Surface
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ class Spectrum:
     residuals: Float[Tensor, " k"]
     ranks: Int[Tensor, " k"]
     tolerance: float
-    eigenvectors: list[Parts] = field(repr=False)
+    eigenvectors: list[NamedVector] = field(repr=False)
     trace: float
     trace_stderr: float
     density: Density | None = field(repr=False)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lowland._lanczos import Vector, eigsh, start_vector
+from lowland._lanczos import Array, eigsh, start_vector
 from lowland.probes import rademacher
 
 Which = Literal["LA", "SA", "both"]
@@ -119,7 +119,7 @@ def dense_pairs(operator: Any) -> Pairs:
     return Pairs(values, vectors, ranks, residuals, rounding)
 
 
-def choose(pairs: Pairs, k: int, which: Which) -> Pairs:
+def ends_of(pairs: Pairs, k: int, which: Which) -> Pairs:
     """The ``k`` largest, the ``k`` smallest, or both, of all pairs."""
     dim = len(pairs.values)
     top = k if which != "SA" else 0
@@ -263,12 +263,12 @@ def _start(operator: Any, seed: int) -> Tensor:
     return _on(operator, start_vector(operator.shape[0], seed))
 
 
-def _on(operator: Any, vector: Vector) -> Tensor:
+def _on(operator: Any, vector: Array) -> Tensor:
     return torch.as_tensor(vector, dtype=operator.dtype, device=operator.device)
 
 
-def _image(operator: Any, vector: Vector) -> Vector:
-    flat: Vector = product(operator, _on(operator, vector)).double().cpu().numpy()
+def _image(operator: Any, vector: Array) -> Array:
+    flat: Array = product(operator, _on(operator, vector)).double().cpu().numpy()
     return flat
 
 

@@ -19,7 +19,7 @@ from lowland.objective import Objective, objective
 from lowland.passes import unsteady
 from lowland.products import hessian_products
 
-Parts = dict[str, Tensor]
+NamedVector = dict[str, Tensor]
 """One tensor for each parameter, by its name in the model and of its shape."""
 
 # One vector, or one in each column.
@@ -40,7 +40,7 @@ class Surface:
     """
 
     objective: Objective
-    state: Parts
+    state: NamedVector
     adaptive: bool = False
 
     @property
@@ -49,7 +49,7 @@ class Surface:
         return self.objective.names
 
     @property
-    def parameters(self) -> Parts:
+    def parameters(self) -> NamedVector:
         """``theta``, where the loss was looked at."""
         return {name: self.state[name] for name in self.names}
 
@@ -75,7 +75,7 @@ class Surface:
         """One vector, in the order of ``names``."""
         return torch.cat([parts[name].reshape(-1) for name in self.names])
 
-    def unflatten(self, flat: Float[Tensor, " parameters"]) -> Parts:
+    def unflatten(self, flat: Float[Tensor, " parameters"]) -> NamedVector:
         """The inverse of :meth:`flatten`."""
         like = self.parameters
         parts = flat.split([part.numel() for part in like.values()])

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lowland._lanczos import Vector, eigsh
+from lowland._lanczos import Array, eigsh
 from lowland._limits import DENSE_LIMIT
 from lowland.exact import hessian
 from lowland.objective import objective
@@ -71,12 +71,12 @@ def _lanczos(
 
     with gradient_graph(target) as gradient:
 
-        def image(vector: Vector) -> Vector:
+        def image(vector: Array) -> Array:
             sizes = [p.numel() for p in target.parameters]
             parts = torch.as_tensor(vector, dtype=x.dtype, device=x.device).split(sizes)
             direction = [part.view_as(p) for part, p in zip(parts, target.parameters, strict=True)]
             found = product(target, gradient, direction, wanted=False)
-            flat: Vector = torch.cat([part.flatten() for part in found]).cpu().numpy()
+            flat: Array = torch.cat([part.flatten() for part in found]).cpu().numpy()
             return flat
 
         # The far end of a spectrum is the largest in magnitude, after a shift by the near end.
@@ -86,7 +86,7 @@ def _lanczos(
     return min(near, far), max(near, far)
 
 
-def _largest(image: Callable[[Vector], Vector], dim: int, shift: float = 0.0) -> float:
+def _largest(image: Callable[[Array], Array], dim: int, shift: float = 0.0) -> float:
     """The eigenvalue of largest magnitude."""
     (value,) = eigsh(
         image, dim, seed=0, shift=shift, k=1, which="LM", tol=_TOLERANCE, return_eigenvectors=False

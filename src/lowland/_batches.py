@@ -97,7 +97,7 @@ def rows(*values: object) -> int:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """The same data there, as far as they say how they move."""
+    """The data on a device: tensors, what has a ``to``, and containers of these."""
     if isinstance(value, Tensor) or hasattr(value, "to"):
         return value.to(device)
     if isinstance(value, Mapping) and type(value) is dict:

@@ -101,7 +101,7 @@ def _told(loss: Loss, logits: Tensor, targets: Tensor, along: Tensor) -> Orders:
 
 
 def _true(loss: Loss, logits: Tensor, targets: Tensor, along: Tensor) -> Orders:
-    """The same by automatic differentiation of the value."""
+    """What :func:`_told` asks of the loss, by automatic differentiation of its value."""
 
     def total(s: Tensor) -> Tensor:
         value = loss.value(s, targets)

@@ -184,7 +184,7 @@ class Objective:
         ]
 
     def halves(self) -> list[Objective]:
-        """The same with the two halves of the samples.
+        """The loss on each of the two halves of the samples.
 
         Raises:
             TypeError: If the data are no tensors.

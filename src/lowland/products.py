@@ -414,7 +414,7 @@ def plus(parts: Tensors, others: Tensors, factor: Tensor) -> Vector:
 
 
 def plus_(parts: Vector, others: Tensors, factor: Tensor) -> None:
-    """The same in place."""
+    """Add ``factor * others`` to ``parts`` in place."""
     if factor.device.type == "cpu":
         torch._foreach_add_(parts, others, alpha=factor.item())
     else:

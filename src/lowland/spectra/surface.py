@@ -64,7 +64,7 @@ class Surface:
         return self.objective.device
 
     def within(self, names: Sequence[str]) -> Surface:
-        """The same loss as a function of fewer parameters."""
+        """The loss as a function of some of the parameters; the others become constants."""
         named = dict(zip(self.names, self.objective.parameters, strict=True))
         chosen = [named[name] for name in names]
         return replace(

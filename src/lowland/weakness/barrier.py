@@ -235,7 +235,7 @@ class Interior:
         return differences
 
     def _slacks(self, layers: Layers) -> Slacks:
-        """The same; infinite where k is y."""
+        """``(W_y - W_k) z`` of the training points, infinite where ``k`` is ``y``."""
         slacks = self._differences(layers)
         slacks[self.index, :, self.labels] = np.inf
         return slacks

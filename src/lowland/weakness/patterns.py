@@ -165,7 +165,7 @@ def _active(activations: Tensor, name: str) -> Bool[Tensor, "points units"]:
 
 
 def _words(packed: UInt8[Tensor, "points bytes"]) -> Int[Tensor, "points words"]:
-    """The same bits as whole numbers of 64 bits."""
+    """Rows of bits, eight to a byte, as rows of whole numbers of 64 bits."""
     points, size = packed.shape
     wide = packed.new_zeros(points, max(-(-size // 8), 1) * 8)
     wide[:, :size] = packed

@@ -53,7 +53,7 @@ def exact_classes(
     center: Float[np.ndarray, " features"],
     scale: Float[np.ndarray, " f"],
 ) -> Int[np.ndarray, " points"]:
-    """The same in rational numbers, from the features themselves; -1 where scores are equal."""
+    """Each point's class by a layer, in rational numbers; -1 where the best scores are equal."""
     rows = [[Fraction(float(v)) for v in row] for row in layer]
     shift = [Fraction(float(v)) for v in center]
     size = [Fraction(float(v)) for v in scale]
@@ -188,7 +188,7 @@ def _certifies_exactly(
     weights: Float[np.ndarray, " rows"],
     equations: list[tuple[int, int]],
 ) -> bool:
-    """The same by elimination in rational numbers: free weights stay, the others follow."""
+    """Whether a certificate holds in rational numbers: free weights stay, the others follow."""
     if _independent(raw, own, against, equations):
         return False
     count = len(weights)

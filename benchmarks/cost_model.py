@@ -16,9 +16,10 @@ import torch
 from deep import Case
 from scipy.optimize import nnls
 
+from lowland._limits import DEFAULT_MEMORY_BUDGET
 from lowland.exact import problem as problems
 from lowland.exact.modules import read
-from lowland.exact.plan import DEFAULT_MEMORY_BUDGET, PRICES, Path, cost, work
+from lowland.exact.plan import PRICES, Path, cost, work
 from lowland.exact.setup import Setup
 from lowland.exact.size import Size
 

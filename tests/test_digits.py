@@ -34,6 +34,7 @@ def threes_and_fives():
     return images[chosen].flatten(1).double() / 255, (labels[chosen] == 5).double()
 
 
+@pytest.mark.slow
 def test_exact_moments_and_gradient_of_raw_pixels_are_those_of_brute_force(threes_and_fives):
     x, y = threes_and_fives
     torch.manual_seed(0)

@@ -62,6 +62,7 @@ class Attentive(nn.MultiheadAttention):
         return super().forward(x, x, x)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "setting", "steady", "unsteady"),
     [

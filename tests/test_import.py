@@ -18,6 +18,7 @@ def python(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy():
     done = python("-c", f"{USE}; print(*{{name.partition('.')[0] for name in sys.modules}})")
     assert done.returncode == 0, done.stderr
@@ -26,6 +27,7 @@ def test_import_loads_nothing_heavy():
     assert not set(HEAVY) & set(loaded)
 
 
+@pytest.mark.slow
 def test_import_raises_no_warning():
     done = python("-W", "error", "-c", USE)
     assert done.returncode == 0, done.stderr

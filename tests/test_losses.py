@@ -73,6 +73,7 @@ def test_values_and_derivatives_are_pytorchs(name, generator):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 @given(st.integers(2, 5), st.sampled_from([0.3, 3.0, 30.0]), st.integers(0, 2**31))
 def test_derivatives_of_several_logits_are_autograds(classes, size, seed):
     generator = torch.Generator().manual_seed(seed)

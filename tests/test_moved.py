@@ -15,6 +15,7 @@ def test_a_former_name_is_the_module_itself(former, present):
     assert import_module(present).__spec__.name == present
 
 
+@pytest.mark.slow
 def test_former_names_work_in_every_form_of_import():
     code = """
 import sys

@@ -651,6 +651,7 @@ def test_a_compiled_model_trains_like_the_model(backend):
     torch.testing.assert_close(result, trained_block(plain), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_joined_batch(tmp_path):
     counts = (1, 3)
     results = two_processes.run(parallel_training.several, tmp_path, counts)

@@ -58,6 +58,7 @@ def test_the_slopes_of_hsr_at_the_averages_give_the_gradient_of_the_bound():
     torch.testing.assert_close(values, exact.upper.expand(8))
 
 
+@pytest.mark.slow
 def test_over_many_steps_the_gradient_of_hsr_is_that_of_the_bound():
     model, x, y = build("cnn_in_evaluation")
     penalty = lowland.HSR(CROSS_ENTROPY, 1.0, method="probes", generator=signs(), memory=0.98)
@@ -343,6 +344,7 @@ def test_accumulated_gradients_are_those_of_the_mean_of_the_penalties():
     close([p.grad for p in model.parameters()], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PENALTIES)
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("name", ["cnn", "Attention"])
@@ -408,6 +410,7 @@ def test_activation_checkpointing_changes_nothing(products):
     close(*found, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("name", ["cnn", "mlp"])
 def test_compiled_models_are_penalized_as_they_were_written(name, in_place):
@@ -427,6 +430,7 @@ def test_compiled_models_are_penalized_as_they_were_written(name, in_place):
     assert took == {"exact" if name == "mlp" else "probes"}
 
 
+@pytest.mark.slow
 def test_several_processes_penalize_the_curvature_of_all_samples(tmp_path):
     expected = parallel_penalties.alone()
     for results, errors in two_processes.run(parallel_penalties.in_parallel, tmp_path):

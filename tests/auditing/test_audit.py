@@ -97,6 +97,7 @@ def test_every_measure_is_that_of_the_rescaled_network(build, shape):
     assert audit.values["pair_proxy"][0] > 0
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.floats(1e-3, 1e3), st.integers(0, 1))
 def test_the_adaptive_hessian_is_exactly_invariant_biases_included(factor, layer):
@@ -125,6 +126,7 @@ def test_powers_of_two_leave_every_invariant_as_it_is_to_the_last_bit(dtype):
             assert audit.change(measure.name) == max(row) / min(row) > 1.5
 
 
+@pytest.mark.slow
 def test_a_larger_network_is_estimated_and_says_so():
     model, x, y, unseen = case(hidden=90)
     audit = lowland.audit(model, CE, x, y, unseen, factors=(1, 8))
@@ -145,6 +147,7 @@ def test_a_larger_network_is_estimated_and_says_so():
     assert again.values == audit.values
 
 
+@pytest.mark.slow
 def test_digits_that_single_precision_does_not_have_are_not_claimed():
     model, x, y, unseen = case(hidden=90)  # whose loss is 3e-4
     data = x.float(), y, unseen.float()
@@ -184,6 +187,7 @@ def test_the_network_and_the_generator_stay_as_they_were():
 # Other tasks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", [False, True])
 def test_one_logit_has_the_pair_proxy_of_two_classes(column):
     model, x, y, unseen = case(outputs=1)
@@ -385,6 +389,7 @@ def test_a_factor_that_underflows_is_seen_to_change_predictions():
     assert not audit.stays("outputs")
 
 
+@pytest.mark.slow
 def test_a_unit_within_rounding_of_its_kink_is_seen_to_move():
     # Of points at a right angle to all weights only rounding decides which units they activate.
     torch.manual_seed(0)
@@ -555,6 +560,7 @@ def test_a_figure_marks_what_moved(audited):
     assert all(colors.to_rgb(p.get_color()) != colors.to_rgb("#0072b2") for p in points)
 
 
+@pytest.mark.slow
 def test_a_figure_of_many_factors_and_of_what_is_not_positive(audited):
     pytest.importorskip("matplotlib")
     model, x, y, unseen = case()

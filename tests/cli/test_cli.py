@@ -75,6 +75,7 @@ def test_no_number_is_cut_on_a_narrow_terminal(finished):
     assert "…" not in result.stdout
 
 
+@pytest.mark.slow
 def test_the_printed_command_repeats_the_run_to_the_last_bit(finished, tmp_path):
     _, out = finished
     page = (out / "index.html").read_text()
@@ -90,6 +91,7 @@ def test_the_printed_command_repeats_the_run_to_the_last_bit(finished, tmp_path)
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_options_reach_the_run(table, tmp_path):
     result = run(
         table, "--target", "kind", "--methods", "hessian-trace", "--weight", "hessian-trace=0.5",
@@ -119,6 +121,7 @@ def three_classes(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_more_classes_and_more_layers(three_classes, tmp_path):
     result = run(
         three_classes, "--target", "kind", "--hidden", "3, 2", "--activation", "tanh",
@@ -134,6 +137,7 @@ def test_more_classes_and_more_layers(three_classes, tmp_path):
     assert "--hidden 3,2" in page
 
 
+@pytest.mark.slow
 def test_digits_need_no_file(tmp_path):
     result = run(
         "--data", "digits", "--hidden", 2, "--seeds", 2, "--steps", 3, "--out", tmp_path
@@ -242,6 +246,7 @@ def test_divergence_ends_in_one_line(table, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["1e-12", "1e5"])
 def test_extreme_settings_still_give_a_report(table, tmp_path, rate):
     result = run(table, *SMALL, "--learning-rate", rate, "--out", tmp_path)
@@ -304,6 +309,7 @@ def command(*arguments, flags=()):
     return [sys.executable, *flags, "-m", "lowland", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_letters_that_a_stream_lacks_are_no_error(table, tmp_path):
     done = subprocess.run(  # noqa: S603
         command("compare", table, *SMALL, "--methods", "baseline", "--out", tmp_path),
@@ -316,6 +322,7 @@ def test_letters_that_a_stream_lacks_are_no_error(table, tmp_path):
     assert b"?_max" in done.stdout
 
 
+@pytest.mark.slow
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = subprocess.run(  # noqa: S603
         command("compare", "none.csv", "--target", "t"),
@@ -328,6 +335,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
 def test_ctrl_c_while_modules_load(tmp_path):
     process = subprocess.Popen(  # noqa: S603
@@ -348,6 +356,7 @@ def test_ctrl_c_while_modules_load(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_ctrl_c_on_a_terminal_while_training(table, tmp_path):
     ours, theirs = os.openpty()

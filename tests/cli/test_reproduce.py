@@ -20,6 +20,8 @@ from lowland.cli.app import app
 from lowland.studies.hsr import run as run_module
 from lowland.studies.hsr.figures import FIGURES
 
+pytestmark = pytest.mark.slow  # on a study that runs for some ten seconds
+
 FIGURE_FILES = {f"figure-{number:02d}.svg" for number in FIGURES}
 TABLES = {f"{name}.csv" for name in ("claims", "search", "control", "curves", "sweep")}
 

@@ -28,6 +28,7 @@ def assert_same(case, actual, expected):
         assert cases.relative_error(mine, theirs.double()) <= 10 * case.tolerances[1]
 
 
+@pytest.mark.slow
 @given(cases.cases(dtypes=BOTH_TYPES), st.sampled_from(["auto", *cases.ORDERS]))
 def test_shares_of_samples_add_up_to_the_gradient_of_the_bound(case, order):
     shares = exact.sample_contributions(*case.arguments, **case.settings, order=order)
@@ -37,6 +38,7 @@ def test_shares_of_samples_add_up_to_the_gradient_of_the_bound(case, order):
     assert_same(case, [share.sum(-3) for share in shares], gradient_of_upper(case, order=order))
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(cases.cases())
 def test_each_share_is_that_of_the_samples_own_hessian(case):
@@ -75,6 +77,7 @@ def test_each_pair_adds_the_product_of_its_hessians(case):
         assert cases.relative_error(pairs[index].T, pairs[index]) <= 1e-14
 
 
+@pytest.mark.slow
 @given(cases.cases(dtypes=BOTH_TYPES), st.sampled_from(["auto", *cases.ORDERS]))
 def test_mean_part_and_spread_part_are_the_whole_direction(case, order):
     direction = exact.direction(*case.arguments, **case.settings, order=order)
@@ -85,6 +88,7 @@ def test_mean_part_and_spread_part_are_the_whole_direction(case, order):
     assert_same(case, direction.mean, of_mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", cases.ORDERS)
 def test_pieces_leave_no_seam(order):
     network = oracle.Network(3, (4, 2), "gelu", "ce", outputs=3)

@@ -100,6 +100,7 @@ def test_extreme_networks(regime, activation, dtype):
         assert_all_right(extreme(regime, network(loss, activation, hidden=hidden), dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("samples", "inputs", "hidden"),
     [(1, 3, 4), (8, 1, 4), (8, 3, 1), (1, 1, 1), (1, 1, ()), (1, 1, (1, 1, 1, 1)), (8, 1, (1, 4))],

@@ -56,6 +56,7 @@ def assert_gradients(case, actual, quantity):
         assert (mine.double() - expected).abs().max() <= tolerance * scale
 
 
+@pytest.mark.slow
 @given(
     cases.cases(dtypes=BOTH_TYPES),
     st.sampled_from(["auto", *cases.ORDERS]),
@@ -66,6 +67,7 @@ def test_gradient_is_that_through_the_brute_force_hessian(case, order, quantity)
     assert_gradients(case, actual, quantity)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(cases.cases(dtypes=BOTH_TYPES, most_samples=6), st.sampled_from(cases.ORDERS))
 def test_gradient_stays_the_same_when_memory_forces_small_pieces(case, order):

@@ -9,6 +9,7 @@ from hypothesis import given
 from lowland import exact
 
 
+@pytest.mark.slow
 @given(cases.cases())
 def test_higher_moments_are_those_of_the_brute_force_hessian(case):
     moments = exact.moments(*case.arguments, **case.settings, moments=4)

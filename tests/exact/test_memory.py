@@ -90,6 +90,7 @@ def peak(case, order, budget, *, path="pytorch", unbiased=False):
     return measured.bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", cases.ORDERS)
 @pytest.mark.parametrize("size", SIZES)
 def test_no_budget_is_exceeded(size, order):
@@ -139,6 +140,7 @@ GROWING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", cases.ORDERS)
 @pytest.mark.parametrize("what", GROWING)
 def test_the_budget_is_used(what, order):
@@ -147,6 +149,7 @@ def test_the_budget_is_used(what, order):
     assert peak(case, order, 1 << 17) >= (1 << 17) / 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", GROWING)
 def test_the_peak_over_parameters_does_not_grow_with_the_samples(what):
     few, many = (
@@ -155,6 +158,7 @@ def test_the_peak_over_parameters_does_not_grow_with_the_samples(what):
     assert many <= 1.5 * few  # chunks are about as long, not exactly
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", GROWING)
 def test_the_peak_of_the_trace_does_not_grow_with_the_samples(what):
     peaks = []

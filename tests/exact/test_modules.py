@@ -82,6 +82,7 @@ def assert_exact_is_dense(model, criterion, x, y):
     assert cases.relative_error(mine, theirs) <= 1e-9
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     st.sampled_from(sorted(ACTIVATIONS)),
@@ -151,6 +152,7 @@ def targets(kind, samples=12, outputs=3):
     }[kind]
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data(), st.sampled_from(sorted(SEVERAL)))
 def test_models_of_any_depth_and_several_outputs_agree_with_brute_force(draw, name):

@@ -25,11 +25,13 @@ def assert_moments(case, moments):
         assert (moments.trace_sq[index].double() - trace_sq).abs() <= tolerance * trace_sq
 
 
+@pytest.mark.slow
 @given(cases.cases(dtypes=BOTH_TYPES), st.sampled_from(["auto", *cases.ORDERS]))
 def test_moments_are_those_of_the_brute_force_hessian(case, order):
     assert_moments(case, exact.moments(*case.arguments, **case.settings, order=order))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(cases.cases(dtypes=BOTH_TYPES, most_samples=6), st.sampled_from(cases.ORDERS))
 def test_moments_stay_the_same_when_memory_forces_small_pieces(case, order):
@@ -51,6 +53,7 @@ def test_trace_alone_is_the_trace(case):
         assert (trace[index].double() - expected).abs() <= tolerance * scale
 
 
+@pytest.mark.slow
 @given(cases.cases(dtypes=BOTH_TYPES))
 def test_hessian_is_that_of_brute_force_in_the_documented_order(case):
     matrix = exact.hessian(*case.arguments, **case.settings)
@@ -62,6 +65,7 @@ def test_hessian_is_that_of_brute_force_in_the_documented_order(case):
         assert cases.relative_error(matrix[index], expected) <= case.tolerances[0]
 
 
+@pytest.mark.slow
 @given(cases.cases(), st.sampled_from(cases.ORDERS))
 def test_bounds_contain_the_true_eigenvalues(case, order):
     moments = exact.moments(*case.arguments, **case.settings, order=order)
@@ -99,6 +103,7 @@ def test_leading_dimensions_broadcast(order):
     torch.testing.assert_close(moments.trace_sq[1, 2], single.trace_sq, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", cases.ORDERS)
 def test_thousands_of_networks_in_one_call_are_those_networks(order):
     case = cases.make(

@@ -89,6 +89,7 @@ def trained_rows(draw, network):
     return [slice(0, 1), *rows[1:]] if empty else rows
 
 
+@pytest.mark.slow
 @needs_library
 @given(cases.cases(dtypes=BOTH_TYPES, networks=COVERED), QUANTITIES)
 def test_compiled_code_agrees_with_pytorch(case, quantity):
@@ -180,6 +181,7 @@ def draw_scale(case, kind):
     return scale if by_output else scale.squeeze(-1)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cases.cases(), st.data())
 def test_frozen_rows_leave_a_part_of_the_brute_force_hessian(case, data):
@@ -228,6 +230,7 @@ def test_frozen_rows_leave_a_part_of_the_brute_force_hessian(case, data):
             assert (mine - expected).abs().max() <= 1e-9 * natural
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     cases.cases(most_samples=6),

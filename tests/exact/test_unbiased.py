@@ -28,6 +28,7 @@ def solve(case, batch, order):
     return torch.stack([moments.trace, moments.trace_sq]).detach(), oracle.flatten(grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", cases.ORDERS)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("network", NETWORKS)
@@ -47,6 +48,7 @@ def test_the_mean_over_all_batches_is_the_data_sets(network, size, order):
     assert cases.relative_error(grads, brute) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", cases.ORDERS)
 def test_pieces_leave_no_seam(order):
     case = cases.make(NETWORKS["three hidden layers"], 12, ensemble=(2,)).with_gradients()

@@ -75,6 +75,7 @@ def flat(vector):
 # Against brute force
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_both_ends_are_those_of_brute_force(name, method):
@@ -159,6 +160,7 @@ def test_a_tolerance_that_rounding_does_not_allow_is_pointed_to():
         lowland.spectrum(model.float(), CE, (x.float(), y), k=2, method="lanczos", tolerance=1e-12)
 
 
+@pytest.mark.slow
 def test_a_model_of_more_parameters_goes_through_lanczos():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 2)).double()
@@ -340,6 +342,7 @@ def test_a_hessian_of_few_distinct_eigenvalues(method):
 # Blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_blocks_of_layers_are_those_of_the_matrix(method):
     model, x, y = case("transformer")

@@ -24,6 +24,7 @@ def problem(seed=0, classes=3, train=12, unseen=3):
 SHORT = {"chains": 16, "samples": 100, "thinning": 10, "burn_in": 200}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0.25, 0.5, 0.9])
 def test_between_two_points_shares_are_distances(place):
     train, labels = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])

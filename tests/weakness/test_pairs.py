@@ -77,6 +77,7 @@ problems = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(problems)
 def test_agrees_with_one_cold_program_per_pair(drawn):
     proxy = ask(*drawn)
@@ -87,6 +88,7 @@ def test_agrees_with_one_cold_program_per_pair(drawn):
     assert proxy.verify()
 
 
+@pytest.mark.slow
 @given(problems)
 def test_every_pair_has_a_witness_or_a_certificate(drawn):
     train, labels, unseen, classes = drawn
@@ -112,6 +114,7 @@ def test_every_pair_has_a_witness_or_a_certificate(drawn):
         assert np.abs(total).max() <= 1e-7 * weights.max() * max(np.abs(z).max(), 1)
 
 
+@pytest.mark.slow
 @given(problems, st.integers(0, 2**32 - 1))
 def test_affine_maps_of_the_features_change_nothing(drawn, seed):
     train, labels, unseen, classes = drawn
@@ -170,6 +173,7 @@ def test_what_is_just_inside_or_outside_is_proved(side, bits, offset):
     assert proxy.verify()
 
 
+@pytest.mark.slow
 @given(problems, st.integers(0, 2**32 - 1))
 def test_next_to_training_points_proofs_do_not_depend_on_how_close(drawn, seed):
     train, labels, _, classes = drawn
@@ -251,6 +255,7 @@ def test_classes_with_one_point_or_none_are_open(classes):
     assert proxy.count == proxy.total
 
 
+@pytest.mark.slow
 def test_out_of_the_hull_by_rounding_is_left_open_in_bounded_time():
     train, labels, unseen = problem(6, 3, 2, 30, 40)
     change = np.array([[1.0, 0.0, 0.3], [0.0, 1.0, 0.7]])

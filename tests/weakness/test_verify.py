@@ -168,6 +168,7 @@ def in_the_hull(cone):
 drawn_faces = (seeds, st.integers(1, 4), brinks, scales, offsets, st.integers(0, 2))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(*drawn_faces, st.booleans())
 def test_what_is_certified_has_no_solution(seed, size, brink, scales, offset, twin, exactly):
@@ -263,6 +264,7 @@ def test_weights_that_are_not_positive_numbers_certify_nothing(wrong):
     assert not ask_certifies(cone, -weights, exactly=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(seeds, st.integers(2, 3), st.integers(1, 2), brinks, scales, offsets)
 def test_every_answer_is_true_in_rational_numbers(seed, classes, size, brink, scales, offset):

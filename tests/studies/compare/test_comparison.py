@@ -23,6 +23,8 @@ from lowland.studies.data.splits import stratified_splits
 from lowland.studies.ensembles.networks import initial_weights
 from lowland.studies.ensembles.training import BASELINE, METHODS, Schedule
 
+pytestmark = pytest.mark.slow  # on a study that runs for some ten seconds
+
 
 def small_dataset(classes=2):
     generator = torch.Generator().manual_seed(1)

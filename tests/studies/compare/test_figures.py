@@ -122,6 +122,7 @@ def test_nothing_is_cut_or_overlaps_the_legend(networks, history):
             assert box.y1 <= figure.bbox.y1 + 1
 
 
+@pytest.mark.slow
 def test_figures_are_files_of_their_kind_and_the_same_each_time(networks, history):
     for first, second in zip(
         drawings(networks, history).values(), drawings(networks, history).values(), strict=True
@@ -136,6 +137,7 @@ def test_figures_are_files_of_their_kind_and_the_same_each_time(networks, histor
         assert not texts  # glyphs are drawn, so no font has to be at hand
 
 
+@pytest.mark.slow
 def test_the_process_settings_are_left_alone(networks, history):
     before = dict(mpl.rcParams)
     for figure in drawings(networks, history).values():

@@ -48,6 +48,7 @@ def task_of(study, data):
     return replace(study.load_preset("quick").tasks[0], name="own", data=data)
 
 
+@pytest.mark.slow
 def test_data_that_a_package_carries_can_be_compared(extended, tmp_path):
     words = ["compare", "--data", "wine", "--seeds", "2", "--steps", "3", "--methods", "hsr"]
     result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])

@@ -81,6 +81,7 @@ def test_training_is_a_plain_loop_over_networks(name, sizes, loss):
             torch.testing.assert_close(part[i], single, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 3, 1), (2, 3, 2, 1)])
 def test_adaptive_sam_is_the_optimizer_step_by_step(sizes):
     method = Method("a-sam", "A-SAM", "L", radius=0.2)
@@ -163,6 +164,7 @@ def test_a_penalty_changes_the_path_only_while_it_acts(problem):
     assert not torch.equal(some.weights[0], never.weights[0])
 
 
+@pytest.mark.slow
 def test_a_network_does_not_depend_on_its_ensemble(problem):
     start, x, y = problem
     together = run(list(METHODS.values()), problem, steps=12)
@@ -180,6 +182,7 @@ def test_a_network_does_not_depend_on_its_ensemble(problem):
             torch.testing.assert_close(part[1:2], single, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_methods_side_by_side_come_out_as_one_by_one():
     start, x, y = plain.problem((3, 4, 3), "ce")
     model = {"schedule": Schedule(steps=12), "activation": "tanh", "loss": "ce"}

@@ -6,6 +6,8 @@ import torch
 from lowland.studies.hsr.boundary import boundary_length
 from lowland.studies.hsr.claims import judge
 
+pytestmark = pytest.mark.slow  # on a study that runs for some ten seconds
+
 
 def claims_with(study, kind, name, values):
     """The study with other results of some methods for one kind of seed."""

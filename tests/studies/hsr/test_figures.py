@@ -11,6 +11,8 @@ from lowland.studies.hsr.landscape import rise
 from lowland.studies.hsr.run import KINDS
 from lowland.studies.reporting import look
 
+pytestmark = pytest.mark.slow  # on a study that runs for some ten seconds
+
 BY_METHOD = (10, 11, 12, 14)
 
 

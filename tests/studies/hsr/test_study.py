@@ -24,6 +24,8 @@ from lowland.studies.hsr.task import flatten, samples, start
 from lowland.studies.runs.jobs import Store
 from lowland.studies.runs.presets import PresetError
 
+pytestmark = pytest.mark.slow  # on a study that runs for some ten seconds
+
 TINY = replace(
     PRESET,
     seeds=12,

@@ -15,6 +15,7 @@ from lowland.studies.hsr.task import samples, unflatten
 from lowland.studies.reporting.statistics import interval
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_installed")
 def test_a_cell_is_what_search_and_control_find_data_set_by_data_set():
     count = PRESET.sweep_seeds

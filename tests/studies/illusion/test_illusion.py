@@ -38,6 +38,8 @@ from lowland.studies.runs.presets import PresetError
 from lowland.studies.runs.streams import stream
 from lowland.weakness import ensemble_agreement, pair_proxy
 
+pytestmark = pytest.mark.slow  # on a study that runs for some ten seconds
+
 PAIRS = Task(
     "digit-pairs",
     "pairs",

@@ -184,6 +184,7 @@ def test_an_error_of_the_work_passes_through_and_long_pieces_do_not_hold_it_up(c
     (store.folder / "over").touch()  # frees the cluster's worker
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [False, True], ids=["while starting", "while computing"])
 def test_an_interrupt_ends_local_workers_within_seconds_and_in_silence(begun, long_run, tmp_path):
     process = long_run(jobs=2)
@@ -204,6 +205,7 @@ def test_workers_end_with_a_process_that_is_killed(long_run, tmp_path):
     process.communicate(timeout=15)
 
 
+@pytest.mark.slow
 def test_an_interrupt_takes_what_has_not_begun_off_the_cluster(cluster, long_run, tmp_path):
     process = long_run(scheduler=cluster.scheduler_address)
     wait_until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
@@ -250,6 +252,7 @@ def test_pieces_of_a_killed_worker_are_computed_by_another(cluster, store):
     assert (store.folder / "3.tried").exists()
 
 
+@pytest.mark.slow
 def test_a_piece_that_kills_each_of_its_workers_ends_the_run_and_the_rest_is_kept(cluster, store):
     work = EIGHT | {"part/0": partial(pieces.die, str(store.folder / "part"), 0)}
     with (

@@ -11,12 +11,21 @@ import pytest
 import torch
 
 import lowland
+from lowland import activations, criteria
 
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(lowland.__path__, "lowland.")
     if not module.name.endswith(("_kernel", "__main__"))
 )
+
+
+@pytest.fixture(autouse=True)
+def _registries(monkeypatch):
+    """What an example registers is forgotten after it."""
+    for home, table in ((activations, "ACTIVATIONS"), (activations, "_LAYERS")):
+        monkeypatch.setattr(home, table, dict(getattr(home, table)))
+    monkeypatch.setattr(criteria, "_CLOSED_FORMS", dict(criteria._CLOSED_FORMS))
 
 
 def examples_of(module):

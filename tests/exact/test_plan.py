@@ -75,9 +75,9 @@ def test_the_cheaper_order_is_not_taken_where_it_does_not_fit():
         make_plan(size, "parameters", 14_000, on_cpu=True, compiled=False)
 
 
-def test_a_matrix_in_pieces_is_not_kept_small_as_it_may_be():
+def test_a_matrix_in_tiles_is_not_kept_small_as_it_may_be():
     found = make_plan(size_of(5, 5), "parameters", 12_288, on_cpu=True, compiled=False)
-    assert len(found.pieces) > 1
+    assert len(found.tiles) > 1
     assert 8 * blocks.entries(size_of(5, 5)) <= 12_288 // 4
     assert not found.keep
 
@@ -120,7 +120,7 @@ def test_the_compiled_codes_matrices_take_half_of_the_budget(inputs, hidden, bit
 
 
 @pytest.mark.parametrize("order", ["samples", "parameters"])
-def test_runs_are_about_equal_and_fit_the_cache_of_a_processor(order):
+def test_chunks_are_about_equal_and_fit_the_cache_of_a_processor(order):
     size = size_of(3, 4, 2, samples=LONGEST_CHUNK + 2)
     assert (
         make_plan(size, order, GENEROUS, on_cpu=True, compiled=False).chunk
@@ -130,7 +130,7 @@ def test_runs_are_about_equal_and_fit_the_cache_of_a_processor(order):
     assert on_device.chunk == LONGEST_CHUNK + 2
 
 
-def test_the_trace_alone_takes_runs_four_times_as_long():
+def test_the_trace_alone_takes_chunks_four_times_as_long():
     size = size_of(3, 4, 2, samples=4 * LONGEST_CHUNK + 2)
     assert (
         make_trace_plan(size, GENEROUS, on_cpu=True, compiled=False).chunk == 2 * LONGEST_CHUNK + 1
@@ -150,8 +150,8 @@ def test_a_budget_for_the_trace_holds_the_weights_and_a_sample(samples):
     assert (found.chunk, found.networks) == (1, 1)
 
 
-def test_runs_that_memory_makes_short_make_the_order_over_samples_dearer():
-    # Wide layers: the kernels and terms of a full run do not fit.
+def test_chunks_that_memory_makes_short_make_the_order_over_samples_dearer():
+    # Wide layers: the kernels and terms of a full chunk do not fit.
     size = size_of(20, 300, 300, 300, 10, samples=800)
     launched = work(size, "samples")[2]
     assert launched > 4 * work(size_of(20, 3, 3, 3, 10, samples=800), "samples")[2]

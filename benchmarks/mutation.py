@@ -37,7 +37,8 @@ class Mutation:
     tests: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.line.strip()}  ->  {self.becomes.strip()}"
+        line, becomes = (" ".join(text.split()) for text in (self.line, self.becomes))
+        return f"{self.file}: {line}  ->  {becomes}"
 
     def apply(self, root: Path) -> str:
         """Break the line in a copy; gives what stood in the file."""

@@ -107,6 +107,15 @@ def test_what_is_kept_for_the_way_back_takes_a_quarter_of_the_budget(
         assert make_plan(small, order, GENEROUS, on_cpu=True, compiled=False).keep
 
 
+@pytest.mark.parametrize(("networks", "keep"), [(8, True), (9, False)])
+def test_of_an_ensemble_all_matrices_are_kept_or_none(networks, keep):
+    size = size_of(12, 20, 2, networks=networks)
+    budget = 4 * 8 * 8 * blocks.entries(size)  # a quarter of it holds eight
+    found = make_plan(size, "parameters", budget, on_cpu=True, compiled=False)
+    assert len(found.tiles) == 1
+    assert found.keep == keep
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(14, 28))
 def test_the_compiled_codes_matrices_take_half_of_the_budget(inputs, hidden, bits):
     budget, size = 1 << bits, size_of(inputs, hidden, 1, networks=1000)

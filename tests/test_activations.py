@@ -240,6 +240,10 @@ def test_a_slip_in_a_registered_activation_is_found():
         with pytest.raises(TypeError, match="expected a"):
             lowland.exact.register_activation(kind, activation)
     assert activations.read_activation(Sine()) is None
+    # What a function gives is not known before there is a layer.
+    lowland.exact.register_activation(Sine, lambda layer: slip(3))
+    with pytest.raises(ValueError, match="derivative 3 of the activation 'slip' is not"):
+        activations.read_activation(Sine())
 
 
 class Bent(nn.Module):

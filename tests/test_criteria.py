@@ -47,6 +47,7 @@ BY_CLASS = {
     "ce, sum": nn.CrossEntropyLoss(reduction="sum"),
     "ce, weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0])),
     "ce, ignored": nn.CrossEntropyLoss(ignore_index=1),
+    "ce, weights, ignored": nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0]), ignore_index=1),
     "ce, smooth": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]), label_smoothing=0.2),
     "function": partial(functional.cross_entropy, ignore_index=1),
 }
@@ -206,3 +207,18 @@ def test_means_of_batches_add_up_to_the_mean_of_all(first, second, name):
     total = sum(m * loss for m, loss in zip(masses, losses, strict=True))
     total = total / (1 if criteria.is_sum(criterion) else sum(masses))
     torch.testing.assert_close(total, criterion(output, y))
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.KLDivLoss(reduction="batchmean")])
+def test_batches_of_longer_samples_count_by_what_their_means_divide_by(criterion):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(1)).double()
+    batches = [
+        (torch.randn(samples, length, 3).double(), torch.rand(samples, length).double())
+        for samples, length in ((2, 5), (4, 2))
+    ]
+    # Outputs of a mean, samples of a mean over the batch.
+    masses = (10, 8) if criterion.reduction == "mean" else (2, 4)
+    traces = [lowland.hessian_moments(model, criterion, x, y, "dense").trace for x, y in batches]
+    expected = sum(m * trace for m, trace in zip(masses, traces, strict=True)) / sum(masses)
+    found = lowland.spectrum(model, criterion, batches, k=None).eigenvalues.sum()
+    assert error(found, expected) < 1e-9

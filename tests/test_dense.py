@@ -41,6 +41,19 @@ def test_four_moments_are_traces_of_powers(data):
     assert dense_moments(model, MSE, *data).higher is None
 
 
+@pytest.mark.parametrize("power", [1, 2, 3, 4])
+def test_the_gradient_of_each_moment_is_that_of_the_trace_of_a_power(power, data):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    found = dense_moments(model, MSE, *data, moments=4)
+    moment = (found.trace, found.trace_sq, *found.higher)[power - 1]
+    expected = dense_hessian(model, MSE, *data).matrix_power(power).trace()
+    mine, theirs = (
+        torch.autograd.grad(each, list(model.parameters())) for each in (moment, expected)
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.usefixtures("as_installed")
 def test_another_number_of_moments_is_refused(data):
     with pytest.raises(ValueError, match=r"moments must be 2 or 4.*got 3"):

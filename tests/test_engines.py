@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -197,3 +198,15 @@ def test_compiled_models_are_measured_as_they_were_written(middle, data):
     found = lowland.hessian_moments(torch.compile(model, backend="aot_eager"), BCE, *data)
     assert found.method == expected.method
     assert torch.equal(found.trace_sq, expected.trace_sq)
+
+
+def test_what_makes_an_engine_is_given_the_loss_and_the_settings(data):
+    model, given = shallow(), []
+
+    def mine(target, settings):
+        given.append((target.model, settings.probes, settings.unbiased))
+        return lowland.dense.BruteForce(target, replace(settings, unbiased=False))
+
+    found = lowland.hessian_moments(model, BCE, *data, mine, probes=5, unbiased=True)
+    assert given == [(model, 5, True)]
+    assert torch.equal(found.trace_sq, lowland.hessian_moments(model, BCE, *data, "dense").trace_sq)

@@ -179,3 +179,24 @@ def test_a_coupled_loss_of_ones_own_is_compared_along_its_outputs():
     skew = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match="'curvature' of the loss 'distance'"):
         moments(changed(DISTANCE, curvature=lambda part: part + skew))
+
+
+class Scaled(nn.PoissonNLLLoss):
+    """A Poisson loss that is larger by a factor."""
+
+    def __init__(self, factor, reduction="mean"):
+        super().__init__(reduction=reduction)
+        self.factor = factor
+
+    def forward(self, logits, y):
+        return self.factor * super().forward(logits, y)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_criterion_is_the_mean_or_the_sum_over_all_outputs(reduction, outputs):
+    y = torch.ones(6, outputs).double()
+    loss_checks.check_criterion(Scaled(1.0, reduction), POISSON, y, outputs, like=y)
+    for factor in (1.01, torch.nan):
+        with pytest.raises(ValueError, match=f"is not the {reduction} of the loss 'poisson'"):
+            loss_checks.check_criterion(Scaled(factor, reduction), POISSON, y, outputs, like=y)

@@ -107,6 +107,15 @@ def test_what_is_kept_for_the_way_back_takes_a_quarter_of_the_budget(
         assert make_plan(small, order, GENEROUS, on_cpu=True, compiled=False).keep
 
 
+@pytest.mark.parametrize(("networks", "keep"), [(8, True), (9, False)])
+def test_of_an_ensemble_all_matrices_are_kept_or_none(networks, keep):
+    size = size_of(12, 20, 2, networks=networks)
+    budget = 4 * 8 * 8 * blocks.entries(size)  # a quarter of it holds eight
+    found = make_plan(size, "parameters", budget, on_cpu=True, compiled=False)
+    assert len(found.tiles) == 1
+    assert found.keep == keep
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(14, 28))
 def test_the_compiled_codes_matrices_take_half_of_the_budget(inputs, hidden, bits):
     budget, size = 1 << bits, size_of(inputs, hidden, 1, networks=1000)
@@ -120,7 +129,7 @@ def test_the_compiled_codes_matrices_take_half_of_the_budget(inputs, hidden, bit
 
 
 @pytest.mark.parametrize("order", ["samples", "parameters"])
-def test_runs_are_about_equal_and_fit_the_cache_of_a_processor(order):
+def test_chunks_are_about_equal_and_fit_the_cache_of_a_processor(order):
     size = size_of(3, 4, 2, samples=LONGEST_CHUNK + 2)
     assert (
         make_plan(size, order, GENEROUS, on_cpu=True, compiled=False).chunk
@@ -130,7 +139,7 @@ def test_runs_are_about_equal_and_fit_the_cache_of_a_processor(order):
     assert on_device.chunk == LONGEST_CHUNK + 2
 
 
-def test_the_trace_alone_takes_runs_four_times_as_long():
+def test_the_trace_alone_takes_chunks_four_times_as_long():
     size = size_of(3, 4, 2, samples=4 * LONGEST_CHUNK + 2)
     assert (
         make_trace_plan(size, GENEROUS, on_cpu=True, compiled=False).chunk == 2 * LONGEST_CHUNK + 1
@@ -150,8 +159,8 @@ def test_a_budget_for_the_trace_holds_the_weights_and_a_sample(samples):
     assert (found.chunk, found.networks) == (1, 1)
 
 
-def test_runs_that_memory_makes_short_make_the_order_over_samples_dearer():
-    # Wide layers: the kernels and terms of a full run do not fit.
+def test_chunks_that_memory_makes_short_make_the_order_over_samples_dearer():
+    # Wide layers: the kernels and terms of a full chunk do not fit.
     size = size_of(20, 300, 300, 300, 10, samples=800)
     launched = work(size, "samples")[2]
     assert launched > 4 * work(size_of(20, 3, 3, 3, 10, samples=800), "samples")[2]

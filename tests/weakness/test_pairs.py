@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -173,18 +173,17 @@ def test_what_is_just_inside_or_outside_is_proved(side, bits, offset):
     assert proxy.verify()
 
 
-@pytest.mark.slow
+@settings(max_examples=15)
 @given(problems, st.integers(0, 2**32 - 1))
 def test_next_to_training_points_proofs_do_not_depend_on_how_close(drawn, seed):
     train, labels, _, classes = drawn
     train = np.round(8 * train)
-    if ask(train, labels, train, classes).separable is False:
+    some = train[:4]
+    if ask(train, labels, some, classes).separable is False:
         return
-    direction = np.random.default_rng(seed).integers(-2, 3, train.shape)
+    direction = np.random.default_rng(seed).integers(-2, 3, some.shape)
     # On this grid both steps are exact, and no border of the cone lies between them.
-    near, nearer = (
-        ask(train, labels, train + 2.0**-bits * direction, classes) for bits in (26, 28)
-    )
+    near, nearer = (ask(train, labels, some + 2.0**-bits * direction, classes) for bits in (26, 28))
     settled = ~(near.undecided | nearer.undecided)
     assert torch.equal(near.feasible[settled], nearer.feasible[settled])
 

@@ -9,6 +9,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 NAMES = {
+    "lowland.exact.compiled": "lowland.exact.c_backend",
     "lowland.experiments.flatness.run": "lowland.studies.flatness.run",
     "lowland.experiments.hsr.run": "lowland.studies.hsr.run",
     "lowland.experiments.illusion.run": "lowland.studies.illusion.run",
@@ -16,7 +17,7 @@ NAMES = {
     "lowland.jobs": "lowland.studies.runs.jobs",
     "lowland.workers": "lowland.studies.runs.workers",
 }
-"""The present name of each module by its former one, as README and CHANGELOG gave it."""
+"""The present name of each module by its former one, as README, CHANGELOG and CONTRIBUTING gave it."""
 
 _PACKAGES = {"lowland.experiments", *(name.rpartition(".")[0] for name in NAMES)} - {"lowland"}
 

@@ -233,7 +233,8 @@ def labels(criterion: object, outputs: Tensor, y: Tensor) -> Tensor | None:
 
 def counted(criterion: object, y: Tensor) -> Tensor:
     """Which labels are not ignored."""
-    ignored = _setting(criterion, "ignore_index", None)
+    usual = -100 if _is_any(criterion, _BY_CLASS) else None
+    ignored = _setting(criterion, "ignore_index", usual)
     return torch.ones_like(y, dtype=torch.bool) if ignored is None else y != ignored
 
 

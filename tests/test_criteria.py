@@ -150,7 +150,7 @@ def test_classes_count_by_their_weights_for_every_engine(name):
 
 
 @pytest.mark.parametrize("method", ["exact", "dense", "probes"])
-@pytest.mark.parametrize("shape", [(N, 2), (1, N), (2 * N,), (N, 1, 1)])
+@pytest.mark.parametrize("shape", [(N, 2), (1, N), (2 * N,)])
 def test_targets_that_would_be_broadcast_are_refused(method, shape):
     x, y = torch.randn(N, 3).double(), torch.ones(shape).double()
     with pytest.raises(ValueError, match="x and y do not match"):
@@ -222,3 +222,126 @@ def test_batches_of_longer_samples_count_by_what_their_means_divide_by(criterion
     expected = sum(m * trace for m, trace in zip(masses, traces, strict=True)) / sum(masses)
     found = lowland.spectrum(model, criterion, batches, k=None).eigenvalues.sum()
     assert error(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_a_last_batch_of_one_sample_is_a_batch(shape, squeezed):
+    model, x = network(1, squeezed=squeezed), torch.randn(5, 3).double()
+    y = torch.randn(5, *shape[1:]).double()
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    whole = lowland.spectrum(model, nn.MSELoss(), (x, y), k=None)
+    cut = lowland.spectrum(model, nn.MSELoss(), batches, k=None)
+    torch.testing.assert_close(cut.eigenvalues, whole.eigenvalues)
+    alone = lowland.HSR(nn.MSELoss(), 1.0, method="dense")
+    assert alone.loss(model, *batches[1]) > alone(model, *batches[1])
+
+
+def test_a_batch_of_ignored_targets_alone_is_left_out():
+    model, x = network(CLASSES), torch.randn(6, 3).double()
+    y, criterion = torch.tensor([0, 2, 1, 2, -100, -100]), nn.CrossEntropyLoss()
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    cut = lowland.spectrum(model, criterion, batches, k=None).eigenvalues
+    torch.testing.assert_close(cut, lowland.spectrum(model, criterion, (x, y), k=None).eigenvalues)
+
+
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double(), ignore_index=1)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [partial, lambda criterion: torch.compile(criterion, backend="eager")],
+    ids=["partial", "compiled"],
+)
+def test_a_criterion_within_another_call_is_that_criterion(wrap):
+    x, y = torch.randn(N, 3).double(), torch.arange(N) % CLASSES
+    assert criteria.mass(wrap(WEIGHTED), y) == criteria.mass(WEIGHTED, y)
+    target = torch.randn(N).double()
+    expected = lowland.hessian_moments(network(1), nn.MSELoss(), x, target, "dense")
+    found = lowland.hessian_moments(network(1), wrap(nn.MSELoss()), x, target, "dense")
+    torch.testing.assert_close(found.trace_sq, expected.trace_sq)
+
+
+class Scaled(nn.Module):
+    reduction = "mean"
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.ones(1).double())
+        self.more = [1.0]
+
+    def forward(self, output, y):
+        return (self.factor * self.more[0] * (output - y).square()).mean()
+
+
+def unlike(criterion):
+    criterion.factor.fill_(3)
+
+
+@pytest.mark.parametrize("change", [unlike, lambda criterion: criterion.more.__setitem__(0, 2.0)])
+def test_settings_of_any_kind_that_change_are_compared_again(change):
+    lowland.exact.register_criterion(Scaled, lambda criterion: lowland.losses.LOSSES["mse"])
+    x, y, criterion = torch.randn(N, 3).double(), torch.randn(N).double(), Scaled()
+    lowland.hessian_moments(network(1), criterion, x, y, "exact")
+    change(criterion)
+    with pytest.raises(ValueError, match="is not the mean of the loss 'mse'"):
+        lowland.hessian_moments(network(1), criterion, x, y, "exact")
+
+
+def test_every_target_is_compared_and_pytorchs_own_criteria_too():
+    class Late(Scaled):
+        def forward(self, output, y):
+            return ((1 + 9 * (y > 2)) * (output - y).square()).mean()
+
+    lowland.exact.register_criterion(Late, lambda criterion: lowland.losses.LOSSES["mse"])
+    lowland.exact.register_criterion(nn.MSELoss, lambda criterion: OF_ONES_OWN["poisson"])
+    x, y = torch.randn(N, 3).double(), torch.linspace(0, 5, N).double()
+    for criterion in (Late(), nn.MSELoss()):
+        with pytest.raises(ValueError, match="is not the mean of the loss"):
+            lowland.hessian_moments(network(1), criterion, x, y, "exact")
+
+
+def refuse(criterion):
+    raise lowland.UnsupportedModelError("not with these settings")
+
+
+@pytest.mark.usefixtures("as_installed")
+@pytest.mark.parametrize("read", [lambda criterion: None, refuse])
+def test_what_is_registered_may_say_that_settings_have_no_closed_form(read):
+    lowland.exact.register_criterion(nn.PoissonNLLLoss, read)
+    x, y = torch.randn(N, 3).double(), torch.ones(N).double()
+    criterion = nn.PoissonNLLLoss()
+    assert lowland.hessian_moments(network(1), criterion, x, y).method == "dense"
+    lowland.HSR(criterion, 0.1).loss(network(1), x, y).backward()
+    with pytest.raises(lowland.UnsupportedModelError, match="these settings"):
+        lowland.hessian_moments(network(1), criterion, x, y, "exact")
+
+
+def test_batches_with_dictionaries_of_targets_count_by_their_samples():
+    model, x, y = network(1), torch.randn(7, 3).double(), torch.randn(7, 1).double()
+
+    def criterion(output, target):
+        return functional.mse_loss(output, target["y"])
+
+    batches = [(x[:5], {"y": y[:5], "id": 1}), (x[5:], {"y": y[5:], "id": 2})]
+    found, expected = (
+        lowland.hessian_moments(
+            model,
+            *arguments,
+            method="probes",
+            probes=2,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for arguments in ((criterion, batches), (nn.MSELoss(), x, y))
+    )
+    torch.testing.assert_close(found.trace_sq, expected.trace_sq.detach())
+
+
+@pytest.mark.usefixtures("as_installed")
+@pytest.mark.parametrize("criterion", [nn.MSELoss, "mse"])
+def test_what_is_no_criterion_is_refused(criterion):
+    x, y = torch.randn(N, 3).double(), torch.randn(N).double()
+    with pytest.raises(TypeError, match="expected a criterion that can be called"):
+        lowland.hessian_moments(network(1), criterion, x, y)
+    with pytest.raises(TypeError, match="expected a criterion that can be called"):
+        lowland.spectrum(network(1), criterion, (x, y))

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -210,3 +212,28 @@ def test_what_makes_an_engine_is_given_the_loss_and_the_settings(data):
     found = lowland.hessian_moments(model, BCE, *data, mine, probes=5, unbiased=True)
     assert given == [(model, 5, True)]
     assert torch.equal(found.trace_sq, lowland.hessian_moments(model, BCE, *data, "dense").trace_sq)
+
+
+@pytest.mark.usefixtures("as_installed")
+@pytest.mark.parametrize("made", [None, (1, 2), object()])
+def test_what_makes_no_engine_is_refused(made, data):
+    with pytest.raises(TypeError, match="must make an engine, with a name and the methods"):
+        lowland.hessian_moments(shallow(), BCE, *data, method=lambda target, settings: made)
+
+
+def test_hooks_on_all_modules_keep_the_closed_form_away(data):
+    def double(module, inputs, output):
+        return 2 * output if isinstance(module, nn.Tanh) else None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(double)
+    try:
+        found = lowland.hessian_moments(shallow(), BCE, *data)
+    finally:
+        handle.remove()
+    assert found.method == "dense"
+    assert lowland.hessian_moments(shallow(), BCE, *data).method == "exact"
+
+
+def test_public_modules_are_attributes():
+    code = "import lowland; lowland.penalties.HSR, lowland.losses.Loss, lowland.jobs.Store"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)  # noqa: S603

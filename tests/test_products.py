@@ -442,3 +442,67 @@ def test_finite_products_whose_length_is_not():
     trace, square = measured(model, x, x, directions, criterion=Steep())
     torch.testing.assert_close(trace, torch.tensor([1e25]))
     assert not square.isfinite().any()
+
+
+def wrapped_once():
+    class Wrapped(torch.autograd.Function):
+        @staticmethod
+        @torch.amp.custom_fwd(device_type="cpu")
+        def forward(ctx, a):
+            ctx.save_for_backward(a)
+            return a**3
+
+        @staticmethod
+        @torch.amp.custom_bwd(device_type="cpu")
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, slope):
+            return 3 * slope * ctx.saved_tensors[0] ** 2
+
+    return Wrapped.apply
+
+
+@pytest.mark.parametrize("function", [Cube.apply, wrapped_once()], ids=["plain", "decorated"])
+@pytest.mark.parametrize("method", ["dense", "probes"])
+def test_functions_that_can_be_differentiated_once_are_seen_at_the_end_of_a_loss(function, method):
+    """There PyTorch hands them a constant, and leaves no sign in the gradient's graph."""
+    model, x, y = build("mlp")
+    with pytest.raises(RuntimeError, match="marked as once_differentiable"):
+        lowland.hessian_moments(model, lambda s, t: function(CROSS_ENTROPY(s, t)), x, y, method)
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "probes"])
+@pytest.mark.parametrize("products", ["autograd", "differences"])
+def test_parameters_that_reentrant_checkpoints_hide_are_not_taken_for_unused(method, products):
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            x = x.clone().requires_grad_()
+            return self.last(torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=True))
+
+    model, x, y = Hidden().double(), torch.randn(8, 4).double(), torch.arange(8) % 2
+    with pytest.raises(RuntimeError, match=r"inner.weight.*use_reentrant=False"):
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y, method, products=products)
+    with pytest.raises(RuntimeError, match=r"inner.weight.*use_reentrant=False"):
+        lowland.HSR(CROSS_ENTROPY, 0.1, products=products).loss(model, x, y)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "dense"}, {"method": "probes", "products": "differences"}]
+)
+def test_a_batch_that_is_overwritten_before_the_way_back_is_noticed(settings):
+    model, x, y = build("mlp")
+    value = lowland.FlatnessAware(CROSS_ENTROPY, 1.0, **settings)(model, x, y)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_brute_force_refuses_a_matrix_that_is_not_symmetric():
+    torch.manual_seed(0)
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)).double()
+    x, y = torch.randn(6, 2).double(), torch.randn(6, 3).double()
+    with pytest.raises(RuntimeError, match="the Hessian is not symmetric"):
+        lowland.hessian_moments(model, nn.MSELoss(), x, y, "dense")

@@ -1,6 +1,7 @@
 """Measure and control the curvature of neural-network losses."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from lowland import _moved
@@ -65,7 +66,7 @@ def __getattr__(name: str) -> object:
     """
     if name in _HOMES:
         value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    elif name in ("exact", "weakness"):
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
         value = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

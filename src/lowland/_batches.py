@@ -77,6 +77,8 @@ def digest(value: object) -> object:
         return {key: digest(part) for key, part in value.items()}
     if isinstance(value, tuple | list):
         return [digest(part) for part in value]
+    if isinstance(value, bool | int | float | str | None):
+        return value
     return type(value)  # nothing more is known; what it does to the loss is looked at by itself
 
 
@@ -87,7 +89,7 @@ def rows(*values: object) -> int:
         TypeError: If they hold no tensor with rows.
     """
     for value in values:
-        for tensor in _tensors(value):
+        for tensor in tensors(value):
             if tensor.ndim:
                 return len(tensor)
     raise TypeError(
@@ -109,18 +111,19 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 def any_requires_grad(values: Iterable[object]) -> bool:
     """Whether a tensor in them asks for a gradient."""
-    return any(tensor.requires_grad for value in values for tensor in _tensors(value))
+    return any(tensor.requires_grad for value in values for tensor in tensors(value))
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def tensors(value: object) -> Iterator[Tensor]:
+    """All tensors that a value holds, at any depth."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors(part)
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors(part)
 
 
 def _kind(value: object) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TypeGuard
 
 from torch import nn
+from torch.nn.modules import module as _modules
 
 
 def is_plain_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
@@ -19,7 +20,8 @@ def has_hooks(module: nn.Module) -> bool:
     Pruning and the older weight normalization are hooks of this kind.
     """
     hooks = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001 - no public name
-    return bool(hooks) or "forward" in vars(module)
+    everywhere = _modules._global_forward_hooks or _modules._global_forward_pre_hooks  # noqa: SLF001
+    return bool(hooks or everywhere) or "forward" in vars(module)
 
 
 def is_as_inherited(module: nn.Module, kind: type[nn.Module]) -> bool:

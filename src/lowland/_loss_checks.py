@@ -66,7 +66,7 @@ def check_criterion(
     Raises:
         ValueError: If it is another function of the logits.
     """
-    targets = targets.detach()[:_FEW]
+    targets = targets.detach()
     if loss.targets == "classes" and targets.shape[1] < outputs:
         targets = targets.squeeze(1)
         encoded = functional.one_hot(targets.long(), outputs).to(like.dtype)

@@ -17,7 +17,7 @@ NAMES = {
     "lowland.jobs": "lowland.studies.runs.jobs",
     "lowland.workers": "lowland.studies.runs.workers",
 }
-"""The present name of each module by its former one, as README, CHANGELOG and CONTRIBUTING gave it."""
+"""The present name of each module by its former one, as the documents gave it."""
 
 _PACKAGES = {"lowland.experiments", *(name.rpartition(".")[0] for name in NAMES)} - {"lowland"}
 

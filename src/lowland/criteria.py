@@ -8,7 +8,7 @@ reach them as they are, and a batch counts by its samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowland._batches import digest
 from lowland._layers import has_hooks, is_as_inherited
 from lowland._loss_checks import check_criterion
 from lowland.errors import ANY_MODULE, UnsupportedModelError
@@ -56,15 +57,15 @@ _BY_CLASS: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 
 # Criteria that the closed form knows.
-_CLOSED_FORMS: dict[type[nn.Module], Callable[[Any], Loss]] = {
+_CLOSED_FORMS: dict[type[nn.Module], Callable[[Any], Loss | None]] = {
     nn.BCEWithLogitsLoss: lambda _: LOSSES["bce"],
     nn.CrossEntropyLoss: lambda _: LOSSES["ce"],
     nn.MSELoss: lambda _: LOSSES["mse"],
 }
-_PYTORCHS = tuple(_CLOSED_FORMS)
+_PYTORCHS = dict(_CLOSED_FORMS)
 
 
-def register_criterion(kind: type[nn.Module], read: Callable[[Any], Loss]) -> None:
+def register_criterion(kind: type[nn.Module], read: Callable[[Any], Loss | None]) -> None:
     """Teach the closed form a criterion of your own.
 
     Args:
@@ -72,7 +73,7 @@ def register_criterion(kind: type[nn.Module], read: Callable[[Any], Loss]) -> No
             samples and outputs) or ``"sum"``.
         read: Maps an instance to its :class:`~lowland.losses.Loss`. The derivatives of a new one
             are compared with its value, and with the criterion itself, so return the same one for
-            the same settings.
+            the same settings; and None for settings that have no closed form.
 
     Raises:
         TypeError: If ``kind`` is no class of criteria, or ``read`` no function.
@@ -101,6 +102,19 @@ def register_criterion(kind: type[nn.Module], read: Callable[[Any], Loss]) -> No
 
 
 # What every engine asks
+
+
+def check_callable(criterion: object) -> None:
+    """Require a criterion that can be called.
+
+    Raises:
+        TypeError: If it is a class, or no function.
+    """
+    if isinstance(criterion, type) or not callable(criterion):
+        raise TypeError(
+            f"expected a criterion that can be called, such as nn.CrossEntropyLoss(); got "
+            f"{criterion!r}"
+        )
 
 
 def scalar_loss(criterion: Criterion, output: Any, y: Any) -> Tensor:
@@ -133,7 +147,7 @@ def as_target(criterion: object, output: Any, y: Any) -> Any:
     if not (isinstance(y, Tensor) and isinstance(output, Tensor) and _is_elementwise(criterion)):
         return y
     if y.shape != output.shape:
-        if y.numel() != output.numel() or _squeezed(y.shape) != _squeezed(output.shape):
+        if (*y.shape, 1) != tuple(output.shape) and tuple(y.shape) != (*output.shape, 1):
             raise ValueError(
                 f"x and y do not match: {_name(criterion)} compares each output with a target of "
                 f"its own, so y must have the shape of the model's output, {tuple(output.shape)}; "
@@ -282,7 +296,12 @@ def read_loss(criterion: Criterion) -> Loss:
             f"the criterion's reduction must be 'mean' or 'sum' for its Hessian to be a matrix; "
             f"got {getattr(criterion, 'reduction', None)!r}"
         )
-    loss = read(criterion)
+    loss: object = read(criterion)
+    if loss is None:
+        raise UnsupportedModelError(
+            f"what was registered for {_name(criterion)} says that it has no closed form with "
+            f"these settings; {ANY_MODULE}"
+        )
     if not isinstance(loss, Loss):
         raise TypeError(
             f"what register_criterion was given for {type(criterion).__name__} must return a "
@@ -309,7 +328,7 @@ def encode(criterion: Criterion, loss: Loss, y: Tensor, *, outputs: int, like: T
     """
     y = _one_a_sample(y, len(like), outputs, loss)
     reduction: Reduction = "sum" if is_sum(criterion) else "mean"
-    if isinstance(criterion, nn.Module) and type(criterion) not in _PYTORCHS:
+    if isinstance(criterion, nn.Module) and _is_registered(criterion):
         _check_registered(criterion, loss, y, outputs, like)
     if isinstance(criterion, nn.CrossEntropyLoss):
         y, scale = _weigh_classes(criterion, y, outputs, like)
@@ -328,8 +347,7 @@ def _check_registered(
     criterion: nn.Module, loss: Loss, y: Tensor, outputs: int, like: Tensor
 ) -> None:
     """Compare a criterion with the loss that was registered for it, once for its settings."""
-    plain = (bool, int, float, str)
-    settings = {name: value for name, value in vars(criterion).items() if type(value) in plain}
+    settings = digest(vars(criterion))
     if _compared.get(criterion) != (loss, settings):
         check_criterion(criterion, loss, y.reshape(len(y), -1), outputs, like=like)
         _compared[criterion] = loss, settings
@@ -452,38 +470,52 @@ def _check_weights(criterion: nn.Module, name: str) -> None:
 def _is_elementwise(criterion: object) -> bool:
     if _is_any(criterion, _ELEMENTWISE):
         return True
-    read = _CLOSED_FORMS.get(type(criterion))  # type: ignore[arg-type]
-    return read is not None and type(criterion) not in _PYTORCHS and read(criterion).per_output
+    inside = _inner(criterion)
+    if not (isinstance(inside, nn.Module) and _is_registered(inside)):
+        return False
+    try:
+        loss = _CLOSED_FORMS[type(inside)](inside)
+    except UnsupportedModelError:  # it is not one with these settings
+        return False
+    return isinstance(loss, Loss) and loss.per_output
+
+
+def _is_registered(criterion: nn.Module) -> bool:
+    """Whether somebody else than we said what a criterion is to the closed form."""
+    read = _CLOSED_FORMS.get(type(criterion))
+    return read is not None and read is not _PYTORCHS.get(type(criterion))
 
 
 def _is_any(criterion: object, kinds: Iterable[type[nn.Module]]) -> bool:
     """Whether it computes what one of PyTorch's criteria does: as a module or as a function."""
+    criterion = _inner(criterion)
     if isinstance(criterion, nn.Module):
         return any(is_as_inherited(criterion, kind) for kind in kinds)
-    function = _function(criterion)
     known = {**_ELEMENTWISE, **_BY_CLASS}
-    return any(function is known[kind] for kind in kinds)
+    return any(criterion is known[kind] for kind in kinds)
 
 
-def _function(criterion: object) -> object:
-    while isinstance(criterion, partial):
-        criterion = criterion.func
-    return criterion
+def _layers(criterion: object) -> Iterator[object]:
+    """A criterion, and what it is within ``functools.partial`` and ``torch.compile``."""
+    inside: Any = criterion
+    while inside is not None:
+        yield inside
+        compiled = vars(inside).get("_modules", {}) if isinstance(inside, nn.Module) else {}
+        inside = inside.func if isinstance(inside, partial) else compiled.get("_orig_mod")
+
+
+def _inner(criterion: object) -> object:
+    *_, inside = _layers(criterion)
+    return inside
 
 
 def _setting(criterion: object, name: str, default: Any) -> Any:
-    while isinstance(criterion, partial):
-        if name in criterion.keywords:
-            return criterion.keywords[name]
-        criterion = criterion.func
-    return getattr(criterion, name, default)
-
-
-def _squeezed(shape: torch.Size) -> list[int]:
-    """A shape without a last dimension of size one."""
-    return list(shape[:-1] if shape[-1:] == (1,) else shape)
+    for layer in _layers(criterion):
+        if isinstance(layer, partial) and name in layer.keywords:
+            return layer.keywords[name]
+    return getattr(_inner(criterion), name, default)
 
 
 def _name(criterion: object) -> str:
-    function = _function(criterion)
+    function = _inner(criterion)
     return getattr(function, "__name__", type(function).__name__)

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, grad
 
+from lowland._batches import tensors
 from lowland._limits import DENSE_MEMORY
 from lowland.criteria import Criterion
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation
 from lowland.moments import HessianMoments, check_number
-from lowland.objective import Objective, objective
+from lowland.objective import Objective, may_look, objective
 from lowland.passes import frozen_statistics, remember_randomness
 from lowland.products import Vector, dot, gradient_graph, product
 from lowland.validation import check_values
@@ -133,6 +134,7 @@ class _Frame:
         with self.gradient() as gradient:
             rows = [_flat(row) for row in self.rows(gradient, wanted=wanted)]
         matrix = torch.stack(rows)
+        _check_symmetric(matrix.detach())
         if wanted and not matrix.requires_grad:  # a constant, whose gradient is zero
             matrix += 0 * torch.stack([p.sum() for p in self.target.parameters]).sum()
         return matrix
@@ -165,14 +167,15 @@ class _Powers(Function):
     @staticmethod
     def forward(ctx: Any, frame: _Frame, count: int, *parameters: Tensor) -> tuple[Tensor, ...]:
         matrix = frame.matrix(wanted=False)
-        # The parameters, too, so that a change of theirs before the backward pass is noticed.
-        ctx.save_for_backward(matrix, *parameters)
+        # Parameters and data, too, so that a change of theirs before the backward pass is noticed.
+        ctx.save_for_backward(matrix, *tensors(frame.target.batch), *parameters)
         ctx.frame, ctx.count = frame, count
         return _powers(matrix, count)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        matrix, *parameters = ctx.saved_tensors
+        matrix, *_ = ctx.saved_tensors
+        parameters = ctx.frame.target.parameters
         if torch.is_grad_enabled():  # of the gradient, too, there shall be a gradient
             powers = _powers(ctx.frame.matrix(wanted=True), ctx.count)
             found = grad(powers, parameters, slopes, create_graph=True, materialize_grads=True)
@@ -191,6 +194,24 @@ def _powers(matrix: Tensor, count: int) -> tuple[Tensor, ...]:
         return first, second
     square = matrix @ matrix
     return first, second, (square * matrix).sum(), square.square().sum()
+
+
+def _check_symmetric(matrix: Tensor) -> None:
+    """Refuse what is no matrix of second derivatives.
+
+    Raises:
+        RuntimeError: If a layer's or the criterion's derivatives are wrong.
+    """
+    if not may_look(matrix.device):
+        return
+    apart, size = float((matrix - matrix.T).abs().max()), float(matrix.abs().max())
+    if apart > 10 * torch.finfo(matrix.dtype).eps ** 0.5 * size:
+        raise RuntimeError(
+            f"the Hessian is not symmetric: entries up to {size:.4g} differ by {apart:.4g} from "
+            "those across the diagonal, so a layer's or the criterion's second derivatives are "
+            "wrong: those of a torch.autograd.Function of your own, or PyTorch's; write that layer "
+            "out in plain operations, or use method='probes' with products='differences'"
+        )
 
 
 def _flat(parts: Vector) -> Tensor:

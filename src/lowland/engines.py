@@ -171,7 +171,13 @@ def choose(
         TypeError, ValueError: If the data do not fit it.
     """
     if callable(method):
-        return method(target, settings)
+        engine = method(target, settings)
+        if not isinstance(engine, Engine):
+            raise TypeError(
+                "method= must make an engine, with a name and the methods moments and "
+                f"loss_and_moments; got {engine!r}"
+            )
+        return engine
     if target.parallel:
         if method in ("exact", "dense"):
             raise UnsupportedModelError(

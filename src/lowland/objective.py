@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
 
 from lowland._batches import Batch, any_requires_grad, to_device
-from lowland.criteria import Criterion, check_splits_evenly, mass, scalar_loss
+from lowland.criteria import Criterion, check_callable, check_splits_evenly, mass, scalar_loss
 from lowland.torch_fixes import is_ordinary
 from lowland.validation import check_initialized
 
@@ -88,7 +89,9 @@ class Objective:
             return
         for x, y in self.batches:
             there = to_device(x, self.device), to_device(y, self.device)
-            yield float(mass(self.criterion, there[1])) / self.total, self.on(there)
+            share = float(mass(self.criterion, there[1])) / self.total
+            if share:  # else all of its targets are ignored, and its loss is no number
+                yield share, self.on(there)
 
     def loss(self) -> Tensor:
         """The loss, with a graph to the parameters.
@@ -140,7 +143,7 @@ class Objective:
             loss = self.loss() if at is None else self._loss()
             # In here, as activation checkpointing runs the model again during the backward pass.
             parts = grad(loss, values, allow_unused=True)
-        return loss.detach(), self.complete(parts)
+        return loss.detach(), self.complete(parts, loss)
 
     @contextmanager
     def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
@@ -172,12 +175,22 @@ class Objective:
             if p is not None and id(p) in chosen
         ]
 
-    def complete(self, parts: Sequence[Tensor | None]) -> list[Tensor]:
+    def complete(self, parts: Sequence[Tensor | None], loss: Tensor) -> list[Tensor]:
         """The parts of a gradient; zero where the loss does not depend on a parameter.
 
         So it is with routed experts, stochastic depth, or an early exit: the Hessian has rows of
         zeros there.
+
+        Raises:
+            RuntimeError: If reentrant checkpointing may have hidden the parameter from the graph.
         """
+        missing = [n for n, part in zip(self.names, parts, strict=True) if part is None]
+        if missing and any(_function_of(node) is CheckpointFunction for node in graph(loss)):
+            raise RuntimeError(
+                f"the loss seems not to depend on {', '.join(missing)}, but activation "
+                "checkpointing in its reentrant form hides parameters from the graph: use "
+                "checkpoint(..., use_reentrant=False)"
+            )
         return [
             torch.zeros_like(p) if part is None else part
             for p, part in zip(self.parameters, parts, strict=True)
@@ -234,6 +247,7 @@ def objective(
         ValueError: As :func:`trainable` and :func:`check_subset`; or if a lazy layer has seen no
             data.
     """
+    check_callable(criterion)
     inside = unwrap(model)
     check_initialized(inside)
     named, others = trainable(inside), []
@@ -242,6 +256,22 @@ def objective(
         others = [p for p in named.values() if id(p) not in wanted]
         named = {name: p for name, p in named.items() if id(p) in wanted}
     return Objective(model, inside, criterion, ((x, y),), list(named), list(named.values()), others)
+
+
+def graph(*values: Tensor) -> Iterator[Any]:
+    """The nodes of the graphs that lead to values, each once."""
+    ahead, seen = [value.grad_fn for value in values], set()
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            ahead += [before for before, _ in node.next_functions]
+
+
+def _function_of(node: Any) -> Any:
+    """The ``torch.autograd.Function`` that a node is of; None for PyTorch's own operations."""
+    return getattr(type(node), "_forward_cls", None)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

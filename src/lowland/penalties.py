@@ -89,6 +89,11 @@ class CurvaturePenalty(nn.Module, ABC):
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
         super().__init__()
+        if self.count not in (1, 2, 4):
+            raise ValueError(
+                f"count of {type(self).__name__} must be 1, 2 or 4, how many moments its value "
+                f"reads; got {self.count!r}"
+            )
         if isinstance(criterion, type) or not callable(criterion):
             raise TypeError(
                 f"expected a criterion, such as nn.BCEWithLogitsLoss(), then its penalty's weight; "

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Generator, Tensor, nn
 
-from lowland._batches import to_device
+from lowland._batches import rows, to_device
 from lowland.criteria import Criterion, is_sum, mass
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
@@ -171,7 +171,7 @@ def loader_moments(
         )
     with frozen_statistics(target.model), target.others_frozen():
         for x, y in loader:
-            count = float(mass(target.criterion, y) if isinstance(y, Tensor) else len(y))
+            count = _count(target.criterion, x, y)
             samples += count
             if not count:  # all of its targets are ignored
                 continue
@@ -192,6 +192,13 @@ def loader_moments(
     scale = 1 if is_sum(target.criterion) else 1 / samples
     values = [torch.stack(each) for each in zip(*map(_forms, totals, directions), strict=True)]
     return _moments(target.dim, values[0] * scale, values[1] * scale**2)
+
+
+def _count(criterion: Criterion, x: Any, y: Any) -> float:
+    """What a batch counts; of targets that are no tensor nothing but their rows is known."""
+    if isinstance(y, Tensor):
+        return float(mass(criterion, y))
+    return 1.0 if is_sum(criterion) else float(rows(y, x))
 
 
 def _draw(target: Objective, settings: Estimation) -> list[Vector]:

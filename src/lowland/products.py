@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
 
+from lowland._batches import tensors
 from lowland.activations import has_kinks
 from lowland.estimation import Products
 from lowland.objective import (
     Gradient,
     Objective,
     check_finite,
+    graph,
     half_autocast,
     may_look,
     not_compiled,
@@ -214,7 +216,8 @@ def _operations(part: Objective) -> AbstractContextManager[None]:
 def _gradient(part: Objective, loss: Tensor) -> Vector:
     if not part.is_ordinary:
         _check_differentiable([loss])
-    gradient = part.complete(grad(loss, part.parameters, create_graph=True, allow_unused=True))
+    found = grad(loss, part.parameters, create_graph=True, allow_unused=True)
+    gradient = part.complete(found, loss)
     if not part.is_ordinary:
         _check_differentiable(gradient)
     return gradient
@@ -231,19 +234,20 @@ def _check_differentiable(values: Vector) -> None:
     than run into the error at its end; and where they are handed a constant, as at the end of a
     loss, there is not even that error in the gradient's graph.
     """
-    ahead, seen = [each.grad_fn for each in values], set()
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
+    for node in graph(*values):
         own = getattr(type(node), "_forward_cls", None)
-        once = getattr(getattr(own, "backward", None), "__code__", None) is _ONCE
-        if once or node.name() == "torch::autograd::Error":
+        if _is_once(own) or node.name() == "torch::autograd::Error":
             raise RuntimeError(
                 _NOT_TWICE.format("a function in it is marked as once_differentiable")
             )
-        seen.add(node)
-        ahead += [before for before, _ in node.next_functions]
+
+
+def _is_once(function: Any) -> bool:
+    """Whether a function's backward pass is marked so, also beneath other decorators."""
+    backward = getattr(function, "backward", None)
+    while backward is not None and getattr(backward, "__code__", None) is not _ONCE:
+        backward = getattr(backward, "__wrapped__", None)
+    return backward is not None
 
 
 def product(part: Objective, gradient: Vector, direction: Vector, *, wanted: bool) -> Vector:
@@ -337,10 +341,11 @@ class _Finite(Function):
         # Saved rather than kept as attributes, tensors are guarded, and gone after the backward
         # pass. The parameters are needed where they are now.
         kept = [*points, *gradients, *differences, *averages]
+        data = [each for half in run.halves for each in tensors(half.batch)]
         ctx.save_for_backward(
-            *parameters, shift, torch.stack(steps), *(each for part in kept for each in part)
+            *data, *parameters, shift, torch.stack(steps), *(each for part in kept for each in part)
         )
-        ctx.run = run
+        ctx.run, ctx.data = run, len(data)
         ctx.set_materialize_grads(False)
         return torch.stack(losses).mean(), traces, squares
 
@@ -349,8 +354,9 @@ class _Finite(Function):
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Differences = ctx.run
         size, count = len(run.parameters), len(run.halves)
-        parameters, (shift, steps) = ctx.saved_tensors[:size], ctx.saved_tensors[size : size + 2]
-        saved = _batched(ctx.saved_tensors[size + 2 :], size)
+        everything = ctx.saved_tensors[ctx.data :]
+        parameters, (shift, steps) = everything[:size], everything[size : size + 2]
+        saved = _batched(everything[size + 2 :], size)
         points = list(islice(saved, len(steps)))
         gradients = list(islice(saved, count))
         differences = list(islice(saved, len(steps) * count))

@@ -154,6 +154,8 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
     batches, device = as_batches(data), target.device
 
     def one(x: Any, y: Tensor) -> float:
+        if not mass(criterion, y):  # all of its targets are ignored, and their mean is no number
+            return 0.0
         return float(target.on((to_device(x, device), y.to(device))).loss().detach())
 
     with torch.enable_grad(), torch.random.fork_rng(_cuda(device)):
@@ -172,6 +174,11 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
         if index + 1 < len(seen):
             raise ValueError(_OTHER_BATCHES.format(index + 1))
     total = 1.0 if is_sum(criterion) else float(sum(part for _, _, part in seen))
+    if not total:
+        raise ValueError(
+            "every sample has weight zero, by the criterion's class weights or ignore_index, so "
+            "the mean loss does not exist"
+        )
     state = {**dict(target.model.named_parameters()), **dict(target.model.named_buffers())}
     kept = {name: part.detach().clone() for name, part in state.items()}
     return Surface(replace(target, batches=batches, total=total), kept)

@@ -62,8 +62,8 @@ def _source(file: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def passes(root: Path, tests: tuple[str, ...], limit: float | None = LIMIT) -> bool:
-    """Whether the tests pass with the copy of the package, within so many seconds."""
+def failures(root: Path, tests: tuple[str, ...], limit: float | None = LIMIT) -> str:
+    """What the tests say where they fail with the copy of the package, or take too long."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(root / "src"),
@@ -82,10 +82,10 @@ def passes(root: Path, tests: tuple[str, ...], limit: float | None = LIMIT) -> b
             timeout=limit,
         )
     except subprocess.TimeoutExpired:
-        return False
+        return "they take too long"
     if done.returncode not in (0, 1):  # not a matter of tests that pass or fail
         sys.exit(done.stdout + done.stderr)
-    return done.returncode == 0
+    return done.stdout if done.returncode else ""
 
 
 def main(words: list[str]) -> None:
@@ -95,12 +95,12 @@ def main(words: list[str]) -> None:
         root = Path(folder)
         shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
         every = tuple(sorted({test for each in chosen for test in each.tests}))
-        if not passes(root, every, limit=None):
-            sys.exit("the tests fail as it is; first let them pass")
+        if said := failures(root, every, limit=None):
+            sys.exit(f"{said}\nthe tests fail as it is; first let them pass")
         for each in chosen:
             start = time.perf_counter()
             text = each.apply(root)
-            alive = passes(root, each.tests)
+            alive = not failures(root, each.tests)
             (root / PACKAGE / each.file).write_text(text)
             survived += [each] * alive
             verdict = "SURVIVED" if alive else "noticed"

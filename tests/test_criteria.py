@@ -211,6 +211,7 @@ def test_means_of_batches_add_up_to_the_mean_of_all(first, second, name):
 
 @pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.KLDivLoss(reduction="batchmean")])
 def test_batches_of_longer_samples_count_by_what_their_means_divide_by(criterion):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(1)).double()
     batches = [
         (torch.randn(samples, length, 3).double(), torch.rand(samples, length).double())

@@ -51,6 +51,7 @@ def test_public_names_have_an_example_each(package):
         assert tested, path
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_installed")
 @pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/extending.md"])
 def test_page(page, tmp_path, monkeypatch):

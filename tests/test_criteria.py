@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from any_models import error, flat
+from any_models import differences, error, flat
 from cases import OF_ONES_OWN
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,26 +61,6 @@ def network(outputs, *, squeezed=False):
     torch.manual_seed(0)
     layers = [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)]
     return nn.Sequential(*layers, *([nn.Flatten(0)] if squeezed else [])).double()
-
-
-def differences(model, loss_of):
-    """The Hessian by central differences of first gradients, of a loss written by hand."""
-    parameters = list(model.parameters())
-
-    def gradient():
-        return flat(torch.autograd.grad(loss_of(), parameters))
-
-    columns = []
-    for parameter in parameters:
-        for entry in parameter.data.view(-1):
-            start, step = entry.clone(), 1e-5
-            sides = []
-            for sign in (1, -1):
-                entry.copy_(start + sign * step)
-                sides.append(gradient())
-            entry.copy_(start)
-            columns.append((sides[0] - sides[1]) / (2 * step))
-    return torch.stack(columns)
 
 
 def by_all_engines(model, criterion, x, y):

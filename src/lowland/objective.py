@@ -185,7 +185,7 @@ class Objective:
             RuntimeError: If reentrant checkpointing may have hidden the parameter from the graph.
         """
         missing = [n for n, part in zip(self.names, parts, strict=True) if part is None]
-        if missing and any(_function_of(node) is CheckpointFunction for node in graph(loss)):
+        if missing and any(function_of(node) is CheckpointFunction for node in graph(loss)):
             raise RuntimeError(
                 f"the loss seems not to depend on {', '.join(missing)}, but activation "
                 "checkpointing in its reentrant form hides parameters from the graph: use "
@@ -269,7 +269,7 @@ def graph(*values: Tensor) -> Iterator[Any]:
             ahead += [before for before, _ in node.next_functions]
 
 
-def _function_of(node: Any) -> Any:
+def function_of(node: Any) -> Any:
     """The ``torch.autograd.Function`` that a node is of; None for PyTorch's own operations."""
     return getattr(type(node), "_forward_cls", None)
 

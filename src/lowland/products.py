@@ -36,6 +36,7 @@ from lowland.objective import (
     Gradient,
     Objective,
     check_finite,
+    function_of,
     graph,
     half_autocast,
     may_look,
@@ -235,8 +236,7 @@ def _check_differentiable(values: Vector) -> None:
     loss, there is not even that error in the gradient's graph.
     """
     for node in graph(*values):
-        own = getattr(type(node), "_forward_cls", None)
-        if _is_once(own) or node.name() == "torch::autograd::Error":
+        if _is_once(function_of(node)) or node.name() == "torch::autograd::Error":
             raise RuntimeError(
                 _NOT_TWICE.format("a function in it is marked as once_differentiable")
             )

@@ -94,3 +94,23 @@ def error(actual, expected):
         actual, expected = flat(actual), flat(expected)
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm())
+
+
+def differences(model, loss_of):
+    """The Hessian by central differences of first gradients, of a loss written by hand."""
+    parameters = list(model.parameters())
+
+    def gradient():
+        return flat(torch.autograd.grad(loss_of(), parameters))
+
+    columns = []
+    for parameter in parameters:
+        for entry in parameter.data.view(-1):
+            start, step = entry.clone(), 1e-5
+            sides = []
+            for sign in (1, -1):
+                entry.copy_(start + sign * step)
+                sides.append(gradient())
+            entry.copy_(start)
+            columns.append((sides[0] - sides[1]) / (2 * step))
+    return torch.stack(columns)

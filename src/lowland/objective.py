@@ -271,10 +271,13 @@ def places_of(model: nn.Module, wanted: Iterable[Tensor]) -> list[Place]:
 
     Recurrent layers hold theirs in a list too, and some models a parameter of another module.
     """
-    chosen = {id(tensor) for tensor in wanted}
+    chosen, seen = {id(tensor) for tensor in wanted}, set()
     places: list[Place] = []
 
     def look(holder: dict[Any, Any] | list[Any]) -> None:
+        if id(holder) in seen:
+            return
+        seen.add(id(holder))
         for name, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
             if isinstance(value, Tensor):
                 if id(value) in chosen:
@@ -357,6 +360,20 @@ def _unwrapping(model: nn.Module) -> Iterator[nn.Module]:
         yield inside
         compiled = getattr(inside, "_orig_mod", None)
         inside = inside.module if isinstance(inside, DistributedDataParallel) else compiled
+
+
+@contextmanager
+def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Run no hooks on gradients: they belong to a step of training, and not to the loss."""
+    hooks = [h for p in parameters if (h := p._backward_hooks)]  # noqa: SLF001 - no public name
+    held = [dict(each) for each in hooks]
+    try:
+        for each in hooks:
+            each.clear()
+        yield
+    finally:
+        for each, before in zip(hooks, held, strict=True):
+            each.update(before)
 
 
 @contextmanager

@@ -200,6 +200,30 @@ def remember_randomness(
     return again
 
 
+def remember(model: nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Both: :func:`remember_state` of a model, and :func:`remember_randomness` where it runs.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowland.passes import remember
+        >>> model, x = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3)), torch.randn(8, 3)
+        >>> again = remember(model, x.device)
+        >>> first = model(x)
+        >>> with again():
+        ...     print(torch.equal(model(x), first))
+        True
+    """
+    state, randomness = remember_state(model), remember_randomness([device])
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with state(), randomness():
+            yield
+
+    return again
+
+
 def _states(accelerators: Iterable[torch.device]) -> dict[torch.device, Tensor]:
     states = {torch.device("cpu"): torch.get_rng_state()}
     for device in accelerators:

@@ -643,13 +643,18 @@ def test_clipping_does_not_hide_that_gradients_were_there():
         sam.step(closure)
 
 
-def test_a_closure_that_zeroes_at_its_end_is_refused():
+@pytest.mark.parametrize("zero", ZEROING[:3])
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_closure_that_zeroes_at_its_end_is_refused(zero, twice):
     model, loss_of = problem()
     sam = lowland.SAM(model.parameters(), torch.optim.SGD, 0.3, lr=0.5)
+    if twice:
+        sam.step(closure_of(model, loss_of, sam))
+        zero(sam, model)
 
     def closure():
         loss_of().backward()
-        sam.zero_grad()
+        zero(sam, model)
 
     with pytest.raises(RuntimeError, match="do not zero the gradients after it"):
         sam.step(closure)
@@ -854,7 +859,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
 
     def automatic(self, batches):
-        """A closure that zeroes with the first micro-batch alone; the others come without a step."""
+        """A closure zeroes with the first micro-batch alone; only the last one makes a step."""
         for index, x in enumerate(batches):
 
             def closure(index=index, x=x):
@@ -913,8 +918,7 @@ def by_hand(model, batches, *, accumulate=1, clip=None):
             sam.first_step(zero_grad=True)
             with frozen_statistics(model):
                 (model(x).square().mean() / accumulate).backward()
-            for part, p in zip(total, model.parameters(), strict=True):
-                part += p.grad
+            total = [part + p.grad for part, p in zip(total, model.parameters(), strict=True)]
             sam._return()
             assert torch.equal(flat(model), before)
         for part, p in zip(total, model.parameters(), strict=True):
@@ -1062,7 +1066,8 @@ def test_a_model_and_a_scaler_go_with_copies_and_not_with_states(way):
     assert set(state) == {"state", "param_groups"}
     assert not {"model", "scaler"} & shape_of(state)
     everything = (model, sam, scaler)
-    copied = copy.deepcopy(everything) if way == "copy" else pickle.loads(pickle.dumps(everything))
+    pickled = pickle.dumps(everything)
+    copied = copy.deepcopy(everything) if way == "copy" else pickle.loads(pickled)  # noqa: S301
     assert copied[1].model is copied[0]
     train(*everything)
     train(*copied)

@@ -11,6 +11,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from lowland._sharding import is_sharded
 
+_Mark = tuple[Tensor | None, int]
+
 
 class Leftovers:
     """Watches, until it is closed, which gradients are not zeroed before others are added to them.
@@ -33,14 +35,20 @@ class Leftovers:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._marks = {p: (p.grad, _version(p.grad)) for p in parameters if p.grad is not None}
-        self._arrived: set[Tensor] = set()
-        self._amounts: dict[Tensor, Tensor] = {}
+        self._before = {p: _mark(p) for p in parameters}
+        self._arrived: dict[Tensor, _Mark] = {}  # as the last gradient left them
+        self._untouched: set[Tensor] = set()
+        self._amounts: dict[Tensor, Tensor] = {}  # of what was there and was not zeroed
         # At the nodes, since compiled code would depend on hooks of the parameters themselves.
-        nodes = {p: get_gradient_edge(p).node for p in self._marks if p.requires_grad}
+        nodes = {p: get_gradient_edge(p).node for p in self._before if p.requires_grad}
         self._nodes = list(nodes.values())  # nobody else may keep them
         self._handles = [
-            node.register_prehook(partial(self._arrive, p)) for p, node in nodes.items()
+            handle
+            for p, node in nodes.items()
+            for handle in (
+                node.register_prehook(partial(self._arrive, p)),
+                node.register_hook(partial(self._leave, p)),
+            )
         ]
 
     def close(self) -> Leftovers:
@@ -49,7 +57,7 @@ class Leftovers:
             handle.remove()
         self._handles.clear()
         self._nodes.clear()
-        for p in self._marks.keys() - self._arrived:
+        for p in self._before.keys() - self._arrived.keys():
             self._look(p)
         return self
 
@@ -64,22 +72,42 @@ class Leftovers:
         If no gradient came by way of PyTorch's engine they were written in another way, as by a
         replayed CUDA graph, over what was there; only shards get theirs from elsewhere.
         """
-        if not self._arrived and not any(map(is_sharded, self._marks)):
+        if not self._arrived and not any(map(is_sharded, self._before)):
             return False
         return any(bool(amount) for amount in self._amounts.values())
 
+    def zeroed_late(self) -> bool:
+        """Whether all gradients that came were zeroed, and not before; may wait for the device."""
+        return (
+            bool(self._arrived)
+            and self._arrived.keys() <= self._untouched
+            and not any(_same(_mark(p), left) for p, left in self._arrived.items())
+            and not any(p.grad is not None and bool(_amount(p.grad)) for p in self._arrived)
+        )
+
     def _arrive(self, p: Tensor, _gradients: Any) -> None:
         if p not in self._arrived:
-            self._arrived.add(p)
             self._look(p)
 
+    def _leave(self, p: Tensor, *_: Any) -> None:
+        self._arrived[p] = _mark(p)
+
     def _look(self, p: Tensor) -> None:
-        gradient, version = self._marks[p]
-        if p.grad is gradient and _version(gradient) == version:
-            values = gradient.detach()
-            self._amounts[p] = (values._values() if values.is_sparse else values).count_nonzero()  # noqa: SLF001
+        if _same(_mark(p), self._before[p]):
+            self._untouched.add(p)
+            if p.grad is not None:
+                self._amounts[p] = _amount(p.grad)
 
 
-def _version(tensor: Tensor) -> int:
-    """How often it was written to."""
-    return tensor._version  # noqa: SLF001 - PyTorch has no public name for it
+def _mark(p: Tensor) -> _Mark:
+    """The gradient, and how often it was written to."""
+    return p.grad, -1 if p.grad is None else p.grad._version  # noqa: SLF001 - has no public name
+
+
+def _same(one: _Mark, other: _Mark) -> bool:
+    return one[0] is other[0] and one[1] == other[1]
+
+
+def _amount(gradient: Tensor) -> Tensor:
+    values = gradient.detach()
+    return (values._values() if values.is_sparse else values).count_nonzero()  # noqa: SLF001

@@ -27,6 +27,11 @@ from lowland.passes import frozen_statistics, remember_randomness
 _OWN = ("rho", "adaptive", "eta")
 """What this optimizer adds to the settings of the base optimizer's groups."""
 
+_NO_GRADIENT = (
+    "no parameter has a gradient: call backward() before first_step() or in the closure, and do "
+    "not zero the gradients after it"
+)
+
 
 class _Family(NamedTuple):
     """What operations on lists take at once: one group's tensors of one device, type and layout.
@@ -81,7 +86,7 @@ class SAM(Optimizer):
         A step costs two gradients. Learning rate schedulers and checkpoints treat it like any other
         optimizer: its parameter groups and its state are those of the base optimizer, whose own
         state loads too, as does this one's there. Nothing waits for the device, except for what a
-        gradient scaler does.
+        gradient scaler does, and a closure that leaves zeroing to others.
 
         Under ``DistributedDataParallel`` the neighbourhood is that of the whole batch, since the
         gradients are averaged over processes before :meth:`first_step`. Gradients may be
@@ -387,6 +392,8 @@ class SAM(Optimizer):
                 "micro-batches, as a trainer's accumulate_grad_batches does, go backward in "
                 "accumulate(closure) for each of them, then call step() without a closure"
             )
+        if leftovers.zeroed_late():
+            raise RuntimeError(_NO_GRADIENT)
         self._ascend(scaler)
         if self._stage == "skipped":
             return loss, []
@@ -414,10 +421,7 @@ class SAM(Optimizer):
                 "first_step() was called twice in a row; call second_step() in between"
             )
         if all(p.grad is None for p in self._parameters()):
-            raise RuntimeError(
-                "no parameter has a gradient: call backward() before first_step() or in the "
-                "closure, and do not zero the gradients after it"
-            )
+            raise RuntimeError(_NO_GRADIENT)
         self._refuse_flattened()
         if scaler is None:
             self._move()

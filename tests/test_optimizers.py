@@ -225,8 +225,9 @@ def test_steps_out_of_order_are_refused():
         sam.step()
     p.square().sum().backward()
     sam.first_step()
-    with pytest.raises(RuntimeError, match="twice in a row"):
-        sam.first_step()
+    for another in (sam.first_step, lambda: sam.step(p.sum), lambda: sam.accumulate(p.sum)):
+        with pytest.raises(RuntimeError, match="where first_step"):
+            another()
 
 
 def test_a_scheduler_counts_steps_in_two_calls():
@@ -822,11 +823,33 @@ def test_a_step_without_a_closure_takes_what_was_accumulated_once():
     sam.step()
     with pytest.raises(RuntimeError, match=r"go backward in accumulate\(closure\)"):
         sam.step()
+    sam.zero_grad()
     sam.accumulate(lambda: loss_of().backward())
     sam.zero_grad()
     loss_of().backward()
     with pytest.raises(RuntimeError, match="two gradients a step"):
         sam.step()
+
+
+def test_a_closure_that_does_nothing_is_none():
+    # As Lightning passes one where a module goes backward itself.
+    model, loss_of = problem()
+    other = copy.deepcopy(model)
+    sam, reference = (
+        lowland.SAM(m.parameters(), torch.optim.SGD, 0.3, lr=0.5) for m in (model, other)
+    )
+    for _ in range(2):
+        sam.zero_grad()
+        sam.accumulate(lambda: loss_of().backward())
+        sam.step(lambda: None)
+        reference.step(closure_of(other, lambda: loss_of(other), reference))
+    assert torch.equal(flat(model), flat(other))
+    sam.zero_grad()
+    loss_of().backward()
+    before = flat(model)
+    with pytest.raises(RuntimeError, match="two gradients a step"):
+        sam.step(lambda: None)
+    assert torch.equal(flat(model), before)
 
 
 # Trainers that call the step themselves, as they do it
@@ -880,14 +903,11 @@ class Trainer:
 
                 self.optimizer.step(closure=and_clip)
             else:
-                self.wrapped(closure)()  # what a module's optimizer_step makes of it
+                self.optimizer.accumulate(closure)  # what a module's optimizer_step makes of it
                 self.scaler.unscale_(self.optimizer)
                 self.clipped()
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
-
-    def wrapped(self, closure):
-        return lambda: self.optimizer.accumulate(closure)
 
     def manual(self, batches):
         """A backward pass for each micro-batch, and steps without a closure."""
@@ -944,11 +964,47 @@ def test_trainers_drive_it(way, accumulate, scaled, clip):
     assert model[1].num_batches_tracked == len(data)
 
 
+def test_a_closure_that_accumulates_itself_is_called_once():
+    model, loss_of = problem()
+    other = copy.deepcopy(model)
+    sam, reference = (
+        lowland.SAM(m.parameters(), torch.optim.SGD, 0.3, lr=0.5) for m in (model, other)
+    )
+    calls = []
+
+    def closure():
+        calls.append(flat(model))
+        return sam.accumulate(closure_of(model, loss_of, sam))
+
+    for _ in range(3):
+        sam.step(closure)
+        reference.step(closure_of(other, lambda: loss_of(other), reference))
+    assert len(calls) == 3
+    assert torch.equal(flat(model), flat(other))
+
+
+def test_gradients_of_others_are_not_taken_for_accumulated_ones():
+    model, loss_of = problem()
+    sam = lowland.SAM(model.parameters(), torch.optim.SGD, 0.3, lr=0.5)
+    loss_of().backward()  # of a micro-batch whose gradient is that at the weights
+    with pytest.raises(RuntimeError, match=r"gradients that accumulate\(\) did not add"):
+        sam.accumulate(lambda: loss_of().backward())
+    sam.zero_grad()
+    sam.accumulate(lambda: loss_of().backward())
+    sam.step()
+    with pytest.raises(RuntimeError, match="such as those of an earlier step"):
+        sam.accumulate(lambda: loss_of().backward())
+
+
 def test_a_trainer_that_accumulates_without_it_is_refused():
     model = batch_normalized()
     sam = lowland.SAM(model.parameters(), torch.optim.SGD, 0.3, model=model, lr=0.5)
     with pytest.raises(RuntimeError, match="accumulate_grad_batches"):
         Trainer(model, sam, accumulate=2).automatic(batches(2))
+    sam.zero_grad()
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(RuntimeError, match=r"accumulate\(closure\) for every one"):
+        Trainer(model, sam, accumulate=2, scaler=scaler).automatic(batches(2))
 
 
 @pytest.mark.parametrize("factors", [(INFINITE, 1.0), (UNDEFINED, 1.0), (1.0, INFINITE)])

@@ -66,15 +66,18 @@ class Leftovers:
         """The parameters whose gradients were not zeroed."""
         return list(self._amounts)
 
+    @property
+    def arrived(self) -> bool:
+        """Whether gradients came, as far as can be seen: shards get theirs in another way."""
+        return bool(self._arrived) or any(map(is_sharded, self._before))
+
     def added_to(self) -> bool:
         """Whether others were added to a gradient other than zero; may wait for the device.
 
         If no gradient came by way of PyTorch's engine they were written in another way, as by a
-        replayed CUDA graph, over what was there; only shards get theirs from elsewhere.
+        replayed CUDA graph, over what was there.
         """
-        if not self._arrived and not any(map(is_sharded, self._before)):
-            return False
-        return any(bool(amount) for amount in self._amounts.values())
+        return self.arrived and any(map(bool, self._amounts.values()))
 
     def zeroed_late(self) -> bool:
         """Whether all gradients that came were zeroed, and not before; may wait for the device."""
@@ -82,7 +85,7 @@ class Leftovers:
             bool(self._arrived)
             and self._arrived.keys() <= self._untouched
             and not any(_same(_mark(p), left) for p, left in self._arrived.items())
-            and not any(p.grad is not None and bool(_amount(p.grad)) for p in self._arrived)
+            and not any(p.grad is not None and bool(amount(p.grad)) for p in self._arrived)
         )
 
     def _arrive(self, p: Tensor, _gradients: Any) -> None:
@@ -96,7 +99,7 @@ class Leftovers:
         if _same(_mark(p), self._before[p]):
             self._untouched.add(p)
             if p.grad is not None:
-                self._amounts[p] = _amount(p.grad)
+                self._amounts[p] = amount(p.grad)
 
 
 def _mark(p: Tensor) -> _Mark:
@@ -108,6 +111,7 @@ def _same(one: _Mark, other: _Mark) -> bool:
     return one[0] is other[0] and one[1] == other[1]
 
 
-def _amount(gradient: Tensor) -> Tensor:
+def amount(gradient: Tensor) -> Tensor:
+    """How many numbers other than zero it has, without waiting for the device."""
     values = gradient.detach()
     return (values._values() if values.is_sparse else values).count_nonzero()  # noqa: SLF001

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowland._leftovers import Leftovers
+from lowland._leftovers import Leftovers, amount
 from lowland._sharding import (
     is_flattened,
     is_spread,
@@ -26,6 +26,13 @@ from lowland.passes import frozen_statistics, remember_randomness
 
 _OWN = ("rho", "adaptive", "eta")
 """What this optimizer adds to the settings of the base optimizer's groups."""
+
+_ONE_GRADIENT = (
+    "SAM needs two gradients a step: pass a closure that zeroes the gradients, computes the loss, "
+    "calls backward() and returns it; or call first_step() and second_step(), which take a "
+    "gradient scaler too; or, in a trainer that calls step() itself, go backward in "
+    "accumulate(closure)"
+)
 
 _NO_GRADIENT = (
     "no parameter has a gradient: call backward() before first_step() or in the closure, and do "
@@ -189,11 +196,9 @@ class SAM(Optimizer):
         Raises:
             RuntimeError: If the last first step has not been followed by a second one, or no
                 parameter has a gradient.
+            UnsupportedModelError: As the class; or with a scaler and sharded parameters.
         """
-        if self._stage in ("moved", "skipped"):
-            raise RuntimeError(
-                "first_step() was called twice in a row; call second_step() in between"
-            )
+        self._check_at_rest()
         self._ascend(scaler or self.scaler)
         if zero_grad:
             self.zero_grad()
@@ -253,7 +258,8 @@ class SAM(Optimizer):
         gradients the same mask. The second call's gradients are never added to the first one's.
 
         Args:
-            closure: Returns the loss. May be left out after :meth:`accumulate`.
+            closure: Returns the loss. May be left out after :meth:`accumulate`, or call that, and
+                is then called once.
             micro_batches: Parts of the batch, of equal size, or their number. The closure is called
                 with each of them, or its index, twice, and does not zero. Each part has a worst
                 point of its own; the base optimizer steps with the mean of the gradients there.
@@ -273,12 +279,7 @@ class SAM(Optimizer):
         """
         if closure is None:
             if self._stage not in ("back", "gathered"):
-                raise RuntimeError(
-                    "SAM needs two gradients a step: pass a closure that zeroes the gradients, "
-                    "computes the loss, calls backward() and returns it; or call first_step() and "
-                    "second_step(), which take a gradient scaler too; or, in a trainer that calls "
-                    "step() itself, go backward in accumulate(closure)"
-                )
+                raise RuntimeError(_ONE_GRADIENT)
             self._stage = "at rest"
             self.base_optimizer.step()
             return None
@@ -313,8 +314,8 @@ class SAM(Optimizer):
             The loss at the weights, as the closure returned it at first.
 
         Raises:
-            RuntimeError: Between :meth:`first_step` and :meth:`second_step`, or if no parameter has
-                a gradient.
+            RuntimeError: Between :meth:`first_step` and :meth:`second_step`; if no parameter has a
+                gradient; or if there are gradients that this method did not add.
 
         Notes:
             Of a loss that is scaled against underflow nothing need be said here: the worst point
@@ -352,16 +353,23 @@ class SAM(Optimizer):
         if not losses:
             raise ValueError("micro_batches must be at least one, or hold at least one; got none")
         with torch.no_grad():
-            for p in self._parameters():
-                if p.grad is not None:
-                    p.grad.div_(len(losses))
+            for gradient in self._gradients():
+                gradient.div_(len(losses))
         return None if losses[0] is None else sum(losses) / len(losses)
 
     def _add(self, closure: Callable[[], Any], model: Any, *, keep: bool = False) -> Any:
         """Add one gradient to what is there, unless the closure zeroes that and it is not kept."""
+        self._check_at_rest()
+        gathered = self._stage == "gathered"
         there = {p: p.grad.clone() for p in self._parameters() if p.grad is not None}
         super().zero_grad(set_to_none=False)
         loss, kept = self._nearby(closure, model)
+        if not (keep or gathered) and any(bool(amount(there[p])) for p in kept):
+            raise RuntimeError(
+                "there are gradients that accumulate() did not add, such as those of an earlier "
+                "step, or of a micro-batch at the weights themselves: call zero_grad() before the "
+                "first micro-batch, and accumulate(closure) for every one"
+            )
         with torch.no_grad():
             for p in there if keep else kept:
                 p.grad = there[p] if p.grad is None else p.grad.add_(there[p])
@@ -378,6 +386,8 @@ class SAM(Optimizer):
         Returns:
             The loss at the weights, and the parameters whose gradients the closure did not zero.
         """
+        self._check_at_rest()
+        gathered = self._take_gathered()
         again = remember_randomness({p.device for p in self._parameters()})
         leftovers = Leftovers(self._parameters())
         try:
@@ -385,6 +395,9 @@ class SAM(Optimizer):
                 loss = closure()
         finally:
             leftovers.close()
+        # By the closure itself, or before one that does nothing, as some trainers pass.
+        if self._take_gathered() or (gathered and not leftovers.arrived):
+            return loss, []
         if leftovers.added_to():
             raise RuntimeError(
                 "the closure added to gradients that were there before it, which its second call "
@@ -394,8 +407,7 @@ class SAM(Optimizer):
             )
         if leftovers.zeroed_late():
             raise RuntimeError(_NO_GRADIENT)
-        self._ascend(scaler)
-        if self._stage == "skipped":
+        if not self._ascend(scaler):
             return loss, []
         model = self.model if model is None else model
         frozen = nullcontext() if model is None else frozen_statistics(model)
@@ -405,22 +417,34 @@ class SAM(Optimizer):
                 closure()
         finally:
             self._return()
+        if not (leftovers.arrived or any(map(amount, self._gradients()))):
+            raise RuntimeError(_ONE_GRADIENT)
         self._doubt()
         return loss, leftovers.kept
 
+    def _check_at_rest(self) -> None:
+        if self._stage in ("moved", "skipped"):
+            raise RuntimeError(
+                "the weights are where first_step() moved them; call second_step() before another "
+                "step"
+            )
+
+    def _take_gathered(self) -> bool:
+        """Whether gradients were accumulated, which is forgotten then."""
+        gathered = self._stage == "gathered"
+        if gathered:
+            self._stage = "at rest"
+        return gathered
+
     @torch.no_grad()
-    def _ascend(self, scaler: torch.amp.GradScaler | None) -> None:
+    def _ascend(self, scaler: torch.amp.GradScaler | None) -> bool:
         """Move by the gradients at hand, unless the scaler finds that one is not finite.
 
         Raises:
-            RuntimeError: If there is none, or the weights are elsewhere already.
+            RuntimeError: If there is none.
             UnsupportedModelError: If the parameters are sharded in a way that does not go.
         """
-        if self._stage in ("moved", "skipped"):
-            raise RuntimeError(
-                "first_step() was called twice in a row; call second_step() in between"
-            )
-        if all(p.grad is None for p in self._parameters()):
+        if next(self._gradients(), None) is None:
             raise RuntimeError(_NO_GRADIENT)
         self._refuse_flattened()
         if scaler is None:
@@ -434,6 +458,7 @@ class SAM(Optimizer):
             scaler.step(self._ascent)  # type: ignore[arg-type]  # needs no more of an optimizer
         if not self._moved:
             self._stage = "skipped"
+        return bool(self._moved)
 
     def _move(self) -> None:
         """Keep the weights and add ``epsilon`` to them."""
@@ -470,13 +495,15 @@ class SAM(Optimizer):
     @torch.no_grad()
     def _doubt(self) -> None:
         """Let no gradient pass for finite that was found where one led that is not."""
-        gradients = (p.grad for p in self._parameters() if p.grad is not None)
-        gradient = next((g for g in gradients if not g.is_sparse), None)
+        gradient = next((g for g in self._gradients() if not g.is_sparse), None)
         if gradient is not None:
             local(gradient).add_(self._nothing.to(local(gradient)))
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
+
+    def _gradients(self) -> Iterator[Tensor]:
+        return (p.grad for p in self._parameters() if p.grad is not None)
 
     def _refuse_flattened(self) -> None:
         if any(map(is_flattened, self._parameters())):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from lowland._sharding import is_sharded
+from lowland._sharding import is_sharded, layout, local, sum_over_parts
 
 _Mark = tuple[Tensor | None, int]
 
@@ -36,6 +36,12 @@ class Leftovers:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._before = {p: _mark(p) for p in parameters}
+        # To shards theirs are added elsewhere, and it is too late when one looks afterwards.
+        self._there = {
+            p: amount(gradient)
+            for p, (gradient, _) in self._before.items()
+            if gradient is not None and is_sharded(p)
+        }
         self._arrived: dict[Tensor, _Mark] = {}  # as the last gradient left them
         self._untouched: set[Tensor] = set()
         self._amounts: dict[Tensor, Tensor] = {}  # of what was there and was not zeroed
@@ -57,8 +63,9 @@ class Leftovers:
             handle.remove()
         self._handles.clear()
         self._nodes.clear()
-        for p in self._before.keys() - self._arrived.keys():
-            self._look(p)
+        for p in self._before:
+            if p not in self._arrived:
+                self._look(p)
         return self
 
     @property
@@ -77,7 +84,7 @@ class Leftovers:
         If no gradient came by way of PyTorch's engine they were written in another way, as by a
         replayed CUDA graph, over what was there.
         """
-        return self.arrived and any(map(bool, self._amounts.values()))
+        return self.arrived and nonzero(self._amounts)
 
     def zeroed_late(self) -> bool:
         """Whether all gradients that came were zeroed, and not before; may wait for the device."""
@@ -85,7 +92,7 @@ class Leftovers:
             bool(self._arrived)
             and self._arrived.keys() <= self._untouched
             and not any(_same(_mark(p), left) for p, left in self._arrived.items())
-            and not any(p.grad is not None and bool(amount(p.grad)) for p in self._arrived)
+            and not nonzero({p: amount(p.grad) for p in self._arrived if p.grad is not None})
         )
 
     def _arrive(self, p: Tensor, _gradients: Any) -> None:
@@ -99,7 +106,7 @@ class Leftovers:
         if _same(_mark(p), self._before[p]):
             self._untouched.add(p)
             if p.grad is not None:
-                self._amounts[p] = amount(p.grad)
+                self._amounts[p] = self._there[p] if p in self._there else amount(p.grad)
 
 
 def _mark(p: Tensor) -> _Mark:
@@ -112,6 +119,11 @@ def _same(one: _Mark, other: _Mark) -> bool:
 
 
 def amount(gradient: Tensor) -> Tensor:
-    """How many numbers other than zero it has, without waiting for the device."""
-    values = gradient.detach()
+    """How many numbers other than zero there are here, without waiting for the device."""
+    values = local(gradient.detach())
     return (values._values() if values.is_sparse else values).count_nonzero()  # noqa: SLF001
+
+
+def nonzero(amounts: Mapping[Tensor, Tensor]) -> bool:
+    """Whether there are any, of the parameters' gradients, in any process; waits for the device."""
+    return any(bool(sum_over_parts(count, layout(p))) for p, count in amounts.items())

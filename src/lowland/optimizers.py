@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowland._leftovers import Leftovers, amount
+from lowland._leftovers import Leftovers, amount, nonzero
 from lowland._sharding import (
     is_flattened,
     is_spread,
@@ -364,7 +364,7 @@ class SAM(Optimizer):
         there = {p: p.grad.clone() for p in self._parameters() if p.grad is not None}
         super().zero_grad(set_to_none=False)
         loss, kept = self._nearby(closure, model)
-        if not (keep or gathered) and any(bool(amount(there[p])) for p in kept):
+        if not (keep or gathered) and nonzero({p: amount(there[p]) for p in kept}):
             raise RuntimeError(
                 "there are gradients that accumulate() did not add, such as those of an earlier "
                 "step, or of a micro-batch at the weights themselves: call zero_grad() before the "

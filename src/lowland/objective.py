@@ -20,7 +20,7 @@ from lowland._batches import Batch, any_requires_grad, to_device
 from lowland.criteria import Criterion, check_callable, check_splits_evenly, mass, scalar_loss
 from lowland.errors import UnsupportedModelError
 from lowland.torch_fixes import is_ordinary
-from lowland.validation import check_initialized
+from lowland.validation import check_dense, check_parameters, check_types
 
 Gradient = tuple[Tensor, list[Tensor]]
 
@@ -187,6 +187,7 @@ class Objective:
 
         Raises:
             RuntimeError: If reentrant checkpointing may have hidden the parameter from the graph.
+            UnsupportedModelError: If a part is sparse.
         """
         missing = [n for n, part in zip(self.names, parts, strict=True) if part is None]
         if missing and any(function_of(node) is CheckpointFunction for node in graph(loss)):
@@ -195,6 +196,9 @@ class Objective:
                 "checkpointing in its reentrant form hides parameters from the graph: use "
                 "checkpoint(..., use_reentrant=False)"
             )
+        for name, part in zip(self.names, parts, strict=True):
+            if part is not None:
+                check_dense(part, name)
         return [
             torch.zeros_like(p) if part is None else part
             for p, part in zip(self.parameters, parts, strict=True)
@@ -250,15 +254,18 @@ def objective(
     Raises:
         ValueError: As :func:`trainable` and :func:`check_subset`; or if a lazy layer has seen no
             data.
+        UnsupportedModelError: If the parameters are sharded.
+        TypeError: If they are of half precision.
     """
     check_callable(criterion)
     inside = unwrap(model)
-    check_initialized(inside)
+    check_parameters(inside)
     named, others = trainable(inside), []
     if parameters is not None:
         wanted = check_subset(inside, parameters)
         others = [p for p in named.values() if id(p) not in wanted]
         named = {name: p for name, p in named.items() if id(p) in wanted}
+    check_types(named)
     return Objective(model, inside, criterion, ((x, y),), list(named), list(named.values()), others)
 
 

@@ -444,9 +444,9 @@ class SAM(Optimizer):
             RuntimeError: If there is none.
             UnsupportedModelError: If the parameters are sharded in a way that does not go.
         """
+        self._refuse_flattened()
         if next(self._gradients(), None) is None:
             raise RuntimeError(_NO_GRADIENT)
-        self._refuse_flattened()
         if scaler is None:
             self._move()
         elif scaler.is_enabled() and any(map(is_spread, self._parameters())):

@@ -72,13 +72,12 @@ def test_half_precision_is_refused_in_one_sentence(call, dtype):
         said.add(str(caught.value).replace("1.weight", "0.weight"))
         call(model.float(), x.float(), y.float())  # as it says
     kind = str(dtype).removeprefix("torch.")
-    assert said == {
-        (
-            f"the model must be float32 or float64; '0.weight' is {kind}. Convert it, with "
-            "model.float() or model.double(), and x likewise; torch.autocast may then run it in half "
-            "precision"
-        )
-    }
+    (sentence,) = said
+    assert sentence == (
+        f"the model must be float32 or float64; '0.weight' is {kind}. Convert it, with "
+        "model.float() or model.double(), and x likewise; torch.autocast may then run it in "
+        "half precision"
+    )
 
 
 def test_frozen_parameters_may_be_of_half_precision():

@@ -16,11 +16,11 @@ from torch.jit import ScriptModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
-from lowland._batches import Batch, any_requires_grad, to_device
+from lowland._batches import Batch, any_requires_grad, mapped, to_device
 from lowland.criteria import Criterion, check_callable, check_splits_evenly, mass, scalar_loss
 from lowland.errors import UnsupportedModelError
 from lowland.torch_fixes import is_ordinary
-from lowland.validation import check_dense, check_parameters, check_types
+from lowland.validation import check_parameters, check_types
 
 Gradient = tuple[Tensor, list[Tensor]]
 
@@ -102,19 +102,19 @@ class Objective:
             TypeError: If it is no tensor.
             ValueError: If it is no scalar, not finite, or has no graph.
         """
-        return self._checked(self._loss())
+        return self._checked(self.value())
 
     def step_loss(self) -> Tensor:
         """What a step of training without us would have computed: by the model as it is wrapped."""
         x, y = self.batch
         return scalar_loss(self.criterion, self.outer(x), y)
 
-    def _loss(self) -> Tensor:
+    def value(self) -> Tensor:
+        """:meth:`loss`, whatever it is: NaN too, and what has no graph."""
         if self.total is None:
-            x, y = self.batch
+            x, y = mapped(_ordinary, self.batch)
             return scalar_loss(self.criterion, self.model(x), y)
-        losses = [part._loss() * share for share, part in self.parts()]  # noqa: SLF001 - its own
-        return torch.stack(losses).sum()
+        return torch.stack([part.value() * share for share, part in self.parts()]).sum()
 
     @property
     def data_require_grad(self) -> bool:
@@ -140,15 +140,15 @@ class Objective:
         """
         values = [v.detach().requires_grad_() for v in at or self.parameters]
 
-        with torch.enable_grad(), not_compiled(), self._holding(values):
+        with differentiating(), not_compiled(), self.holding(values):
             # Elsewhere than at the parameters NaN is an answer: of a step that a scaler leaves out.
-            loss = self.loss() if at is None else self._loss()
+            loss = self.loss() if at is None else self.value()
             # In here, as activation checkpointing runs the model again during the backward pass.
             parts = grad(loss, values, allow_unused=True)
         return loss.detach(), self.complete(parts, loss)
 
     @contextmanager
-    def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
+    def holding(self, values: Sequence[Tensor]) -> Iterator[None]:
         """The model with other tensors in the places of its parameters."""
         self._put(values)
         try:
@@ -187,7 +187,6 @@ class Objective:
 
         Raises:
             RuntimeError: If reentrant checkpointing may have hidden the parameter from the graph.
-            UnsupportedModelError: If a part is sparse.
         """
         missing = [n for n, part in zip(self.names, parts, strict=True) if part is None]
         if missing and any(function_of(node) is CheckpointFunction for node in graph(loss)):
@@ -196,11 +195,8 @@ class Objective:
                 "checkpointing in its reentrant form hides parameters from the graph: use "
                 "checkpoint(..., use_reentrant=False)"
             )
-        for name, part in zip(self.names, parts, strict=True):
-            if part is not None:
-                check_dense(part, name)
         return [
-            torch.zeros_like(p) if part is None else part
+            torch.zeros_like(p) if part is None else part.to_dense() if part.is_sparse else part
             for p, part in zip(self.parameters, parts, strict=True)
         ]
 
@@ -259,6 +255,11 @@ def objective(
     """
     check_callable(criterion)
     inside = unwrap(model)
+    if any(p.is_inference() for p in inside.parameters()):
+        raise ValueError(
+            "the model's parameters were made within torch.inference_mode(), where there are no "
+            "derivatives of them, ever; make the model outside of it"
+        )
     check_parameters(inside)
     named, others = trainable(inside), []
     if parameters is not None:
@@ -267,6 +268,11 @@ def objective(
         named = {name: p for name, p in named.items() if id(p) in wanted}
     check_types(named)
     return Objective(model, inside, criterion, ((x, y),), list(named), list(named.values()), others)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Itself, or a copy that a graph may hold: what inference mode has made none may."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 # What holds a tensor, by which name or number, and the tensor.
@@ -296,6 +302,11 @@ def places_of(model: nn.Module, wanted: Iterable[Tensor]) -> list[Place]:
         if not isinstance(module, ScriptModule):
             look(vars(module))
     return places
+
+
+def is_scripted(model: nn.Module) -> bool:
+    """Whether a part of it is scripted or traced, which does not part with its parameters."""
+    return any(isinstance(module, ScriptModule) for module in model.modules())
 
 
 def graph(*values: Tensor) -> Iterator[Any]:
@@ -381,6 +392,13 @@ def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for each, before in zip(hooks, held, strict=True):
             each.update(before)
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Record a graph, whatever the caller has switched off."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
 
 
 @contextmanager

@@ -113,11 +113,13 @@ def _states_of(models: Iterable[nn.Module]) -> list[_State]:
 
 def _copies(states: Iterable[_State]) -> list[_State]:
     """The same with other tensors of the same values; one for each, however often it occurs."""
-    copied: dict[int, Tensor | None] = {id(None): None}
+    copied: dict[int, Tensor] = {}
 
     def copy(buffer: Tensor | None) -> Tensor | None:
+        if buffer is None or is_lazy(buffer):
+            return buffer
         if id(buffer) not in copied:
-            copied[id(buffer)] = buffer if is_lazy(buffer) else buffer.detach().clone()
+            copied[id(buffer)] = buffer.detach().clone()
         return copied[id(buffer)]
 
     return [

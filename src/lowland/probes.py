@@ -7,9 +7,9 @@ With a random direction ``v`` of independent signs, :math:`E[v^T H v] = \mathrm{
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.distributed
@@ -30,6 +30,7 @@ from lowland.products import (
     quadratic_forms,
     warn_of_kinks,
 )
+from lowland.verification import routed, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +40,12 @@ class Estimate:
     Attributes:
         target: The loss.
         settings: How many products, and of which kind.
+        name: What the moments say that they are found by.
     """
 
     target: Objective
     settings: Estimation
-    name: ClassVar[Literal["probes"]] = "probes"
+    name: str = "probes"
 
     def moments(self, count: int = 2) -> HessianMoments:
         """Estimates with standard errors; running statistics stay as they are.
@@ -78,15 +80,19 @@ class Estimate:
         return self._estimate(_draw(target, self.settings))
 
     def _estimate(self, directions: list[Vector]) -> tuple[Tensor, HessianMoments]:
-        target, settings = self.target, self.settings
+        target, settings = self.target, routed(self.target, self.settings)
         if settings.products == "differences":
             warn_of_kinks(target.model)
         parts = target.halves() if settings.unbiased else [target]
         average = _average_over_processes(target.outer)
         loss, traces, squares = quadratic_forms(
-            parts, directions, settings.products, average, disposable=True
+            parts, directions, settings.products, average, disposable=True, step=settings.step
         )
-        return loss, _moments(target.dim, traces, squares)
+        if traces.requires_grad and settings.products == "autograd":
+            # Who only looks at the moments need not wait for a look at their gradients.
+            for forms in (traces, squares):
+                forms.register_hook(lambda _: verify(target, 3))
+        return loss, replace(_moments(target.dim, traces, squares), method=self.name)
 
 
 def probe_moments(
@@ -96,7 +102,7 @@ def probe_moments(
     y: Any,
     *,
     probes: int = 1,
-    products: Products = "autograd",
+    products: Products = "auto",
     generator: Generator | None = None,
     unbiased: bool = False,
     parameters: Iterable[Tensor] | None = None,
@@ -112,7 +118,9 @@ def probe_moments(
         x: Whatever the model takes.
         y: Whatever the criterion takes.
         probes: How many directions, at least 1.
-        products: ``"autograd"`` differentiates the gradient; ``"differences"`` takes differences of
+        products: ``"autograd"`` differentiates the gradient, and ``"auto"`` does so where PyTorch
+            has its derivatives right, which is looked at once; ``"differences"``, to which it goes
+            elsewhere, takes differences of
             it, in less memory and through anything that has a gradient, activation checkpointing
             included (:mod:`lowland.products`). With smooth activations and pooling the gradient of
             ``Tr H^2`` from one probe is then within some percent of the exact one in single
@@ -168,7 +176,7 @@ def loader_moments(
     """
     directions = _draw(target, settings)
     totals = [[torch.zeros_like(p) for p in target.parameters] for _ in directions]
-    samples = 0.0
+    samples, looked_at = 0.0, False
     if isinstance(loader, Tensor):
         raise TypeError(
             "without targets y, a loader of batches (x, y) is expected; got a tensor of shape "
@@ -181,6 +189,8 @@ def loader_moments(
             if not count:  # all of its targets are ignored
                 continue
             part = target.on((to_device(x, target.device), to_device(y, target.device)))
+            if not looked_at:
+                settings, looked_at = routed(part, settings), True
             found = hessian_products(part, directions, settings.products)
             for total, product in zip(totals, found, strict=True):
                 torch._foreach_add_(total, product, alpha=count)
@@ -220,7 +230,7 @@ def _forms(product: Vector, direction: Vector) -> tuple[Tensor, Tensor]:
 
 def _moments(dim: int, traces: Tensor, squares: Tensor) -> HessianMoments:
     errors = (_standard_error(traces), _standard_error(squares))
-    return HessianMoments(dim, traces.mean(), squares.mean(), stderr=errors, method=Estimate.name)
+    return HessianMoments(dim, traces.mean(), squares.mean(), stderr=errors, method="probes")
 
 
 def _standard_error(values: Tensor) -> Tensor:

@@ -95,19 +95,6 @@ def check_types(parameters: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_dense(gradient: Tensor, name: str) -> None:
-    """Require a gradient that can be differentiated again.
-
-    Raises:
-        UnsupportedModelError: If it is sparse, as of an embedding that was asked for such ones.
-    """
-    if gradient.layout != torch.strided:
-        raise UnsupportedModelError(
-            f"the gradient in {name!r} is sparse, and PyTorch cannot differentiate it again; make "
-            "the layer with sparse=False, or set layer.sparse = False: the numbers are the same"
-        )
-
-
 def is_number(value: object) -> bool:
     """Whether it is a real number of any library."""
     return isinstance(value, Real)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from lowland._batches import as_batches, checked, digest, to_device
 from lowland.criteria import check_reduction, is_sum, mass, scalar_loss
 from lowland.errors import UnsupportedModelError
-from lowland.objective import Objective, objective
+from lowland.estimation import Estimation, Products
+from lowland.objective import Objective, differentiating, objective
 from lowland.passes import frozen_statistics, unsteady
 from lowland.products import hessian_products
+from lowland.verification import routed
 
 NamedVector = dict[str, Tensor]
 """One tensor for each parameter, by its name in the model and of its shape."""
@@ -37,11 +39,14 @@ class Surface:
         objective: The loss over all batches.
         state: All parameters and buffers as they were.
         adaptive: Whether curvature is measured in steps relative to the parameters.
+        products: How the Hessian is multiplied: by automatic differentiation, or differences of
+            gradients where PyTorch's derivatives are missing or wrong.
     """
 
     objective: Objective
     state: NamedVector
     adaptive: bool = False
+    products: Products = "autograd"
 
     @property
     def names(self) -> list[str]:
@@ -127,7 +132,7 @@ class HessianOperator:
         directions = [
             list(surface.unflatten(surface.scaled(column)).values()) for column in columns.T
         ]
-        products = hessian_products(surface.objective, directions)
+        products = hessian_products(surface.objective, directions, surface.products)
         flat = [torch.cat([part.reshape(-1) for part in product]) for product in products]
         return torch.stack([surface.scaled(each) for each in flat], dim=1).view_as(vectors)
 
@@ -139,6 +144,8 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
         UnsupportedModelError: If the model is trained by several processes, of which each has its
             own data.
         TypeError: If the data has another form, or the loss is no tensor.
+        RuntimeError: If PyTorch's derivatives of the loss are wrong, or missing, and differences of
+            gradients cannot stand for them.
         ValueError: If there is no trainable parameter, the parameters are of several types or
             devices, a layer draws random numbers or updates statistics, the data is empty, not
             finite or other in each pass, or the loss is no finite scalar with a graph.
@@ -160,7 +167,7 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
         with frozen_statistics(target.model):
             return float(target.on((to_device(x, device), y.to(device))).loss().detach())
 
-    with torch.enable_grad(), torch.random.fork_rng(_cuda(device)):
+    with differentiating(), torch.random.fork_rng(_cuda(device)):
         seen = [(digest((x, y)), one(x, y), mass(criterion, y)) for x, y in checked(batches)]
         index = -1
         for index, (x, y) in enumerate(batches):
@@ -175,7 +182,7 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
                 )
         if index + 1 < len(seen):
             raise ValueError(_OTHER_BATCHES.format(index + 1))
-    total = 1.0 if is_sum(criterion) else float(sum(part for _, _, part in seen))
+    total = 1.0 if is_sum(criterion) else float(sum(each for _, _, each in seen))
     if not total:
         raise ValueError(
             "every sample has weight zero, by the criterion's class weights or ignore_index, so "
@@ -183,7 +190,11 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
         )
     state = {**dict(target.model.named_parameters()), **dict(target.model.named_buffers())}
     kept = {name: part.detach().clone() for name, part in state.items()}
-    return Surface(replace(target, batches=batches, total=total), kept)
+    over_all = replace(target, batches=batches, total=total)
+    with torch.random.fork_rng(_cuda(device)):  # from which a loader draws, too
+        _, part = next(over_all.parts())
+        products = routed(part, Estimation()).products
+    return Surface(over_all, kept, products=products)
 
 
 _OTHER_BATCHES = (

@@ -334,7 +334,7 @@ def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
             name: _changes(table[name], table[BASELINE.name], tested[name] - tested[BASELINE.name])
             for name in (BASELINE.name, *names)
         }
-        raw = [paired_test(changes[name].to_numpy(), test_fraction) for name in names]
+        raw = [paired_test(np.asarray(changes[name], np.float64), test_fraction) for name in names]
         adjusted = dict(zip(names, holm(raw), strict=True))
         for name in (BASELINE.name, *names):
             values = table[name].to_numpy()

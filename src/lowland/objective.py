@@ -20,7 +20,7 @@ from lowland._batches import Batch, any_requires_grad, mapped, to_device
 from lowland.criteria import Criterion, check_callable, check_splits_evenly, mass, scalar_loss
 from lowland.errors import UnsupportedModelError
 from lowland.torch_fixes import is_ordinary
-from lowland.validation import check_initialized
+from lowland.validation import check_parameters, check_types
 
 Gradient = tuple[Tensor, list[Tensor]]
 
@@ -250,6 +250,8 @@ def objective(
     Raises:
         ValueError: As :func:`trainable` and :func:`check_subset`; or if a lazy layer has seen no
             data.
+        UnsupportedModelError: If the parameters are sharded.
+        TypeError: If they are of half precision.
     """
     check_callable(criterion)
     inside = unwrap(model)
@@ -258,12 +260,13 @@ def objective(
             "the model's parameters were made within torch.inference_mode(), where there are no "
             "derivatives of them, ever; make the model outside of it"
         )
-    check_initialized(inside)
+    check_parameters(inside)
     named, others = trainable(inside), []
     if parameters is not None:
         wanted = check_subset(inside, parameters)
         others = [p for p in named.values() if id(p) not in wanted]
         named = {name: p for name, p in named.items() if id(p) in wanted}
+    check_types(named)
     return Objective(model, inside, criterion, ((x, y),), list(named), list(named.values()), others)
 
 

@@ -250,11 +250,6 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
             "the model's trainable parameters must be of one type on one device; got "
             f"{' and '.join(sorted(kinds))}"
         )
-    if parameters[0].dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"the model's parameters must be float32 or float64; got {kinds.pop()}: use "
-            "model.double()"
-        )
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lowland.auditing import Audit, audit
     from lowland.engines import hessian_moments
     from lowland.errors import UnsupportedModelError
+    from lowland.landscape import LossSurface, surface
     from lowland.moments import HessianMoments
     from lowland.optimizers import SAM
     from lowland.penalties import HSR, FlatnessAware, HessianTrace
@@ -26,6 +27,7 @@ _HOMES = {
     "FlatnessAware": "penalties",
     "HessianMoments": "moments",
     "HessianTrace": "penalties",
+    "LossSurface": "landscape",
     "Spectrum": "spectra",
     "UnsupportedModelError": "errors",
     "audit": "auditing",
@@ -34,6 +36,7 @@ _HOMES = {
     "permute": "symmetry",
     "rescale": "symmetry",
     "spectrum": "spectra",
+    "surface": "landscape",
 }
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "FlatnessAware",
     "HessianMoments",
     "HessianTrace",
+    "LossSurface",
     "Spectrum",
     "UnsupportedModelError",
     "audit",
@@ -52,6 +56,7 @@ __all__ = [
     "permute",
     "rescale",
     "spectrum",
+    "surface",
     "weakness",
 ]
 

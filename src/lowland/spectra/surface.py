@@ -95,7 +95,7 @@ class Surface:
         model, criterion = self.objective.model, self.objective.criterion
         check_mode(model)
         total = 0.0
-        with _untouched(model), torch.random.fork_rng(_cuda(self.device)):
+        with untouched(model), torch.random.fork_rng(_cuda(self.device)):
             for share, part in self.objective.parts():
                 x, y = part.batch
                 values = {**self.state, **parts}
@@ -220,14 +220,18 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put the parameters back: a functional call leaves its own in a module that occurs twice."""
-    before = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put parameters and buffers back: a functional call leaves its own in a module used twice."""
+    before = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)  # noqa: SLF001
+    ]
     try:
         yield
     finally:
-        for module, parameters in before:
-            module._parameters.update(parameters)  # noqa: SLF001
+        for table, own in before:
+            table.update(own)  # type: ignore[arg-type]  # of parameters or of buffers, as it was
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:

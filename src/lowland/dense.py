@@ -28,7 +28,7 @@ from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, may_look, objective
-from lowland.passes import frozen_statistics, remember_randomness
+from lowland.passes import remember
 from lowland.products import Vector, dot, gradient_graph, product
 from lowland.validation import check_values
 
@@ -55,16 +55,18 @@ class BruteForce:
             UnsupportedModelError: If the data set's moments are to be estimated from a batch.
             ValueError, RuntimeError: As :func:`dense_hessian`.
         """
+        return self._moments(_Frame(self.target), count)
+
+    def _moments(self, frame: _Frame, count: int) -> HessianMoments:
         if self.settings.unbiased:
             raise UnsupportedModelError(
                 "unbiased=True needs the closed form or probes, which see some samples apart "
                 "from others; brute force sees their mean alone"
             )
+        self._check()
         if self.target.data_require_grad:  # only a whole graph leads to them
-            powers = _powers(self.hessian(), count)
+            powers = _powers(frame.matrix(wanted=torch.is_grad_enabled()), count)
         else:
-            self._check()
-            frame = _Frame(self.target)
             powers = _Powers.apply(frame, count, *self.target.parameters)  # type: ignore[no-untyped-call]
         higher = None if count < 4 else (powers[2], powers[3])
         return HessianMoments(
@@ -72,8 +74,9 @@ class BruteForce:
         )
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
-        """The model's own loss beside them."""
-        return self.target.step_loss(), self.moments(count)
+        """The model's own loss beside them, from the same state and random numbers."""
+        frame = _Frame(self.target)
+        return self.target.step_loss(), self._moments(frame, count)
 
     def hessian(self) -> Tensor:
         """The matrix, with its graph if gradients are enabled; errors as :func:`dense_hessian`."""
@@ -105,7 +108,7 @@ class _Frame:
     def __init__(self, target: Objective) -> None:
         self.target = target
         kind = target.device.type
-        self.same_randomness = remember_randomness([target.device])
+        self.again = remember(target.model, target.device)
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     @contextmanager
@@ -113,9 +116,8 @@ class _Frame:
         """The gradient of the loss with its graph, the same at each call."""
         target, (enabled, dtype) = self.target, self.autocast
         with ExitStack() as stack:
-            stack.enter_context(frozen_statistics(target.model))
+            stack.enter_context(self.again())
             stack.enter_context(target.others_frozen())
-            stack.enter_context(self.same_randomness())
             stack.enter_context(torch.autocast(target.device.type, enabled=enabled, dtype=dtype))
             yield stack.enter_context(gradient_graph(target))
 

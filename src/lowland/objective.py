@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.jit import ScriptModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
 from lowland._batches import Batch, any_requires_grad, to_device
 from lowland.criteria import Criterion, check_callable, check_splits_evenly, mass, scalar_loss
+from lowland.errors import UnsupportedModelError
 from lowland.torch_fixes import is_ordinary
 from lowland.validation import check_initialized
 
@@ -156,24 +158,26 @@ class Objective:
 
     def _put(self, values: Sequence[Tensor]) -> None:
         by_parameter = {id(p): value for p, value in zip(self.parameters, values, strict=True)}
-        for module, name, parameter in self.places:
-            module._parameters[name] = by_parameter[id(parameter)]  # type: ignore[assignment]  # noqa: SLF001
-            if isinstance(module, nn.RNNBase):  # it keeps a list of its own
-                module._flat_weights = [  # noqa: SLF001
-                    getattr(module, weight)
-                    for weight in module._flat_weights_names  # noqa: SLF001
-                ]
+        for holder, name, parameter in self.places:
+            holder[name] = by_parameter[id(parameter)]
 
     @cached_property
-    def places(self) -> list[tuple[nn.Module, str, Tensor]]:
-        """Where the model holds the parameters, a tied one more than once: module and name."""
-        chosen = {id(p) for p in self.parameters}
-        return [
-            (module, name, p)
-            for module in self.model.modules()
-            for name, p in module._parameters.items()  # noqa: SLF001
-            if p is not None and id(p) in chosen
-        ]
+    def places(self) -> list[Place]:
+        """Where the model holds the parameters, some more than once.
+
+        Raises:
+            UnsupportedModelError: If one cannot be replaced by another tensor.
+        """
+        places = places_of(self.model, self.parameters)
+        found = {id(parameter) for _, _, parameter in places}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if id(parameter) not in found:
+                raise UnsupportedModelError(
+                    f"differences of gradients replace the model's parameters by others, and "
+                    f"{name!r} belongs to a scripted or traced module, which does not part with "
+                    "it: use products='autograd', or the module that was scripted"
+                )
+        return places
 
     def complete(self, parts: Sequence[Tensor | None], loss: Tensor) -> list[Tensor]:
         """The parts of a gradient; zero where the loss does not depend on a parameter.
@@ -258,6 +262,35 @@ def objective(
     return Objective(model, inside, criterion, ((x, y),), list(named), list(named.values()), others)
 
 
+# What holds a tensor, by which name or number, and the tensor.
+Place = tuple[Any, Any, Tensor]
+
+
+def places_of(model: nn.Module, wanted: Iterable[Tensor]) -> list[Place]:
+    """Where a model's modules hold tensors: as parameters, buffers, attributes, or in lists.
+
+    Recurrent layers hold theirs in a list too, and some models a parameter of another module.
+    """
+    chosen, seen = {id(tensor) for tensor in wanted}, set()
+    places: list[Place] = []
+
+    def look(holder: dict[Any, Any] | list[Any]) -> None:
+        if id(holder) in seen:
+            return
+        seen.add(id(holder))
+        for name, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+            if isinstance(value, Tensor):
+                if id(value) in chosen:
+                    places.append((holder, name, value))
+            elif isinstance(value, dict | list):
+                look(value)
+
+    for module in model.modules():
+        if not isinstance(module, ScriptModule):
+            look(vars(module))
+    return places
+
+
 def graph(*values: Tensor) -> Iterator[Any]:
     """The nodes of the graphs that lead to values, each once."""
     ahead, seen = [value.grad_fn for value in values], set()
@@ -327,6 +360,20 @@ def _unwrapping(model: nn.Module) -> Iterator[nn.Module]:
         yield inside
         compiled = getattr(inside, "_orig_mod", None)
         inside = inside.module if isinstance(inside, DistributedDataParallel) else compiled
+
+
+@contextmanager
+def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Run no hooks on gradients: they belong to a step of training, and not to the loss."""
+    hooks = [h for p in parameters if (h := p._backward_hooks)]  # noqa: SLF001 - no public name
+    held = [dict(each) for each in hooks]
+    try:
+        for each in hooks:
+            each.clear()
+        yield
+    finally:
+        for each, before in zip(hooks, held, strict=True):
+            each.update(before)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.moments import HessianMoments
 from lowland.objective import Objective, data_parallel, objective
-from lowland.passes import frozen_statistics
+from lowland.passes import remember, remember_state
 from lowland.products import (
     Average,
     Vector,
@@ -56,8 +56,11 @@ class Estimate:
                 "moments=4 needs the closed form or brute force: probes estimate two moments; use "
                 "method='exact' or method='dense'"
             )
-        with frozen_statistics(self.target.model), self.target.others_frozen():
-            return self._estimate()[1]
+        target = self.target
+        directions = _draw(target, self.settings)
+        # What the model draws, and what it writes to its state, is put back; not so the directions.
+        with remember(target.model, target.device)(), target.others_frozen():
+            return self._estimate(directions)[1]
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
         """Both from one forward pass, which counts as that of a step of training.
@@ -68,14 +71,16 @@ class Estimate:
         """
         target = self.target
         if target.others or target.parallel or self.settings.unbiased:
-            return target.step_loss(), self.moments(count)
-        return self._estimate()
+            again = remember_state(target.model)
+            loss = target.step_loss()
+            with again():
+                return loss, self.moments(count)
+        return self._estimate(_draw(target, self.settings))
 
-    def _estimate(self) -> tuple[Tensor, HessianMoments]:
+    def _estimate(self, directions: list[Vector]) -> tuple[Tensor, HessianMoments]:
         target, settings = self.target, self.settings
         if settings.products == "differences":
             warn_of_kinks(target.model)
-        directions = _draw(target, settings)
         parts = target.halves() if settings.unbiased else [target]
         average = _average_over_processes(target.outer)
         loss, traces, squares = quadratic_forms(
@@ -169,7 +174,7 @@ def loader_moments(
             "without targets y, a loader of batches (x, y) is expected; got a tensor of shape "
             f"{tuple(loader.shape)}"
         )
-    with frozen_statistics(target.model), target.others_frozen():
+    with target.others_frozen():
         for x, y in loader:
             count = _count(target.criterion, x, y)
             samples += count

@@ -41,8 +41,9 @@ from lowland.objective import (
     half_autocast,
     may_look,
     not_compiled,
+    without_hooks,
 )
-from lowland.passes import frozen_statistics, remember_randomness
+from lowland.passes import frozen_statistics, remember
 from lowland.torch_fixes import differentiable_operations
 
 # A vector in the space of the parameters: one tensor for each.
@@ -121,7 +122,8 @@ def hessian_products(
     """
     totals: list[Vector] = []
     for share, part in target.parts():
-        found = _products_of_batch(part, directions, products)
+        with frozen_statistics(part.model):
+            found = _products_of_batch(part, directions, products)
         if target.total is None:
             return found
         totals = totals or [[torch.zeros_like(each) for each in product] for product in found]
@@ -155,7 +157,7 @@ def gradient_graph(part: Objective) -> Iterator[Vector]:
         ValueError: As :meth:`Objective.loss`.
         RuntimeError: If something in it can be differentiated once only.
     """
-    with torch.enable_grad(), not_compiled(), _operations(part):
+    with torch.enable_grad(), not_compiled(), _operations(part), without_hooks(part.parameters):
         yield _gradient(part, part.loss())
 
 
@@ -163,8 +165,9 @@ def _by_autograd(
     halves: Sequence[Objective], directions: Sequence[Vector], average: Average | None
 ) -> Forms:
     wanted = torch.is_grad_enabled()
-    scale = _loss_scale(halves[0].parameters[0].device)
-    with torch.enable_grad(), not_compiled(), _operations(halves[0]):
+    scale = _loss_scale(halves[0].device)
+    first = halves[0]
+    with torch.enable_grad(), not_compiled(), _operations(first), without_hooks(first.parameters):
         losses = [part.loss() for part in halves]
         gradients = [
             _gradient(part, scale * loss) for part, loss in zip(halves, losses, strict=True)
@@ -288,18 +291,18 @@ class _Differences:
         self.halves, self.directions, self.average = halves, directions, average
         self.parameters = halves[0].parameters
         self.device = self.parameters[0].device
-        self.same_randomness: list[Callable[[], AbstractContextManager[None]]] = []
+        self.again: list[Callable[[], AbstractContextManager[None]]] = []
 
     def first_gradient(self, part: Objective) -> Gradient:
-        """The gradient at the parameters themselves; it may draw new random numbers."""
-        self.same_randomness.append(remember_randomness([self.device]))
+        """The gradient at the parameters themselves, of a pass that counts as one."""
+        self.again.append(remember(part.model, self.device))
         with self._full_precision():
             return part.gradient()
 
     def gradient(self, number: int, at: Vector) -> Vector:
-        """The gradient of a part elsewhere, under the same random numbers."""
+        """The gradient of a part elsewhere, from the same state and random numbers."""
         part = self.halves[number]
-        with self.same_randomness[number](), self._full_precision(), frozen_statistics(part.model):
+        with self.again[number](), self._full_precision():
             return part.gradient(at)[1]
 
     def _full_precision(self) -> torch.autocast:

@@ -16,7 +16,7 @@ from lowland._batches import as_batches, checked, digest, to_device
 from lowland.criteria import check_reduction, is_sum, mass, scalar_loss
 from lowland.errors import UnsupportedModelError
 from lowland.objective import Objective, objective
-from lowland.passes import unsteady
+from lowland.passes import frozen_statistics, unsteady
 from lowland.products import hessian_products
 
 NamedVector = dict[str, Tensor]
@@ -98,7 +98,8 @@ class Surface:
         with untouched(model), torch.random.fork_rng(_cuda(self.device)):
             for share, part in self.objective.parts():
                 x, y = part.batch
-                values = {**self.state, **parts}
+                buffers = {name: self.state[name].clone() for name, _ in model.named_buffers()}
+                values = {**self.state, **buffers, **parts}
                 output = torch.func.functional_call(model, values, (x,), strict=False)
                 total += share * float(scalar_loss(criterion, output, y))
         return total
@@ -156,7 +157,8 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
     def one(x: Any, y: Tensor) -> float:
         if not mass(criterion, y):  # all of its targets are ignored, and their mean is no number
             return 0.0
-        return float(target.on((to_device(x, device), y.to(device))).loss().detach())
+        with frozen_statistics(target.model):
+            return float(target.on((to_device(x, device), y.to(device))).loss().detach())
 
     with torch.enable_grad(), torch.random.fork_rng(_cuda(device)):
         seen = [(digest((x, y)), one(x, y), mass(criterion, y)) for x, y in checked(batches)]

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from lowland.errors import UnsupportedModelError
+from lowland.objective import places_of
+
 
 @contextmanager
 def holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -19,30 +22,33 @@ def holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     Args:
         model: A tensor that it has in several places is replaced in all of them.
         values: By the names of ``named_parameters()`` and ``named_buffers()``.
+
+    Raises:
+        UnsupportedModelError: If a tensor belongs to a scripted module.
     """
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     instead = {id(own[name]): value for name, value in values.items()}
-    tables = [
-        (table, dict(table))
-        for module in model.modules()
-        for table in (module._parameters, module._buffers)  # noqa: SLF001
-    ]
+    places = places_of(model, [own[name] for name in values])
+    found = {id(part) for _, _, part in places}
+    for name in values:
+        if id(own[name]) not in found:
+            raise UnsupportedModelError(
+                f"{name!r} belongs to a scripted or traced module, which does not part with it, so "
+                "the model cannot be looked at with other parameters: use the module that was "
+                "scripted"
+            )
     try:
-        for table, before in tables:
-            for name, part in before.items():
-                if id(part) in instead:
-                    table[name] = instead[id(part)]  # type: ignore[assignment]
-        _tell_recurrent(model)
+        for holder, name, part in places:
+            holder[name] = instead[id(part)]
         yield
     finally:
-        for table, before in tables:
-            table.update(before)  # type: ignore[arg-type]
-        _tell_recurrent(model)
+        for holder, name, part in places:
+            holder[name] = part
+        remind_recurrent(model)
 
 
-def _tell_recurrent(model: nn.Module) -> None:
-    """Recurrent layers keep a list of their parameters beside the table that all modules have."""
+def remind_recurrent(model: nn.Module) -> None:
+    """Let recurrent layers list their parameters anew, which they look at before a call."""
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
-            names = module._flat_weights_names  # noqa: SLF001
-            module._flat_weights = [getattr(module, name) for name in names]  # noqa: SLF001
+            module._init_flat_weights()  # noqa: SLF001

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from lowland._checkpoints import Checkpoint
-from lowland._holding import holding
 from lowland.landscape.directions import (
     eigenvectors_of,
     given_directions,
@@ -25,6 +24,7 @@ from lowland.landscape.path import principal_directions, project, steps_to
 from lowland.landscape.result import LossSurface
 from lowland.landscape.statistics import Statistics, batch_normalizations, loss_with
 from lowland.objective import unwrap
+from lowland.passes import frozen_statistics
 from lowland.spectra import Spectrum, spectrum
 from lowland.spectra.surface import own_randomness, survey
 
@@ -147,8 +147,7 @@ def surface(
     coordinates_of(bounds or [(-1, 1)] * _dimensions(chosen, dimensions), points)  # at the door
     tell = on_progress or _silence
     inside = unwrap(model)
-    # Layers that write to their buffers write to copies.
-    with holding(inside, {name: part.clone() for name, part in inside.named_buffers()}):
+    with frozen_statistics(inside):
         around_model = survey(model, criterion, data)
         with own_randomness(around_model.device, seed):
             statistics = _statistics(inside, batch_norm, chosen)

@@ -104,9 +104,9 @@ def eigenvectors_of(spectrum: Spectrum, surface: Surface, count: int | None) -> 
         )
     eigenvalues = spectrum.eigenvalues[:count].tolist()
     ranks = spectrum.ranks[:count].tolist()
-    of = "|θ| H |θ|" if spectrum.adaptive else "H"
+    what = "adaptive eigenvector" if spectrum.adaptive else "eigenvector"
     labels = [
-        f"eigenvector {rank} of {of}, λ = {number(value)}"
+        f"{what} {rank}, λ = {number(value)}"
         for rank, value in zip(ranks, eigenvalues, strict=True)
     ]
     return Directions(spectrum.eigenvectors[:count], labels, "eigenvectors")

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowland._batches import as_batches, checked, digest, to_device
+from lowland._holding import remind_recurrent
 from lowland.criteria import check_reduction, is_sum, mass, scalar_loss
 from lowland.errors import UnsupportedModelError
 from lowland.objective import Objective, objective
@@ -234,6 +235,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for table, own in before:
             table.update(own)  # type: ignore[arg-type]  # of parameters or of buffers, as it was
+        remind_recurrent(model)
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:

@@ -15,13 +15,20 @@ if TYPE_CHECKING:
     from lowland.moments import HessianMoments
     from lowland.optimizers import SAM
     from lowland.penalties import HSR, FlatnessAware, HessianTrace
-    from lowland.spectra import Spectrum, layer_spectra, spectrum
+    from lowland.spectra import (
+        EigenvalueHistory,
+        Spectrum,
+        eigenvalues_over,
+        layer_spectra,
+        spectrum,
+    )
     from lowland.symmetry import permute, rescale
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Audit": "auditing",
+    "EigenvalueHistory": "spectra",
     "HSR": "penalties",
     "SAM": "optimizers",
     "FlatnessAware": "penalties",
@@ -31,6 +38,7 @@ _HOMES = {
     "Spectrum": "spectra",
     "UnsupportedModelError": "errors",
     "audit": "auditing",
+    "eigenvalues_over": "spectra",
     "hessian_moments": "engines",
     "layer_spectra": "spectra",
     "permute": "symmetry",
@@ -43,6 +51,7 @@ __all__ = [
     "HSR",
     "SAM",
     "Audit",
+    "EigenvalueHistory",
     "FlatnessAware",
     "HessianMoments",
     "HessianTrace",
@@ -50,6 +59,7 @@ __all__ = [
     "Spectrum",
     "UnsupportedModelError",
     "audit",
+    "eigenvalues_over",
     "exact",
     "hessian_moments",
     "layer_spectra",

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowland._batches import as_batches, checked, digest, to_device
+from lowland._holding import remind_recurrent
 from lowland.criteria import check_reduction, is_sum, mass, scalar_loss
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
@@ -100,7 +101,7 @@ class Surface:
         model, criterion = self.objective.model, self.objective.criterion
         check_mode(model)
         total = 0.0
-        with _untouched(model), torch.random.fork_rng(_cuda(self.device)):
+        with untouched(model), torch.random.fork_rng(_cuda(self.device)):
             for share, part in self.objective.parts():
                 x, y = part.batch
                 buffers = {name: self.state[name].clone() for name, _ in model.named_buffers()}
@@ -233,14 +234,19 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put the parameters back: a functional call leaves its own in a module that occurs twice."""
-    before = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put parameters and buffers back: a functional call leaves its own in a module used twice."""
+    before = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)  # noqa: SLF001
+    ]
     try:
         yield
     finally:
-        for module, parameters in before:
-            module._parameters.update(parameters)  # noqa: SLF001
+        for table, own in before:
+            table.update(own)  # type: ignore[arg-type]  # of parameters or of buffers, as it was
+        remind_recurrent(model)
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:

@@ -122,7 +122,7 @@ def hessian_products(
     totals: list[Vector] = []
     for share, part in target.parts():
         found = _products_of_batch(part, directions, products)
-        if target.total is None:
+        if target.shares is None:
             return found
         totals = totals or [[torch.zeros_like(each) for each in product] for product in found]
         for total, product in zip(totals, found, strict=True):

@@ -13,9 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowland._batches import as_batches, checked, digest, to_device
-from lowland.criteria import check_reduction, is_sum, mass, scalar_loss
+from lowland._call import arguments
+from lowland._weights import Count, Weights
+from lowland.criteria import check_reduction, scalar_loss
 from lowland.errors import UnsupportedModelError
-from lowland.objective import Objective, objective
+from lowland.objective import Objective, over
 from lowland.passes import unsteady
 from lowland.products import hessian_products
 
@@ -99,7 +101,9 @@ class Surface:
             for share, part in self.objective.parts():
                 x, y = part.batch
                 values = {**self.state, **parts}
-                output = torch.func.functional_call(model, values, (x,), strict=False)
+                output = torch.func.functional_call(
+                    model, values, *arguments(model, x), strict=False
+                )
                 total += share * float(scalar_loss(criterion, output, y))
         return total
 
@@ -131,7 +135,9 @@ class HessianOperator:
         return torch.stack([surface.scaled(each) for each in flat], dim=1).view_as(vectors)
 
 
-def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Surface:
+def survey(
+    model: nn.Module, criterion: Callable[..., Any], data: object, count: Count | None = None
+) -> Surface:
     """The surface of a model's loss, after a look at everything that its Hessian depends on.
 
     Raises:
@@ -142,7 +148,7 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
             devices, a layer draws random numbers or updates statistics, the data is empty, not
             finite or other in each pass, or the loss is no finite scalar with a graph.
     """
-    target = objective(model, criterion, None, None)
+    target = over(model, criterion, ())
     if target.parallel:
         raise UnsupportedModelError(
             "the model is a DistributedDataParallel module, and each process would measure its own "
@@ -152,19 +158,22 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
     check_mode(target.model)
     check_reduction(criterion)
     batches, device = as_batches(data), target.device
+    weigh = Weights(target, count)
 
-    def one(x: Any, y: Tensor) -> float:
-        if not mass(criterion, y):  # all of its targets are ignored, and their mean is no number
-            return 0.0
-        return float(target.on((to_device(x, device), y.to(device))).loss().detach())
+    def one(weight: float, x: Any, y: Any) -> tuple[float, float]:
+        if not weight:  # all of its targets are ignored, and their mean is no number
+            return 0.0, 0.0
+        there = to_device(x, device), to_device(y, device)
+        return weight, float(target.on(there).loss().detach())
 
     with torch.enable_grad(), torch.random.fork_rng(_cuda(device)):
-        seen = [(digest((x, y)), one(x, y), mass(criterion, y)) for x, y in checked(batches)]
+        seen = [(digest((x, y)), *one(weigh(x, y), x, y)) for x, y in checked(batches)]
         index = -1
         for index, (x, y) in enumerate(batches):
             if index >= len(seen) or digest((x, y)) != seen[index][0]:
                 raise ValueError(_OTHER_BATCHES.format(index))
-            first, second = seen[index][1], one(x, y)
+            _, weight, first = seen[index]
+            second = one(weight, x, y)[1]
             if not math.isclose(first, second, rel_tol=_SAME, abs_tol=1e-12):
                 raise ValueError(
                     f"the loss is {first:.6g} and then {second:.6g} on the same data, so there is "
@@ -173,15 +182,10 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
                 )
         if index + 1 < len(seen):
             raise ValueError(_OTHER_BATCHES.format(index + 1))
-    total = 1.0 if is_sum(criterion) else float(sum(part for _, _, part in seen))
-    if not total:
-        raise ValueError(
-            "every sample has weight zero, by the criterion's class weights or ignore_index, so "
-            "the mean loss does not exist"
-        )
+    shares = [weight / weigh.total for _, weight, _ in seen]
     state = {**dict(target.model.named_parameters()), **dict(target.model.named_buffers())}
     kept = {name: part.detach().clone() for name, part in state.items()}
-    return Surface(replace(target, batches=batches, total=total), kept)
+    return Surface(replace(target, batches=batches, shares=shares), kept)
 
 
 _OTHER_BATCHES = (

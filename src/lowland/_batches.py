@@ -251,6 +251,20 @@ def _holds_tensors(value: object) -> bool:
     return next(tensors(value), None) is not None
 
 
+def numbers(value: object, around: tuple[int, ...] = ()) -> bool:
+    """Whether it holds, at any depth, a number that is none of one sample."""
+    if isinstance(value, Tensor):
+        return not value.ndim
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return True
+    if isinstance(value, list) and not _holds_tensors(value):  # of a sample each
+        return False
+    if id(value) in around:
+        return False
+    around = *around, id(value)
+    return any(numbers(part, around) for part in (parts_of(value) or {}).values())
+
+
 def any_requires_grad(values: Iterable[object]) -> bool:
     """Whether a tensor in them asks for a gradient."""
     return any(tensor.requires_grad for value in values for tensor in tensors(value))
@@ -357,7 +371,7 @@ def join(first: Any, second: Any, around: tuple[int, ...] = ()) -> Any:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         if first.ndim and first.shape[1:] == second.shape[1:] and first.ndim == second.ndim:
             return torch.cat([first, second])
-        if not first.ndim and first.shape == second.shape and bool(first == second):
+        if not first.ndim and not second.ndim:
             return first
         raise CannotJoinError(
             f"tensors of shape {tuple(first.shape)} and {tuple(second.shape)} have no common rows"

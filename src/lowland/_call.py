@@ -95,7 +95,7 @@ def _inside(model: nn.Module) -> Any:
     while True:
         if isinstance(inside, DistributedDataParallel | nn.DataParallel):
             inside = inside.module
-        elif isinstance(compiled := inside._modules.get("_orig_mod"), nn.Module):  # noqa: SLF001
-            inside = compiled
+        elif "_orig_mod" in inside._modules:  # noqa: SLF001 - as PyTorch marks compiled modules
+            inside = inside._modules["_orig_mod"]  # noqa: SLF001
         else:
             return inside

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from lowland._batches import Batch, CannotJoinError, join, parts_of, with_parts
+from lowland._batches import Batch, CannotJoinError, join, numbers, parts_of, with_parts
 from lowland.criteria import Criterion, scalar_loss
 
 
@@ -53,16 +53,16 @@ def shares_by_outputs(criterion: Criterion, first: Batch, second: Batch) -> Shar
     """
     outputs = [_leaves_of(output) for output, _ in (first, second)]
     joint = [_leaves_of(join(first[0], second[0]))]
-    if any(leaf.ndim == 0 for leaf in outputs[0][1]):
-        raise CannotJoinError("the model returns a number of the whole batch, such as its loss")
     y = join(first[1], second[1])
     (_, one), (value, two), (whole, both) = (
         _gradient(criterion, *output, targets)
         for output, targets in zip([*outputs, *joint], [first[1], second[1], y], strict=True)
     )
-    sizes = [len(leaf) for leaf in outputs[0][1]]
-    starts = _flat([part[:size] for part, size in zip(both, sizes, strict=True)])
-    ends = _flat([part[size:] for part, size in zip(both, sizes, strict=True)])
+    if any(part.ndim == 0 and bool(part != 0) for part in (*one, *two)):
+        raise CannotJoinError("the model returns a number of the whole batch, such as its loss")
+    one, two, both = ([part for part in each if part.ndim] for each in (one, two, both))
+    starts = _flat([part[: len(first)] for part, first in zip(both, one, strict=True)])
+    ends = _flat([part[len(first) :] for part, first in zip(both, one, strict=True)])
     if not value.isfinite() and whole.isfinite() and torch.equal(starts, _flat(one)):
         return Shares(1.0, 0.0)
     r = [_share(_flat(one), starts), _share(_flat(two), ends)]
@@ -73,7 +73,24 @@ def shares_by_outputs(criterion: Criterion, first: Batch, second: Batch) -> Shar
             raise UnevenError("the gradient of one batch's loss is zero, which does not tell")
     if None in r:
         raise UnevenError("the gradients of the batches' losses are zero, which does not tell")
-    return _as_shares(r[0], r[1], _tolerance(starts))  # type: ignore[arg-type]
+    shares = _as_shares(r[0], r[1], _tolerance(starts))  # type: ignore[arg-type]
+    if shares.is_sum:
+        check_no_numbers(first)
+    return shares
+
+
+def check_no_numbers(batch: object) -> None:
+    """Refuse to see a sum where the loss may be divided by a number that the batch holds.
+
+    Two batches together are given the first one's.
+
+    Raises:
+        UnevenError: If it holds one.
+    """
+    if numbers(batch):
+        raise UnevenError(
+            "the batches hold numbers, which the sum of their losses may be divided by"
+        )
 
 
 def shares_by_gradients(

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from lowland._batches import Batch, CannotJoinError, join, rows, to_device
 from lowland._call import call
-from lowland._shares import Shares, UnevenError, shares_by_gradients, shares_by_outputs
+from lowland._shares import (
+    Shares,
+    UnevenError,
+    check_no_numbers,
+    shares_by_gradients,
+    shares_by_outputs,
+)
 from lowland.criteria import (
     check_two_tensors,
     is_known,
@@ -173,15 +179,19 @@ class Weights:
                 raise UnevenError(
                     f"the model does not take both batches as one: {error}"
                 ) from error
-        return shares_by_gradients(*found)
+        shares = shares_by_gradients(*found)
+        if shares.is_sum:
+            check_no_numbers(first)
+        return shares
 
     def _refusal(self, why: str) -> ValueError:
         return ValueError(
             f"what the mean of {name_of(self.target.criterion)} over a batch divides by is not "
             f"known, and could not be measured on two batches ({why}): say it by count=, a "
-            "function of a batch's x and y, such as count=lambda x, y: len(y) for a mean over samples, or "
-            "count=lambda x, y: (y != -100).sum() for labels of which some are ignored; or by one "
-            "of the words 'samples', 'batches' (the mean of the batches' losses) and 'sum'"
+            "function of a batch's x and y, such as count=lambda x, y: len(y) for a mean over "
+            "samples, or count=lambda x, y: (y != -100).sum() for labels of which some are "
+            "ignored; or by one of the words 'samples', 'batches' (the mean of the batches' "
+            "losses) and 'sum'"
         )
 
 

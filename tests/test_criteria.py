@@ -357,9 +357,11 @@ CALLABLES = {
     "bound method": Objects().method,
     "object": Objects(),
     "compiled": torch.compile(function, backend="eager"),
+    "compiled within": lambda output, y: 1 * torch.compile(function, backend="eager")(output, y),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # looked at by torch.compile
 @pytest.mark.parametrize("name", CALLABLES)
 def test_whatever_can_be_called_is_a_criterion_in_every_call(name):
     criterion, model, (x, y) = CALLABLES[name], network(1), one_target()
@@ -384,32 +386,40 @@ BROADCAST = [
 ]
 
 
+def in_every_call(model, criterion, x, y):
+    return [
+        partial(lowland.hessian_moments, model, criterion, x, y),
+        partial(lowland.hessian_moments, model, criterion, [(x, y)]),
+        partial(lowland.spectrum, model, criterion, (x, y)),
+        partial(lowland.HSR(criterion, 1.0).loss, model, x, y),
+    ]
+
+
 @pytest.mark.parametrize("criterion", BROADCAST, ids=lambda criterion: criterion.__name__)
 @pytest.mark.parametrize("squeezed", [False, True])
 def test_what_a_criterion_within_another_would_broadcast_is_refused(criterion, squeezed):
     x, y = one_target()
     y = y if not squeezed else y[:, None]
-    calls = [lambda output, y: criterion(output, y), lambda o, y: criterion(target=y, input=o)]
-    for own in calls:
-        model = network(1, squeezed=squeezed)
-        for call in (
-            lambda: lowland.hessian_moments(model, own, x, y),
-            lambda: lowland.spectrum(model, own, (x, y)),
-            lambda: lowland.HSR(own, 1.0).loss(model, x, y),
-        ):
-            with pytest.raises(
-                ValueError, match=rf"^{criterion.__name__} within the criterion.*\w"
-            ):
-                call()
+    model = network(1, squeezed=squeezed)
+    by_place, by_name = lambda o, y: 1 * criterion(o, y), lambda o, y: criterion(target=y, input=o)
+    compiled = torch.compile(by_place, backend="eager")
+    for call in [
+        each for own in (by_place, by_name, compiled) for each in in_every_call(model, own, x, y)
+    ]:
+        with pytest.raises(ValueError, match=rf"^{criterion.__name__} within the criterion"):
+            call()
 
-    def meant(output, y):  # the remedy
-        return functional.mse_loss(output, y.view_as(output))
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_what_is_meant_to_be_broadcast_can_be_said():
+    x, y = one_target()
     plain = lowland.hessian_moments(network(1), nn.MSELoss(), x, y, "dense")
-    found = lowland.hessian_moments(network(1, squeezed=squeezed), meant, x, y)
+    found = lowland.hessian_moments(
+        network(1), lambda output, y: functional.mse_loss(output, y.view_as(output)), x, y
+    )
     torch.testing.assert_close(found.trace_sq, plain.trace_sq)
-    a_number = partial(lambda output, y: functional.mse_loss(output, torch.zeros(()).double()))
-    lowland.hessian_moments(network(1), a_number, x, y)
+    one_number = partial(lambda output, y: functional.mse_loss(output, y.mean()))
+    lowland.hessian_moments(network(1), one_number, x, y)
 
 
 LEGACY = {
@@ -496,12 +506,7 @@ def test_a_criterion_that_does_not_take_what_the_model_returns_says_so(output, s
         (functional.mse_loss, rf"mse_loss takes a tensor, and the model returns {says}"),
         (own, rf"criterion own does not take what the model returns, {says}, with y, a tensor of"),
     ):
-        for call in (
-            lambda: lowland.hessian_moments(model, criterion, x, y),
-            lambda: lowland.hessian_moments(model, criterion, [(x, y)]),
-            lambda: lowland.spectrum(model, criterion, (x, y)),
-            lambda: lowland.HSR(criterion, 1.0).loss(model, x, y),
-        ):
+        for call in in_every_call(model, criterion, x, y):
             with pytest.raises(TypeError, match=match):
                 call()
 

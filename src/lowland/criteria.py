@@ -178,31 +178,34 @@ def _unknown_loss(criterion: Criterion, output: Any, y: Any) -> Any:
         ) from error
 
 
+_WATCHED = frozenset(_ELEMENTWISE.values())
+
+
 class _NoBroadcast(TorchFunctionMode):
     """Refuse what PyTorch's criteria would broadcast within another one, at most with a warning."""
 
     @no_type_check  # called for each operation of PyTorch
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _ELEMENTWISE.values():
+        if func in _WATCHED:
             output, y = (
                 args[place] if len(args) > place else kwargs.get(name)
                 for place, name in enumerate(("input", "target"))
             )
             if isinstance(output, Tensor) and isinstance(y, Tensor) and y.ndim and output.ndim:
-                self._check(func, output, y)
+                _check_one_shape(func.__name__, output, y)
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _check(func: Any, output: Tensor, y: Tensor) -> None:
-        if output.shape != y.shape:
-            raise ValueError(
-                f"{func.__name__} within the criterion is given outputs of shape "
-                f"{tuple(output.shape)} and targets of shape {tuple(y.shape)}, which PyTorch would "
-                "broadcast: give them one shape there, as by y.view_as(output), or where this is "
-                f"meant by y.expand_as(output); {func.__name__} as the criterion itself pairs "
-                "(samples,) with (samples, 1)"
-            )
+
+# Not in the class, for torch.compile, which goes through it where a criterion is compiled.
+def _check_one_shape(name: str, output: Tensor, y: Tensor) -> None:
+    if output.shape != y.shape:
+        raise ValueError(
+            f"{name} within the criterion is given outputs of shape {tuple(output.shape)} and "
+            f"targets of shape {tuple(y.shape)}, which PyTorch would broadcast: give them one "
+            "shape there, as by y.view_as(output), or where this is meant by y.expand_as(output); "
+            f"{name} as the criterion itself pairs (samples,) with (samples, 1)"
+        )
 
 
 def as_target(criterion: object, output: Any, y: Any) -> Any:
@@ -605,7 +608,8 @@ def _layers(criterion: object) -> Iterator[object]:
     while inside is not None:
         yield inside
         compiled = vars(inside).get("_modules", {}) if isinstance(inside, nn.Module) else {}
-        inside = inside.func if isinstance(inside, partial) else compiled.get("_orig_mod")
+        function = getattr(inside, "_torchdynamo_orig_callable", None)
+        inside = inside.func if isinstance(inside, partial) else compiled.get("_orig_mod", function)
 
 
 def _inner(criterion: object) -> object:

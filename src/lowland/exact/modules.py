@@ -40,7 +40,8 @@ def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
     network = _read_layers(model)
     loss = read_loss(criterion)
     for name, part in (("x", x), ("y", y)):
-        if parts_of(part) is not None or getattr(part, "layout", torch.strided) != torch.strided:
+        sparse = isinstance(part, Tensor) and part.layout != torch.strided
+        if part is None or sparse or parts_of(part) is not None:
             raise UnsupportedModelError(
                 f"the closed form takes {name} as a dense tensor; got {described(part)}, for which "
                 f"{ANY_MODULE}"

@@ -234,9 +234,22 @@ def test_what_is_no_batch_is_refused_with_what_is_one(batch, match):
         list(checked(as_batches([batch])))
 
 
+def test_a_triple_is_no_data():
+    with pytest.raises(TypeError, match=r"tuple of length 3: put all that the criterion takes"):
+        as_batches((X, Y, Y))
+    with pytest.raises(TypeError, match=r"tuple of length 1: a tensor alone"):
+        as_batches((X,))
+
+
 def test_a_call_for_one_batch_refuses_several():
     assert one_batch(X) == (X, None)
-    for several in (DataLoader(TensorDataset(X, Y)), TensorDataset(X, Y), iter([(X, Y)])):
+    for several in (
+        DataLoader(TensorDataset(X, Y)),
+        TensorDataset(X, Y),
+        iter([(X, Y)]),
+        [(X, Y)] * 3,
+        [{"x": X}] * 2,
+    ):
         with pytest.raises(TypeError, match=r"this takes one batch.*go through its batches"):
             lowland.HSR(nn.CrossEntropyLoss(), 1.0)(nn.Linear(3, 6), several)
 

@@ -549,6 +549,8 @@ def test_sparse_inputs_are_inputs():
         values = lowland.spectrum(model, nn.MSELoss(), data, k=None).eigenvalues
         torch.testing.assert_close(values.sum(), plain.trace.detach())
     lowland.HSR(nn.MSELoss(), 1.0).loss(model, sparse, y).backward()
+    with pytest.raises(TypeError, match=r"MSELoss takes dense targets y; .*to_dense"):
+        lowland.hessian_moments(network(3), nn.MSELoss(), x, sparse)
     linear = nn.Linear(3, 1).double()  # which the closed form would cover
     assert lowland.hessian_moments(linear, nn.MSELoss(), sparse, y).method == "dense"
     with pytest.raises(lowland.UnsupportedModelError, match="takes x as a dense tensor"):

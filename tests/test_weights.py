@@ -370,3 +370,12 @@ def test_halves_of_a_criterion_that_is_no_mean_are_refused():
     y[0] = -100
     with pytest.raises(ValueError, match=r"shares in the loss are 0\.4286 and 0\.5714"):
         lowland.HSR(UNKNOWN["lambda"], 1.0, unbiased=True).loss(network(), x, y)
+
+
+def test_batches_of_several_processes_are_not_measured_one_by_one(monkeypatch):
+    x, y = labelled()
+    target = over(network(), UNKNOWN["lambda"], ())
+    monkeypatch.setattr(type(target), "parallel", property(lambda self: object()))
+    with pytest.raises(ValueError, match=r"several processes', .* say it by count="):
+        Weights(target)(x, y)
+    assert Weights(target, "samples")(x, y) == 14

@@ -51,7 +51,8 @@ def one_batch(x: Any, y: Any = None) -> Batch:
         return x, y
     if (batch := as_batch(x)) is not None:
         return batch
-    if isinstance(x, DataLoader | Dataset | Iterator):
+    several = type(x) is list and all(_is_pair(each) or isinstance(each, Mapping) for each in x)
+    if isinstance(x, DataLoader | Dataset | Iterator) or several:
         raise TypeError(
             f"this takes one batch, (x, y) or one that holds both; got {_kind(x)}: go through its "
             "batches, or use lowland.hessian_moments or lowland.spectrum for all of them"
@@ -131,6 +132,8 @@ def as_batches(data: object, *, again: bool = True) -> Batches:
         )
     if isinstance(data, Tensor):
         raise TypeError(f"data must be {_FORMS}; got {_kind(data)}: {_ALONE}")
+    if isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data):
+        raise TypeError(f"data must be {_FORMS}; got {_kind(data)}{_of_length(data)}")
     if isinstance(data, str) or not isinstance(data, Iterable):
         raise TypeError(f"data must be {_FORMS}; got {_kind(data)}")
     return Batches(data)
@@ -170,16 +173,18 @@ def _no_batch(given: object, index: int) -> str:
     if isinstance(given, Tensor):
         return f"{what}: {_ALONE}"
     if isinstance(given, tuple | list):
-        what += f" of length {len(given)}"
-        if len(given) > 2:
-            what += (
-                ": put all that the criterion takes beside the output into y, as in "
-                "((x, (y, weight)) for x, y, weight in loader), and all that the model takes into x"
-            )
-        elif given and isinstance(given[0], Tensor):
-            what += f": {_ALONE}"
-        return what
+        return what + _of_length(given)
     return what + ", in which there is no tensor"
+
+
+def _of_length(given: tuple[Any, ...] | list[Any]) -> str:
+    length = f" of length {len(given)}"
+    if len(given) > 2:
+        return length + (
+            ": put all that the criterion takes beside the output into y, as in "
+            "((x, (y, weight)) for x, y, weight in loader), and all that the model takes into x"
+        )
+    return f"{length}: {_ALONE}" if given and isinstance(given[0], Tensor) else length
 
 
 # What is in it

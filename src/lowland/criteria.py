@@ -8,7 +8,7 @@ reach them as they are, and what a batch counts is measured (:mod:`lowland._weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple, no_type_check
 from weakref import WeakKeyDictionary
@@ -56,6 +56,8 @@ _BY_CLASS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.CrossEntropyLoss: functional.cross_entropy,
     nn.NLLLoss: functional.nll_loss,
 }
+
+_KNOWN = {**_ELEMENTWISE, **_BY_CLASS}
 
 # Criteria that the closed form knows.
 _CLOSED_FORMS: dict[type[nn.Module], Callable[[Any], Loss | None]] = {
@@ -126,7 +128,7 @@ def scalar_loss(criterion: Criterion, output: Any, y: Any) -> Tensor:
         ValueError: As :func:`as_target`; or if one of PyTorch's criteria within it would broadcast.
     """
     loss: Any
-    if is_known(criterion):
+    if _is_named(criterion):
         check_two_tensors(criterion, output, y)
         loss = criterion(output, as_target(criterion, output, y))
     else:
@@ -145,6 +147,12 @@ def check_two_tensors(criterion: object, output: Any, y: Any) -> None:
     Raises:
         TypeError: If the output or the targets are no tensor.
     """
+    if (
+        isinstance(output, Tensor)
+        and isinstance(y, Tensor)
+        and output.layout == y.layout == torch.strided
+    ):
+        return
     name = name_of(criterion)
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -161,8 +169,11 @@ def check_two_tensors(criterion: object, output: Any, y: Any) -> None:
         raise TypeError(
             f"{name} takes targets y as a torch.Tensor; got {described(y)}: convert them with "
             "torch.as_tensor, or give a criterion that takes this, such as lambda output, y: "
-            "criterion(output, y['labels'])"
+            "criterion(output.logits, y['labels']), or lambda output, y: output.loss where the "
+            "model computes its own"
         )
+    what, part = ("outputs", output) if y.layout == torch.strided else ("targets y", y)
+    raise TypeError(f"{name} takes dense {what}; got {part.layout}: convert them with to_dense()")
 
 
 def _unknown_loss(criterion: Criterion, output: Any, y: Any) -> Any:
@@ -235,9 +246,12 @@ def as_target(criterion: object, output: Any, y: Any) -> Any:
 def is_known(criterion: object) -> bool:
     """Whether what it computes is known: a criterion of PyTorch's, or a registered one."""
     inside = _inner(criterion)
-    if isinstance(inside, nn.Module) and has_hooks(inside):
-        return False
-    return _is_any(criterion, (*_ELEMENTWISE, *_BY_CLASS)) or _registered_loss(inside) is not None
+    return _is_named(criterion) and not (isinstance(inside, nn.Module) and has_hooks(inside))
+
+
+def _is_named(criterion: object) -> bool:
+    """Whether its class or function is known, whatever hooks make of it."""
+    return _is_any(criterion, _KNOWN) or _registered_loss(_inner(criterion)) is not None
 
 
 def reduction_of(criterion: object) -> str:
@@ -593,13 +607,14 @@ def _is_registered(criterion: nn.Module) -> bool:
     return read is not None and read is not _PYTORCHS.get(type(criterion))
 
 
-def _is_any(criterion: object, kinds: Iterable[type[nn.Module]]) -> bool:
+def _is_any(criterion: object, kinds: Collection[type[nn.Module]]) -> bool:
     """Whether it computes what one of PyTorch's criteria does: as a module or as a function."""
     criterion = _inner(criterion)
     if isinstance(criterion, nn.Module):
+        if type(criterion) in _KNOWN:
+            return type(criterion) in kinds
         return any(is_as_inherited(criterion, kind) for kind in kinds)
-    known = {**_ELEMENTWISE, **_BY_CLASS}
-    return any(criterion is known[kind] for kind in kinds)
+    return any(criterion is _KNOWN[kind] for kind in kinds)
 
 
 def _layers(criterion: object) -> Iterator[object]:

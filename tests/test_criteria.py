@@ -410,6 +410,14 @@ def test_what_a_criterion_within_another_would_broadcast_is_refused(criterion, s
             call()
 
 
+def test_a_variance_beside_does_not_hide_what_is_broadcast():
+    x, y = one_target()
+    with pytest.raises(ValueError, match="gaussian_nll_loss within the criterion"):
+        lowland.spectrum(
+            network(1), lambda o, y: functional.gaussian_nll_loss(o, y, torch.ones_like(o)), (x, y)
+        )
+
+
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_what_is_meant_to_be_broadcast_can_be_said():
     x, y = one_target()

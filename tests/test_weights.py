@@ -68,6 +68,7 @@ def doubled(criterion):
     return criterion
 
 
+WEIGHT = torch.ones(3)
 UNKNOWN = {
     "lambda": lambda output, y: 1 * functional.cross_entropy(output, y),
     "weights": partial(
@@ -78,6 +79,7 @@ UNKNOWN = {
     "bound method": Inside().method,
     "sum": lambda output, y: functional.cross_entropy(output, y, reduction="sum"),
     "sum of a subclass": Summed(),
+    "weights in it": lambda output, y: functional.cross_entropy(output, y) + WEIGHT.square().sum(),
     "hooked": doubled(nn.CrossEntropyLoss()),
     "last layer's width": lambda output, y: (output[y >= 0].logsumexp(1).square()).mean(),
 }
@@ -145,6 +147,7 @@ def test_a_loss_that_is_not_finite_is_no_ignored_batch():
         (Root(), "neither the mean of theirs nor the sum"),
         (lambda output, y: (output - output.T).square().mean(), "neither the mean"),
         (lambda output, y: output.square().mean() + output.sum(), "neither the mean"),
+        (lambda output, y: output.square().sum() + 0.1 * WEIGHT.square().sum(), "neither the mean"),
     ],
 )
 def test_a_loss_that_is_neither_a_mean_nor_a_sum_is_refused(criterion, why):
@@ -222,8 +225,9 @@ def test_what_the_caller_says_counts(count, weights, criterion):
 @pytest.mark.usefixtures("as_installed")
 def test_counts_that_make_no_sense():
     call = partial(lowland.hessian_moments, network(), UNKNOWN["lambda"], [labelled()])
-    with pytest.raises(ValueError, match="unknown count 'rows': expected a function"):
-        call(count="rows")
+    for data in ([labelled()], labelled()):
+        with pytest.raises(ValueError, match="unknown count 'rows': expected a function"):
+            lowland.hessian_moments(network(), UNKNOWN["lambda"], data, count="rows")
     with pytest.raises(TypeError, match="count must be a function of a batch's x and y; got 3"):
         call(count=3)
     for said in (-1, float("nan"), "many", None, torch.ones(2)):
@@ -305,7 +309,12 @@ def test_measuring_leaves_the_model_and_the_random_numbers_alone():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
     model.double()
     before = {name: part.clone() for name, part in model.state_dict().items()}
-    weigh = Weights(over(model, UNKNOWN["lambda"], ()))
+
+    def criterion(output, y):
+        torch.rand(3)  # it draws numbers
+        return functional.cross_entropy(output, y)
+
+    weigh = Weights(over(model, criterion, ()))
     state = torch.get_rng_state()
     weights = [weigh(*batch) for batch in cut(x, y, 5, 6, 3)]
     assert torch.equal(torch.get_rng_state(), state)

@@ -71,14 +71,14 @@ def as_batch(data: object) -> Batch | None:
     if isinstance(data, _CLOSED):
         return None
     # What can be iterated over and has no keys is somebody's own loader, whatever it holds.
-    if (_keys(data) is not None or not isinstance(data, Iterable)) and _holds_tensors(data):
+    if (_keys(data) is not None or not isinstance(data, Iterable)) and holds_tensors(data):
         return data, data
     return None
 
 
 def _as_pair(data: tuple[Any, ...] | list[Any]) -> Batch | None:
     if hasattr(data, "_fields") and len(data) > 2:  # named, as one batch is
-        return (data, data) if _holds_tensors(data) else None
+        return (data, data) if holds_tensors(data) else None
     if len(data) != 2:
         return None
     x, y = data
@@ -148,7 +148,7 @@ def checked(batches: Batches) -> Iterator[Batch]:
     """
     index = -1
     for index, (x, y) in enumerate(batches):
-        if y is not None and not _holds_tensors(y):
+        if y is not None and not holds_tensors(y):
             check_tensor(y, f"y of batch {index}")
         for name, part in (("x", x), ("y", y)):
             if isinstance(part, Tensor):
@@ -252,7 +252,8 @@ def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
             yield from _tensors(part, seen)
 
 
-def _holds_tensors(value: object) -> bool:
+def holds_tensors(value: object) -> bool:
+    """Whether it is a tensor, or there is one in it."""
     return next(tensors(value), None) is not None
 
 
@@ -262,7 +263,7 @@ def numbers(value: object, around: tuple[int, ...] = ()) -> bool:
         return not value.ndim
     if isinstance(value, int | float) and not isinstance(value, bool):
         return True
-    if isinstance(value, list) and not _holds_tensors(value):  # of a sample each
+    if isinstance(value, list) and not holds_tensors(value):  # of a sample each
         return False
     if id(value) in around:
         return False
@@ -300,7 +301,7 @@ def _leading(value: object, around: tuple[int, ...] = ()) -> set[int]:
     if parts is None or id(value) in around:
         return set()
     if isinstance(value, list) and any(
-        not isinstance(part, Tensor) and _holds_tensors(part) for part in value
+        not isinstance(part, Tensor) and holds_tensors(part) for part in value
     ):
         return set()
     return set().union(*(_leading(part, (*around, id(value))) for part in parts.values()))
@@ -386,7 +387,7 @@ def join(first: Any, second: Any, around: tuple[int, ...] = ()) -> Any:
     parts, others = parts_of(first), parts_of(second)
     if parts is None or others is None or id(first) in around:
         return first
-    if not (_holds_tensors(first) or _holds_tensors(second)):
+    if not (holds_tensors(first) or holds_tensors(second)):
         return first + second if type(first) is list else first
     if parts.keys() != others.keys():
         raise CannotJoinError(f"they hold {described(first)} and {described(second)}")

@@ -54,7 +54,7 @@ def shares_by_outputs(criterion: Criterion, first: Batch, second: Batch) -> Shar
     outputs = [_leaves_of(output) for output, _ in (first, second)]
     joint = [_leaves_of(join(first[0], second[0]))]
     y = join(first[1], second[1])
-    (_, one), (value, two), (whole, both) = (
+    (start, one), (value, two), (whole, both) = (
         _gradient(criterion, *output, targets)
         for output, targets in zip([*outputs, *joint], [first[1], second[1], y], strict=True)
     )
@@ -74,6 +74,10 @@ def shares_by_outputs(criterion: Criterion, first: Batch, second: Batch) -> Shar
     if None in r:
         raise UnevenError("the gradients of the batches' losses are zero, which does not tell")
     shares = _as_shares(r[0], r[1], _tolerance(starts))  # type: ignore[arg-type]
+    # What the loss adds to a function of the outputs, such as a norm of weights, adds up in a sum.
+    size = shares.first * abs(start) + shares.second * abs(value)
+    if not abs(whole - shares.first * start - shares.second * value) <= _tolerance(starts) * size:
+        raise UnevenError(_NEITHER)
     if shares.is_sum:
         check_no_numbers(first)
     return shares

@@ -40,6 +40,22 @@ Count = Word | Callable[[Any, Any], Any]
 """What a batch's loss is a mean over: a function of ``(x, y)``, or a word for it."""
 
 
+def check_count(count: object) -> None:
+    """Refuse what does not say what a batch counts.
+
+    Raises:
+        TypeError: If it is no function.
+        ValueError: If it is no word that is known.
+    """
+    if isinstance(count, str) and count not in get_args(Word):
+        raise ValueError(
+            f"unknown count {count!r}: expected a function of a batch's x and y, 'samples', "
+            "'batches' or 'sum'"
+        )
+    if not (count is None or callable(count) or isinstance(count, str)):
+        raise TypeError(f"count must be a function of a batch's x and y; got {count!r}")
+
+
 class Weights:
     """How much a batch counts.
 
@@ -48,18 +64,11 @@ class Weights:
         count: What the caller says of it, None for nothing.
 
     Raises:
-        TypeError: If ``count`` is no function.
-        ValueError: If it is no word that is known.
+        TypeError, ValueError: As :func:`check_count`.
     """
 
     def __init__(self, target: Objective, count: Count | None = None) -> None:
-        if not (count is None or callable(count) or isinstance(count, str)):
-            raise TypeError(f"count must be a function of a batch's x and y; got {count!r}")
-        if isinstance(count, str) and count not in get_args(Word):
-            raise ValueError(
-                f"unknown count {count!r}: expected a function of a batch's x and y, 'samples', "
-                "'batches' or 'sum'"
-            )
+        check_count(count)
         self.target, self.count = target, count
         self.measures = count is None and not is_known(target.criterion)
         self.is_sum = count == "sum" or (count is None and is_sum(target.criterion))
@@ -91,7 +100,11 @@ class Weights:
             TypeError: If the criterion does not take such targets.
             ValueError: If it is not known and cannot be measured, or ``count=`` gives no number.
         """
-        weight = self._measured(x, y) if self.measures else self._said(x, y)
+        if self.measures:
+            with remember_randomness([self.target.device])():
+                weight = self._measured(x, y)
+        else:
+            weight = self._said(x, y)
         self.sum += weight
         return weight
 
@@ -140,8 +153,7 @@ class Weights:
 
     def _run(self, batch: Batch) -> tuple[Any, Tensor]:
         target = self.target
-        again = remember_randomness([target.device])
-        with torch.no_grad(), frozen_statistics(target.model), again():
+        with torch.no_grad(), frozen_statistics(target.model):
             output = call(target.model, batch[0])
             return output, scalar_loss(target.criterion, output, batch[1]).detach()
 
@@ -166,8 +178,7 @@ class Weights:
         if any(map(unsteady, target.model.modules())):
             raise UnevenError("layers in training mode let samples of a batch see each other")
         both = join(first, second)
-        again = remember_randomness([target.device])
-        with frozen_statistics(target.model), target.others_frozen(), again():
+        with frozen_statistics(target.model), target.others_frozen():
             _, loss = self._run(second)
             if not loss.isfinite():
                 raise UnevenError("the loss of a batch is not finite")

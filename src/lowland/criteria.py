@@ -189,7 +189,7 @@ def _unknown_loss(criterion: Criterion, output: Any, y: Any) -> Any:
         ) from error
 
 
-_WATCHED = frozenset(_ELEMENTWISE.values())
+_WATCHED = frozenset([*_ELEMENTWISE.values(), functional.gaussian_nll_loss])
 
 
 class _NoBroadcast(TorchFunctionMode):
@@ -622,9 +622,13 @@ def _layers(criterion: object) -> Iterator[object]:
     inside: Any = criterion
     while inside is not None:
         yield inside
-        compiled = vars(inside).get("_modules", {}) if isinstance(inside, nn.Module) else {}
-        function = getattr(inside, "_torchdynamo_orig_callable", None)
-        inside = inside.func if isinstance(inside, partial) else compiled.get("_orig_mod", function)
+        modules = vars(inside).get("_modules", {}) if isinstance(inside, nn.Module) else {}
+        if isinstance(inside, partial):
+            inside = inside.func
+        elif "_orig_mod" in modules:
+            inside = modules["_orig_mod"]
+        else:
+            inside = getattr(inside, "_torchdynamo_orig_callable", None)
 
 
 def _inner(criterion: object) -> object:

@@ -15,7 +15,7 @@ from lowland._limits import (
     GRADIENTS_A_PROBE,
     PROBES_WORTH,
 )
-from lowland._weights import Count
+from lowland._weights import Count, check_count
 from lowland.criteria import Criterion
 from lowland.dense import BruteForce
 from lowland.errors import UnsupportedModelError
@@ -132,6 +132,7 @@ def hessian_moments(
     """
     check_number(moments)
     check_method(method)
+    check_count(count)
     settings = Estimation(probes, products, generator, unbiased, memory_budget)
     batch = (x, y) if y is not None else as_batch(x)
     if batch is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowland._batches import described, parts_of
+from lowland._batches import described, holds_tensors
 from lowland._layers import has_hooks, is_plain_sequence, walk
 from lowland.activations import ACTIVATIONS, Activation, compose, read_activation
 from lowland.criteria import Criterion, encode, read_loss
@@ -40,8 +40,8 @@ def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
     network = _read_layers(model)
     loss = read_loss(criterion)
     for name, part in (("x", x), ("y", y)):
-        sparse = isinstance(part, Tensor) and part.layout != torch.strided
-        if part is None or sparse or parts_of(part) is not None:
+        dense = isinstance(part, Tensor) and part.layout == torch.strided
+        if part is None or (holds_tensors(part) and not dense):
             raise UnsupportedModelError(
                 f"the closed form takes {name} as a dense tensor; got {described(part)}, for which "
                 f"{ANY_MODULE}"

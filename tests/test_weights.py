@@ -388,3 +388,23 @@ def test_batches_of_several_processes_are_not_measured_one_by_one(monkeypatch):
     with pytest.raises(ValueError, match=r"several processes', .* say it by count="):
         Weights(target)(x, y)
     assert Weights(target, "samples")(x, y) == 14
+
+
+def test_a_loader_may_write_each_batch_into_the_same_memory():
+    x, y = labelled(12)
+    y[:5] = -100
+    batches = cut(x, y, 6, 6)
+    inside, outside = torch.empty(6, 4).double(), torch.empty(6).long()
+
+    def overwriting():
+        for a, b in batches:
+            inside.copy_(a)
+            outside.copy_(b)
+            yield inside, outside
+
+    signs = [torch.Generator().manual_seed(0) for _ in range(2)]
+    found, expected = (
+        lowland.hessian_moments(network(), UNKNOWN["lambda"], data, generator=generator)
+        for data, generator in zip((overwriting(), batches), signs, strict=True)
+    )
+    torch.testing.assert_close(found.trace_sq, expected.trace_sq)

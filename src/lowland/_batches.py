@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from hashlib import blake2b
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -348,7 +348,18 @@ def _bytes(value: Tensor) -> bytes:
 # What is done with it
 
 
-def to_device(value: Any, device: torch.device, around: tuple[int, ...] = ()) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Tensor], around: tuple[int, ...] = ()) -> Any:
+    """The same with other tensors in it, in a copy."""
+    if isinstance(value, Tensor):
+        return function(value)
+    parts = parts_of(value)
+    if parts is None or id(value) in around or not holds_tensors(value):
+        return value
+    around = *around, id(value)
+    return with_parts(value, {key: mapped(part, function, around) for key, part in parts.items()})
+
+
+def to_device(value: Any, device: torch.device) -> Any:
     """The data on a device; what is not there already is moved in a copy."""
     if isinstance(value, Tensor):
         return value.to(device)
@@ -357,11 +368,10 @@ def to_device(value: Any, device: torch.device, around: tuple[int, ...] = ()) ->
         return value
     if hasattr(value, "to"):
         return copy.copy(value).to(device)  # some move themselves
-    if not held or id(value) in around:
-        return value
-    around = *around, id(value)
-    parts = parts_of(value) or {}
-    return with_parts(value, {key: to_device(part, device, around) for key, part in parts.items()})
+    if isinstance(value, dict | list | tuple):  # what is in it may have a way of its own
+        parts = parts_of(value) or {}
+        return with_parts(value, {key: to_device(part, device) for key, part in parts.items()})
+    return mapped(value, lambda tensor: tensor.to(device))
 
 
 class CannotJoinError(TypeError):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from lowland._batches import Batch, CannotJoinError, join, numbers, parts_of, with_parts
+from lowland._batches import Batch, CannotJoinError, join, mapped, numbers
 from lowland.criteria import Criterion, scalar_loss
 
 
@@ -150,19 +150,14 @@ def _leaves_of(output: Any) -> tuple[Any, list[Tensor]]:
     """An output apart from its graph, and the tensors in it that a loss is a function of."""
     leaves: list[Tensor] = []
 
-    def apart(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if not value.is_floating_point():
-                return value
-            wide = torch.promote_types(value.dtype, torch.float32)
-            leaves.append(value.detach().to(wide, copy=True).requires_grad_())
-            return leaves[-1]
-        parts = parts_of(value)
-        if parts is None:
+    def apart(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
             return value
-        return with_parts(value, {key: apart(part) for key, part in parts.items()})
+        wide = torch.promote_types(value.dtype, torch.float32)
+        leaves.append(value.detach().to(wide, copy=True).requires_grad_())
+        return leaves[-1]
 
-    return apart(output), leaves
+    return mapped(output, apart), leaves
 
 
 def _gradient(

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lowland._batches import Batch, CannotJoinError, join, rows, to_device
+from lowland._batches import Batch, CannotJoinError, join, mapped, rows, to_device
 from lowland._call import call
 from lowland._shares import (
     Shares,
@@ -139,7 +139,8 @@ class Weights:
             if not loss.isfinite():  # all targets ignored, or something is wrong
                 self._unplaced.append((batch, output))
                 return 0.0
-            self._reference = batch, output
+            # Kept apart, as some loaders write the next batch into the same memory.
+            self._reference = mapped(batch, Tensor.clone), mapped(output, Tensor.clone)
             for other in self._unplaced:
                 if self._shares(*other).second:
                     raise ValueError(_NOT_FINITE)

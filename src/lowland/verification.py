@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from lowland._batches import head, mapped, tensors
+from lowland._call import call
 from lowland._precision import best_precision
 from lowland.criteria import scalar_loss
 from lowland.estimation import Estimation
@@ -551,7 +552,7 @@ def _inputs(
     inputs: dict[str, Arguments] = {}
 
     def remember_them(name: str, _: nn.Module, args: tuple[Any, ...], options: Any) -> None:
-        inputs.setdefault(name, mapped(Tensor.detach, (args, options)))
+        inputs.setdefault(name, mapped((args, options), Tensor.detach))
 
     with ExitStack() as stack:
         stack.enter_context(remember(target.model, target.device)())
@@ -564,8 +565,8 @@ def _inputs(
                 stack.callback(hook.remove)
         with differentiating():
             x, _ = target.batch
-            output = target.model(x)
-    return inputs, mapped(Tensor.detach, output)
+            output = call(target.model, x)
+    return inputs, mapped(output, Tensor.detach)
 
 
 def _alone(
@@ -587,13 +588,16 @@ class _Alone(nn.Module):
     ) -> None:
         super().__init__()
         self.call, self.given = call, (args, options)
-        self.inputs = nn.ParameterList(
-            nn.Parameter(t.clone()) for t in tensors(self.given) if t.is_floating_point()
-        )
+        inside = {id(t): t for t in tensors(self.given) if t.is_floating_point()}
+        self.places = {key: place for place, key in enumerate(inside)}
+        self.inputs = nn.ParameterList(nn.Parameter(t.clone()) for t in inside.values())
 
     def forward(self, _: Any) -> Any:
-        values = iter(self.inputs)
-        args, options = mapped(lambda t: next(values) if t.is_floating_point() else t, self.given)
+        def replaced(tensor: Tensor) -> Tensor:
+            place = self.places.get(id(tensor))
+            return tensor if place is None else self.inputs[place]
+
+        args, options = mapped(self.given, replaced)
         return self.call(*args, **options)
 
 

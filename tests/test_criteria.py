@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from any_models import differences, error, flat
+from any_models import differences_of_loss, error, flat
 from cases import OF_ONES_OWN
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,7 +95,7 @@ def by_all_engines(model, criterion, x, y):
 
 
 def agree(model, criterion, x, y, loss_of):
-    matrix = differences(model, loss_of)
+    matrix = differences_of_loss(model, loss_of)
     for name, trace, square in by_all_engines(model, criterion, x, y):
         assert error(trace, matrix.trace()) < 1e-6, name
         assert error(square, matrix.square().sum()) < 1e-6, name
@@ -477,7 +477,7 @@ def test_criteria_of_several_tensors_work_in_every_call():
 
     model, (x, y) = Heads(), one_target()
     targets = y, torch.arange(N) % CLASSES
-    matrix = differences(model, lambda: criterion(model(x), targets))
+    matrix = differences_of_loss(model, lambda: criterion(model(x), targets))
     found = lowland.hessian_moments(model, criterion, x, targets)
     assert error(found.trace_sq, matrix.square().sum()) < 1e-6
     batches = [(x[s], tuple(each[s] for each in targets)) for s in (slice(3), slice(3, None))]

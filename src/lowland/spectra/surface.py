@@ -17,9 +17,11 @@ from lowland._call import arguments
 from lowland._weights import Count, Weights
 from lowland.criteria import check_reduction, scalar_loss
 from lowland.errors import UnsupportedModelError
-from lowland.objective import Objective, over
-from lowland.passes import unsteady
+from lowland.estimation import Estimation, Products
+from lowland.objective import Objective, differentiating, over
+from lowland.passes import frozen_statistics, unsteady
 from lowland.products import hessian_products
+from lowland.verification import routed
 
 NamedVector = dict[str, Tensor]
 """One tensor for each parameter, by its name in the model and of its shape."""
@@ -39,11 +41,14 @@ class Surface:
         objective: The loss over all batches.
         state: All parameters and buffers as they were.
         adaptive: Whether curvature is measured in steps relative to the parameters.
+        products: How the Hessian is multiplied: by automatic differentiation, or differences of
+            gradients where PyTorch's derivatives are missing or wrong.
     """
 
     objective: Objective
     state: NamedVector
     adaptive: bool = False
+    products: Products = "autograd"
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +105,8 @@ class Surface:
         with _untouched(model), torch.random.fork_rng(_cuda(self.device)):
             for share, part in self.objective.parts():
                 x, y = part.batch
-                values = {**self.state, **parts}
+                buffers = {name: self.state[name].clone() for name, _ in model.named_buffers()}
+                values = {**self.state, **buffers, **parts}
                 output = torch.func.functional_call(
                     model, values, *arguments(model, x), strict=False
                 )
@@ -130,7 +136,7 @@ class HessianOperator:
         directions = [
             list(surface.unflatten(surface.scaled(column)).values()) for column in columns.T
         ]
-        products = hessian_products(surface.objective, directions)
+        products = hessian_products(surface.objective, directions, surface.products)
         flat = [torch.cat([part.reshape(-1) for part in product]) for product in products]
         return torch.stack([surface.scaled(each) for each in flat], dim=1).view_as(vectors)
 
@@ -144,6 +150,8 @@ def survey(
         UnsupportedModelError: If the model is trained by several processes, of which each has its
             own data.
         TypeError: If the data has another form, or the loss is no tensor.
+        RuntimeError: If PyTorch's derivatives of the loss are wrong, or missing, and differences of
+            gradients cannot stand for them.
         ValueError: If there is no trainable parameter, the parameters are of several types or
             devices, a layer draws random numbers or updates statistics, the data is empty, not
             finite or other in each pass, or the loss is no finite scalar with a graph.
@@ -164,9 +172,10 @@ def survey(
         if not weight:  # all of its targets are ignored, and their mean is no number
             return 0.0, 0.0
         there = to_device(x, device), to_device(y, device)
-        return weight, float(target.on(there).loss().detach())
+        with frozen_statistics(target.model):
+            return weight, float(target.on(there).loss().detach())
 
-    with torch.enable_grad(), torch.random.fork_rng(_cuda(device)):
+    with differentiating(), torch.random.fork_rng(_cuda(device)):
         seen = [(digest((x, y)), *one(weigh(x, y), x, y)) for x, y in checked(batches)]
         index = -1
         for index, (x, y) in enumerate(batches):
@@ -185,7 +194,11 @@ def survey(
     shares = [weight / weigh.total for _, weight, _ in seen]
     state = {**dict(target.model.named_parameters()), **dict(target.model.named_buffers())}
     kept = {name: part.detach().clone() for name, part in state.items()}
-    return Surface(replace(target, batches=batches, shares=shares), kept)
+    over_all = replace(target, batches=batches, shares=shares)
+    with torch.random.fork_rng(_cuda(device)):  # from which a loader draws, too
+        _, part = next(over_all.parts())
+        products = routed(part, Estimation()).products
+    return Surface(over_all, kept, products=products)
 
 
 _OTHER_BATCHES = (

@@ -25,7 +25,7 @@ from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, objective, over
 from lowland.passes import unsteady
 from lowland.probes import Estimate, loader_moments
-from lowland.verification import Order, routed
+from lowland.verification import Order, is_random, routed
 
 
 @runtime_checkable
@@ -212,8 +212,8 @@ def choose(
     fell_through = settings.products == "auto" and chosen.products == "differences"
     suffix = ", differences" if fell_through else ""
     # Of layers that are others in each call a matrix would be of one draw.
-    steady = target.dim <= dense_limit and not any(map(unsteady, target.model.modules()))
-    if method == "dense" or (method == "auto" and steady):
+    small = target.dim <= dense_limit and not any(map(unsteady, target.model.modules()))
+    if method == "dense" or (method == "auto" and small and not is_random(target)):
         return BruteForce(target, chosen, name=f"dense{suffix}")
     return Estimate(target, chosen, name=f"probes{suffix}")
 

@@ -30,7 +30,7 @@ from lowland.criteria import (
 from lowland.errors import UnsupportedModelError
 from lowland.passes import remember
 from lowland.torch_fixes import is_ordinary
-from lowland.validation import check_initialized
+from lowland.validation import check_parameters, check_types
 
 Gradient = tuple[Tensor, list[Tensor]]
 
@@ -267,6 +267,8 @@ def objective(
         TypeError: If the criterion cannot be called, or the data are several batches.
         ValueError: As :func:`trainable` and :func:`check_subset`; or if a lazy layer has seen no
             data.
+        UnsupportedModelError: If the parameters are sharded.
+        TypeError: If they are of half precision.
     """
     return over(model, criterion, (one_batch(x, y),), parameters)
 
@@ -285,12 +287,13 @@ def over(
             "the model's parameters were made within torch.inference_mode(), where there are no "
             "derivatives of them, ever; make the model outside of it"
         )
-    check_initialized(inside)
+    check_parameters(inside)
     named, others = trainable(inside), []
     if parameters is not None:
         wanted = check_subset(inside, parameters)
         others = [p for p in named.values() if id(p) not in wanted]
         named = {name: p for name, p in named.items() if id(p) in wanted}
+    check_types(named)
     return Objective(model, inside, criterion, batches, list(named), list(named.values()), others)
 
 

@@ -16,7 +16,7 @@ from lowland.activations import ACTIVATIONS, Activation, compose, read_activatio
 from lowland.criteria import Criterion, encode, read_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.exact.setup import Setup, prepare
-from lowland.validation import check_initialized, check_tensor
+from lowland.validation import check_parameters, check_tensor, check_types
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
                 f"{ANY_MODULE}"
             )
         check_tensor(part, name)
-    for layer in network.layers:
-        _require_closed_form_type(layer)
+    check_types(dict(model.named_parameters()))
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:
         x = x.flatten(1)
@@ -78,15 +77,6 @@ def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
     )
 
 
-def _require_closed_form_type(layer: nn.Linear) -> None:
-    if layer.weight.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"the model must be float32 or float64; {layer} has "
-            f"{str(layer.weight.dtype).removeprefix('torch.')} weights. Convert it, with "
-            "model.float() or model.double(), and x likewise"
-        )
-
-
 def _augmented(layer: nn.Linear) -> Tensor:
     """The layer's weights in the engine's layout: ``(inputs + 1, outputs)``, bias in row 0."""
     weight = layer.weight.T
@@ -102,7 +92,7 @@ def _trained_rows(layer: nn.Linear) -> slice:
 
 
 def _read_layers(model: nn.Module) -> _Network:
-    check_initialized(model)
+    check_parameters(model)
     if type(model) is not nn.Linear and not is_plain_sequence(model):
         raise UnsupportedModelError(
             "the closed form reads nn.Linear, or nn.Sequential of Linear layers and activations; "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowland._batches import as_batches, checked, digest, to_device
 from lowland._call import arguments
+from lowland._holding import remind_recurrent
 from lowland._weights import Count, Weights
 from lowland.criteria import check_reduction, scalar_loss
 from lowland.errors import UnsupportedModelError
@@ -102,7 +103,7 @@ class Surface:
         model, criterion = self.objective.model, self.objective.criterion
         check_mode(model)
         total = 0.0
-        with _untouched(model), torch.random.fork_rng(_cuda(self.device)):
+        with untouched(model), torch.random.fork_rng(_cuda(self.device)):
             for share, part in self.objective.parts():
                 x, y = part.batch
                 buffers = {name: self.state[name].clone() for name, _ in model.named_buffers()}
@@ -237,14 +238,19 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put the parameters back: a functional call leaves its own in a module that occurs twice."""
-    before = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put parameters and buffers back: a functional call leaves its own in a module used twice."""
+    before = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)  # noqa: SLF001
+    ]
     try:
         yield
     finally:
-        for module, parameters in before:
-            module._parameters.update(parameters)  # noqa: SLF001
+        for table, own in before:
+            table.update(own)  # type: ignore[arg-type]  # of parameters or of buffers, as it was
+        remind_recurrent(model)
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:
@@ -253,11 +259,6 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
         raise ValueError(
             "the model's trainable parameters must be of one type on one device; got "
             f"{' and '.join(sorted(kinds))}"
-        )
-    if parameters[0].dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"the model's parameters must be float32 or float64; got {kinds.pop()}: use "
-            "model.double()"
         )
 
 

@@ -294,7 +294,9 @@ def test_a_model_s_own_loss_is_not_measured_through_layers_that_mix_samples():
     x, y = labelled()
     batches = [{"inputs": a, "labels": b} for a, b in cut(x, y, 5, 9)]
     training = OwnLoss(lambda: nn.BatchNorm1d(3))
-    with pytest.raises(ValueError, match=r"number of the whole batch.*neither the mean of theirs"):
+    with pytest.raises(
+        ValueError, match=r"number of the whole batch.*let samples .* see each other"
+    ):
         lowland.hessian_moments(training, own, batches)
     untracked = OwnLoss(lambda: nn.BatchNorm1d(3, track_running_stats=False))
     with pytest.raises(ValueError, match="neither the mean of theirs nor the sum"):
@@ -408,3 +410,21 @@ def test_a_loader_may_write_each_batch_into_the_same_memory():
         for data, generator in zip((overwriting(), batches), signs, strict=True)
     )
     torch.testing.assert_close(found.trace_sq, expected.trace_sq)
+
+
+def test_surfaces_and_histories_read_the_same_batches():
+    x, y = labelled(ignored=(0, 7, 13))
+    model = OwnLoss()
+    batches = [{"inputs": a, "labels": b} for a, b in cut(x, y, 5, 6, 3)]
+    plain = float(nn.CrossEntropyLoss()(model.body(x), y).detach())
+
+    def count(x, y):
+        return (y["labels"] != -100).sum()
+
+    for settings in ({}, {"count": count}):
+        curve = lowland.surface(model, own, batches, dimensions=1, points=3, **settings)
+        assert abs(float(curve.losses[1]) - plain) < 1e-9
+        history = lowland.eigenvalues_over(model, own, batches, [model.state_dict()], **settings)
+        top = lowland.spectrum(model, own, batches, k=1, **settings)
+        assert abs(float(history.losses[0]) - plain) < 1e-9
+        torch.testing.assert_close(history.eigenvalues[0], top.eigenvalues, rtol=1e-4, atol=1e-6)

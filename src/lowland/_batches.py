@@ -240,16 +240,15 @@ def with_parts(value: Any, parts: Mapping[Any, Any]) -> Any:
 
 def tensors(value: object) -> Iterator[Tensor]:
     """All tensors that a value holds, at any depth."""
-    return _tensors(value, set())
+    return _tensors(value, ())
 
 
-def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
+def _tensors(value: object, around: tuple[int, ...]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif id(value) not in seen and (parts := parts_of(value)) is not None:
-        seen.add(id(value))
+    elif id(value) not in around and (parts := parts_of(value)) is not None:
         for part in parts.values():
-            yield from _tensors(part, seen)
+            yield from _tensors(part, (*around, id(value)))
 
 
 def holds_tensors(value: object) -> bool:
@@ -348,15 +347,23 @@ def _bytes(value: Tensor) -> bytes:
 # What is done with it
 
 
-def mapped(value: Any, function: Callable[[Tensor], Tensor], around: tuple[int, ...] = ()) -> Any:
-    """The same with other tensors in it, in a copy."""
+def mapped(function: Callable[[Tensor], Tensor], value: Any, around: tuple[int, ...] = ()) -> Any:
+    """A value with another tensor in the place of each that it holds; itself if none is."""
     if isinstance(value, Tensor):
         return function(value)
     parts = parts_of(value)
     if parts is None or id(value) in around or not holds_tensors(value):
         return value
     around = *around, id(value)
-    return with_parts(value, {key: mapped(part, function, around) for key, part in parts.items()})
+    found = {key: mapped(function, part, around) for key, part in parts.items()}
+    if all(found[key] is part for key, part in parts.items()):
+        return value
+    return with_parts(value, found)
+
+
+def head(value: Any, count: int) -> Any:
+    """The first rows of each tensor that a value holds; sparse ones may refuse."""
+    return mapped(lambda tensor: tensor[:count] if tensor.ndim else tensor, value)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -371,7 +378,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict | list | tuple):  # what is in it may have a way of its own
         parts = parts_of(value) or {}
         return with_parts(value, {key: to_device(part, device) for key, part in parts.items()})
-    return mapped(value, lambda tensor: tensor.to(device))
+    return mapped(lambda tensor: tensor.to(device), value)
 
 
 class CannotJoinError(TypeError):
@@ -425,8 +432,3 @@ def described(value: object) -> str:
 
 def _kind(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__name__}"
-
-
-def head(value: Any, count: int) -> Any:
-    """The first rows of each tensor that a value holds; sparse ones may refuse."""
-    return mapped(value, lambda tensor: tensor[:count] if tensor.ndim else tensor)

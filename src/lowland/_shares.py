@@ -157,7 +157,7 @@ def _leaves_of(output: Any) -> tuple[Any, list[Tensor]]:
         leaves.append(value.detach().to(wide, copy=True).requires_grad_())
         return leaves[-1]
 
-    return mapped(output, apart), leaves
+    return mapped(apart, output), leaves
 
 
 def _gradient(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowland._batches import Batch, CannotJoinError, join, mapped, rows, to_device
 from lowland._call import call
@@ -101,7 +101,10 @@ class Weights:
             ValueError: If it is not known and cannot be measured, or ``count=`` gives no number.
         """
         if self.measures:
-            with remember_randomness([self.target.device])():
+            modules = (
+                m for m in (self.target.model, self.target.criterion) if isinstance(m, nn.Module)
+            )
+            with frozen_statistics(*modules), remember_randomness([self.target.device])():
                 weight = self._measured(x, y)
         else:
             weight = self._said(x, y)
@@ -140,7 +143,7 @@ class Weights:
                 self._unplaced.append((batch, output))
                 return 0.0
             # Kept apart, as some loaders write the next batch into the same memory.
-            self._reference = mapped(batch, Tensor.clone), mapped(output, Tensor.clone)
+            self._reference = mapped(Tensor.clone, batch), mapped(Tensor.clone, output)
             for other in self._unplaced:
                 if self._shares(*other).second:
                     raise ValueError(_NOT_FINITE)
@@ -154,7 +157,7 @@ class Weights:
 
     def _run(self, batch: Batch) -> tuple[Any, Tensor]:
         target = self.target
-        with torch.no_grad(), frozen_statistics(target.model):
+        with torch.no_grad():
             output = call(target.model, batch[0])
             return output, scalar_loss(target.criterion, output, batch[1]).detach()
 
@@ -179,7 +182,7 @@ class Weights:
         if any(map(unsteady, target.model.modules())):
             raise UnevenError("layers in training mode let samples of a batch see each other")
         both = join(first, second)
-        with frozen_statistics(target.model), target.others_frozen():
+        with target.others_frozen():
             _, loss = self._run(second)
             if not loss.isfinite():
                 raise UnevenError("the loss of a batch is not finite")

@@ -28,7 +28,7 @@ from lowland.criteria import (
     scalar_loss,
 )
 from lowland.errors import UnsupportedModelError
-from lowland.passes import frozen_statistics, remember_randomness
+from lowland.passes import remember
 from lowland.torch_fixes import is_ordinary
 from lowland.validation import check_parameters, check_types
 
@@ -229,8 +229,7 @@ class Objective:
         halves = [self.on(half) for half in zip(x.chunk(2), y.chunk(2), strict=True)]
         check_splits_evenly(self.criterion, [half.batch[1] for half in halves])
         if not is_known(self.criterion):
-            again = remember_randomness([self.device])
-            with torch.no_grad(), frozen_statistics(self.model), again():
+            with torch.no_grad(), remember(self.model, self.device)():
                 first, second = ((call(self.model, h.batch[0]), h.batch[1]) for h in halves)
             check_even(self.criterion, first, second)
         return halves
@@ -302,7 +301,7 @@ def _ordinary(batch: Batch) -> Batch:
     """Itself, or with copies of tensors that no graph may hold, since inference mode made them."""
     if not any(tensor.is_inference() for tensor in tensors(batch)):
         return batch
-    return cast("Batch", mapped(batch, Tensor.clone))
+    return cast("Batch", mapped(Tensor.clone, batch))
 
 
 # What holds a tensor, by which name or number, and the tensor.

@@ -552,7 +552,7 @@ def _inputs(
     inputs: dict[str, Arguments] = {}
 
     def remember_them(name: str, _: nn.Module, args: tuple[Any, ...], options: Any) -> None:
-        inputs.setdefault(name, mapped((args, options), Tensor.detach))
+        inputs.setdefault(name, mapped(Tensor.detach, (args, options)))
 
     with ExitStack() as stack:
         stack.enter_context(remember(target.model, target.device)())
@@ -566,7 +566,7 @@ def _inputs(
         with differentiating():
             x, _ = target.batch
             output = call(target.model, x)
-    return inputs, mapped(output, Tensor.detach)
+    return inputs, mapped(Tensor.detach, output)
 
 
 def _alone(
@@ -597,7 +597,7 @@ class _Alone(nn.Module):
             place = self.places.get(id(tensor))
             return tensor if place is None else self.inputs[place]
 
-        args, options = mapped(self.given, replaced)
+        args, options = mapped(replaced, self.given)
         return self.call(*args, **options)
 
 

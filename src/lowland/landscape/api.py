@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from lowland._checkpoints import Checkpoint
+from lowland._weights import Count
 from lowland.landscape.directions import (
     eigenvectors_of,
     given_directions,
@@ -53,6 +54,7 @@ def surface(
     batch_norm: BatchNorm = "auto",
     seed: int = 0,
     on_progress: Progress | None = None,
+    count: Count | None = None,
 ) -> LossSurface:
     r"""The loss on a grid around a model's parameters, along one direction or on a plane.
 
@@ -98,6 +100,7 @@ def surface(
             says which.
         seed: Of random directions, and of the spectrum. No global generator is touched.
         on_progress: Called with a title and how many of its pieces are done and in all.
+        count: As for :func:`lowland.hessian_moments`.
 
     Returns:
         The losses with their coordinates and directions, and the path, to plot or to turn.
@@ -148,7 +151,7 @@ def surface(
     tell = on_progress or _silence
     inside = unwrap(model)
     with frozen_statistics(inside):
-        around_model = survey(model, criterion, data)
+        around_model = survey(model, criterion, data, count)
         with own_randomness(around_model.device, seed):
             statistics = _statistics(inside, batch_norm, chosen)
             loss = loss_with(around_model, statistics)
@@ -159,8 +162,9 @@ def surface(
             steps = None if path is None else steps_to(path, around_model, loss, tell)
             if chosen == "eigenvectors":
                 # The trace is not asked for, and two probes are the fewest that it takes.
+                two = dimensions or 2
                 chosen = spectrum(
-                    model, criterion, data, k=dimensions or 2, trace_probes=2, seed=seed
+                    model, criterion, data, k=two, trace_probes=2, seed=seed, count=count
                 )
             if chosen == "path":
                 found = principal_directions(steps, around_model, dimensions or 2)  # type: ignore[arg-type]  # as _check saw

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowland._checkpoints import Checkpoint, read_all
 from lowland._holding import holding
+from lowland._weights import Count
 from lowland.objective import unwrap
 from lowland.passes import frozen_statistics
 from lowland.spectra.history import EigenvalueHistory
@@ -34,6 +35,7 @@ def eigenvalues_over(
     limit: int = 1000,
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] | None = None,
+    count: Count | None = None,
 ) -> EigenvalueHistory:
     r"""The largest eigenvalues of the Hessian at checkpoints of training.
 
@@ -56,6 +58,7 @@ def eigenvalues_over(
         limit: Products with the Hessian at a checkpoint, at most.
         seed: Of the random vectors. No global generator is touched.
         on_progress: Called with a title and how many checkpoints are done and in all.
+        count: As for :func:`lowland.hessian_moments`.
 
     Returns:
         Eigenvalues with residuals, losses and the number of products, for each checkpoint.
@@ -117,7 +120,7 @@ def eigenvalues_over(
     tops: list[Top | None] = []
     losses: list[float] = []
     with frozen_statistics(inside):
-        surface = survey(model, criterion, data)
+        surface = survey(model, criterion, data, count)
         if k > surface.dim:
             raise ValueError(
                 f"k must be at most {surface.dim}, the number of trainable parameters; got {k}"

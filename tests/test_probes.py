@@ -173,11 +173,9 @@ def test_loaders_that_give_nothing():
     used = iter([(x, y)])
     lowland.hessian_moments(model, CROSS_ENTROPY, used)
     for empty in ([], used):
-        with pytest.raises(ValueError, match=r"the data loader is empty.*may be used up"):
+        with pytest.raises(ValueError, match=r"data is empty.*may be used up"):
             lowland.hessian_moments(model, CROSS_ENTROPY, empty)
-    with pytest.raises(
-        TypeError, match=r"a loader of batches \(x, y\) is expected; got a tensor of"
-    ):
+    with pytest.raises(TypeError, match=r"got torch.Tensor: a tensor alone leaves open"):
         lowland.hessian_moments(model, CROSS_ENTROPY, x)
 
 

@@ -11,10 +11,17 @@ if TYPE_CHECKING:
     from lowland.auditing import Audit, audit
     from lowland.engines import hessian_moments
     from lowland.errors import UnsupportedModelError
+    from lowland.landscape import LossSurface, surface
     from lowland.moments import HessianMoments
     from lowland.optimizers import SAM
     from lowland.penalties import HSR, FlatnessAware, HessianTrace
-    from lowland.spectra import Spectrum, layer_spectra, spectrum
+    from lowland.spectra import (
+        EigenvalueHistory,
+        Spectrum,
+        eigenvalues_over,
+        layer_spectra,
+        spectrum,
+    )
     from lowland.symmetry import permute, rescale
     from lowland.verification import unchecked
 
@@ -22,19 +29,23 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Audit": "auditing",
+    "EigenvalueHistory": "spectra",
     "HSR": "penalties",
     "SAM": "optimizers",
     "FlatnessAware": "penalties",
     "HessianMoments": "moments",
     "HessianTrace": "penalties",
+    "LossSurface": "landscape",
     "Spectrum": "spectra",
     "UnsupportedModelError": "errors",
     "audit": "auditing",
+    "eigenvalues_over": "spectra",
     "hessian_moments": "engines",
     "layer_spectra": "spectra",
     "permute": "symmetry",
     "rescale": "symmetry",
     "spectrum": "spectra",
+    "surface": "landscape",
     "unchecked": "verification",
 }
 
@@ -42,18 +53,22 @@ __all__ = [
     "HSR",
     "SAM",
     "Audit",
+    "EigenvalueHistory",
     "FlatnessAware",
     "HessianMoments",
     "HessianTrace",
+    "LossSurface",
     "Spectrum",
     "UnsupportedModelError",
     "audit",
+    "eigenvalues_over",
     "exact",
     "hessian_moments",
     "layer_spectra",
     "permute",
     "rescale",
     "spectrum",
+    "surface",
     "unchecked",
     "weakness",
 ]

@@ -42,7 +42,7 @@ def in_double(target: Objective) -> Iterator[Objective]:
         with torch.autocast(target.device.type, enabled=False):
             yield replace(
                 target,
-                batches=((mapped(_doubled, x), mapped(_doubled, y)),),
+                batches=((mapped(x, _doubled), mapped(y, _doubled)),),
                 parameters=[wide[id(p)] for p in target.parameters],
                 others=[wide[id(p)] for p in target.others],
             )

@@ -137,7 +137,7 @@ def hessian_products(
     for share, part in target.parts():
         with frozen_statistics(part.model):
             found = _products_of_batch(part, directions, products)
-        if target.total is None:
+        if target.shares is None:
             return found
         totals = totals or [[torch.zeros_like(each) for each in product] for product in found]
         for total, product in zip(totals, found, strict=True):

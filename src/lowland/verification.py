@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from lowland._batches import head, mapped, tensors
+from lowland._call import call
 from lowland._precision import best_precision
 from lowland.criteria import scalar_loss
 from lowland.estimation import Estimation
@@ -40,7 +41,7 @@ from lowland.objective import (
     objective,
     without_hooks,
 )
-from lowland.passes import frozen_statistics, remember, remember_randomness
+from lowland.passes import frozen_statistics, random_states, remember, remember_randomness
 from lowland.products import (
     Vector,
     differences,
@@ -104,6 +105,26 @@ class Verdict:
     what: Literal["gradient", "product", "third", "none"] | None = None
     reason: str = ""
     clear: bool = True
+
+
+def is_random(target: Objective) -> bool:
+    """Whether a pass of the model draws random numbers, of layers of PyTorch or of others."""
+    known = _random.setdefault(target.model, {})
+    key = _circumstances(target)
+    if key not in known:
+        known[key] = _draws(target)
+    return known[key]
+
+
+_random: WeakKeyDictionary[nn.Module, dict[object, bool]] = WeakKeyDictionary()
+
+
+def _draws(target: Objective) -> bool:
+    with differentiating(), remember(target.model, target.device)():
+        before = random_states([target.device])
+        target.value()
+        after = random_states([target.device])
+    return not all(torch.equal(state, after[device]) for device, state in before.items())
 
 
 def routed(target: Objective, settings: Estimation, order: Order = 2) -> Estimation:
@@ -396,14 +417,17 @@ def _calibrated(target: Objective) -> float:
         if errors[factor] <= _NEAR * float(norm(truth)):
             break
     best = min(errors, key=errors.__getitem__)
-    if errors[best] > _DROWNED * float(norm(truth)):
+    if errors[best] <= _DROWNED * float(norm(truth)):
+        return best
+    if kinked_layer(target.model) is None:  # of which there is a warning already
         warnings.warn(
-            f"products='differences' drown in rounding: even with the best step they are "
-            f"{errors[best] / float(norm(truth)):.2g} of their size off; use products='autograd', "
-            "or model.double()",
+            "products='differences' are no Hessian here: with each of several steps, the best of "
+            f"them too, they are {errors[best] / float(norm(truth)):.2g} of their size off, by "
+            "rounding, or by kinks in the model's own forward; use products='autograd', or "
+            "model.double()",
             stacklevel=5,
         )
-    return best
+    return 1.0
 
 
 def _true_product(target: Objective, along: Vector) -> Vector | None:
@@ -528,7 +552,7 @@ def _inputs(
     inputs: dict[str, Arguments] = {}
 
     def remember_them(name: str, _: nn.Module, args: tuple[Any, ...], options: Any) -> None:
-        inputs.setdefault(name, mapped(Tensor.detach, (args, options)))
+        inputs.setdefault(name, mapped((args, options), Tensor.detach))
 
     with ExitStack() as stack:
         stack.enter_context(remember(target.model, target.device)())
@@ -541,8 +565,8 @@ def _inputs(
                 stack.callback(hook.remove)
         with differentiating():
             x, _ = target.batch
-            output = target.model(x)
-    return inputs, mapped(Tensor.detach, output)
+            output = call(target.model, x)
+    return inputs, mapped(output, Tensor.detach)
 
 
 def _alone(
@@ -564,13 +588,16 @@ class _Alone(nn.Module):
     ) -> None:
         super().__init__()
         self.call, self.given = call, (args, options)
-        self.inputs = nn.ParameterList(
-            nn.Parameter(t.clone()) for t in tensors(self.given) if t.is_floating_point()
-        )
+        inside = {id(t): t for t in tensors(self.given) if t.is_floating_point()}
+        self.places = {key: place for place, key in enumerate(inside)}
+        self.inputs = nn.ParameterList(nn.Parameter(t.clone()) for t in inside.values())
 
     def forward(self, _: Any) -> Any:
-        values = iter(self.inputs)
-        args, options = mapped(lambda t: next(values) if t.is_floating_point() else t, self.given)
+        def replaced(tensor: Tensor) -> Tensor:
+            place = self.places.get(id(tensor))
+            return tensor if place is None else self.inputs[place]
+
+        args, options = mapped(self.given, replaced)
         return self.call(*args, **options)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowland._batches import described, holds_tensors
 from lowland._layers import has_hooks, is_plain_sequence, walk
 from lowland.activations import ACTIVATIONS, Activation, compose, read_activation
 from lowland.criteria import Criterion, encode, read_loss
@@ -27,7 +29,7 @@ class _Network:
     activations: list[Activation]
 
 
-def read(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Setup:
+def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
     """What computes with a model, a criterion and data.
 
     Raises:
@@ -37,8 +39,14 @@ def read(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Setup:
     """
     network = _read_layers(model)
     loss = read_loss(criterion)
-    check_tensor(x, "x")
-    check_tensor(y, "y")
+    for name, part in (("x", x), ("y", y)):
+        dense = isinstance(part, Tensor) and part.layout == torch.strided
+        if part is None or (holds_tensors(part) and not dense):
+            raise UnsupportedModelError(
+                f"the closed form takes {name} as a dense tensor; got {described(part)}, for which "
+                f"{ANY_MODULE}"
+            )
+        check_tensor(part, name)
     check_types(dict(model.named_parameters()))
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:

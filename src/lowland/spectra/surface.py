@@ -13,10 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowland._batches import as_batches, checked, digest, to_device
-from lowland.criteria import check_reduction, is_sum, mass, scalar_loss
+from lowland._call import arguments
+from lowland._holding import remind_recurrent
+from lowland._weights import Count, Weights
+from lowland.criteria import check_reduction, scalar_loss
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
-from lowland.objective import Objective, differentiating, objective
+from lowland.objective import Objective, differentiating, over
 from lowland.passes import frozen_statistics, unsteady
 from lowland.products import hessian_products
 from lowland.verification import routed
@@ -100,12 +103,14 @@ class Surface:
         model, criterion = self.objective.model, self.objective.criterion
         check_mode(model)
         total = 0.0
-        with _untouched(model), torch.random.fork_rng(_cuda(self.device)):
+        with untouched(model), torch.random.fork_rng(_cuda(self.device)):
             for share, part in self.objective.parts():
                 x, y = part.batch
                 buffers = {name: self.state[name].clone() for name, _ in model.named_buffers()}
                 values = {**self.state, **buffers, **parts}
-                output = torch.func.functional_call(model, values, (x,), strict=False)
+                output = torch.func.functional_call(
+                    model, values, *arguments(model, x), strict=False
+                )
                 total += share * float(scalar_loss(criterion, output, y))
         return total
 
@@ -137,7 +142,9 @@ class HessianOperator:
         return torch.stack([surface.scaled(each) for each in flat], dim=1).view_as(vectors)
 
 
-def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Surface:
+def survey(
+    model: nn.Module, criterion: Callable[..., Any], data: object, count: Count | None = None
+) -> Surface:
     """The surface of a model's loss, after a look at everything that its Hessian depends on.
 
     Raises:
@@ -150,7 +157,7 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
             devices, a layer draws random numbers or updates statistics, the data is empty, not
             finite or other in each pass, or the loss is no finite scalar with a graph.
     """
-    target = objective(model, criterion, None, None)
+    target = over(model, criterion, ())
     if target.parallel:
         raise UnsupportedModelError(
             "the model is a DistributedDataParallel module, and each process would measure its own "
@@ -160,20 +167,23 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
     check_mode(target.model)
     check_reduction(criterion)
     batches, device = as_batches(data), target.device
+    weigh = Weights(target, count)
 
-    def one(x: Any, y: Tensor) -> float:
-        if not mass(criterion, y):  # all of its targets are ignored, and their mean is no number
-            return 0.0
+    def one(weight: float, x: Any, y: Any) -> tuple[float, float]:
+        if not weight:  # all of its targets are ignored, and their mean is no number
+            return 0.0, 0.0
+        there = to_device(x, device), to_device(y, device)
         with frozen_statistics(target.model):
-            return float(target.on((to_device(x, device), y.to(device))).loss().detach())
+            return weight, float(target.on(there).loss().detach())
 
     with differentiating(), torch.random.fork_rng(_cuda(device)):
-        seen = [(digest((x, y)), one(x, y), mass(criterion, y)) for x, y in checked(batches)]
+        seen = [(digest((x, y)), *one(weigh(x, y), x, y)) for x, y in checked(batches)]
         index = -1
         for index, (x, y) in enumerate(batches):
             if index >= len(seen) or digest((x, y)) != seen[index][0]:
                 raise ValueError(_OTHER_BATCHES.format(index))
-            first, second = seen[index][1], one(x, y)
+            _, weight, first = seen[index]
+            second = one(weight, x, y)[1]
             if not math.isclose(first, second, rel_tol=_SAME, abs_tol=1e-12):
                 raise ValueError(
                     f"the loss is {first:.6g} and then {second:.6g} on the same data, so there is "
@@ -182,15 +192,10 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
                 )
         if index + 1 < len(seen):
             raise ValueError(_OTHER_BATCHES.format(index + 1))
-    total = 1.0 if is_sum(criterion) else float(sum(each for _, _, each in seen))
-    if not total:
-        raise ValueError(
-            "every sample has weight zero, by the criterion's class weights or ignore_index, so "
-            "the mean loss does not exist"
-        )
+    shares = [weight / weigh.total for _, weight, _ in seen]
     state = {**dict(target.model.named_parameters()), **dict(target.model.named_buffers())}
     kept = {name: part.detach().clone() for name, part in state.items()}
-    over_all = replace(target, batches=batches, total=total)
+    over_all = replace(target, batches=batches, shares=shares)
     with torch.random.fork_rng(_cuda(device)):  # from which a loader draws, too
         _, part = next(over_all.parts())
         products = routed(part, Estimation()).products
@@ -233,14 +238,19 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put the parameters back: a functional call leaves its own in a module that occurs twice."""
-    before = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put parameters and buffers back: a functional call leaves its own in a module used twice."""
+    before = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)  # noqa: SLF001
+    ]
     try:
         yield
     finally:
-        for module, parameters in before:
-            module._parameters.update(parameters)  # noqa: SLF001
+        for table, own in before:
+            table.update(own)  # type: ignore[arg-type]  # of parameters or of buffers, as it was
+        remind_recurrent(model)
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:

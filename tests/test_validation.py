@@ -1,7 +1,5 @@
 """What every public call that looks at a model's curvature refuses, in the same words."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -56,6 +54,10 @@ CALLS = {
     "FlatnessAware": penalty(lowland.FlatnessAware, method="probes", products="differences"),
     "spectrum": lambda m, x, y: lowland.spectrum(m, nn.MSELoss(), (x, y), k=2),
     "layer_spectra": lambda m, x, y: lowland.layer_spectra(m, nn.MSELoss(), (x, y)),
+    "eigenvalues_over": lambda m, x, y: (
+        lowland.eigenvalues_over(m, nn.MSELoss(), (x, y), [m.state_dict()]).eigenvalues
+    ),
+    "surface": lambda m, x, y: lowland.surface(m, nn.MSELoss(), (x, y), points=3).losses,
 }
 
 
@@ -126,5 +128,8 @@ def test_sparse_inputs_are_those_that_they_stand_for(layout):
         assert kind(nn.MSELoss(), 0.1)(model, sparse, y).isfinite()
     spectrum = lowland.spectrum(model, nn.MSELoss(), (sparse, y), k=1)
     assert spectrum.trace == pytest.approx(expected.trace.item(), rel=1e-10)
-    with pytest.raises(lowland.UnsupportedModelError, match=r"x is sparse; use x\.to_dense\(\)"):
-        lowland.hessian_moments(copy.deepcopy(model), nn.MSELoss(), sparse, y, "exact")
+    with pytest.raises(lowland.UnsupportedModelError, match="takes x as a dense tensor"):
+        lowland.hessian_moments(model, nn.MSELoss(), sparse, y, "exact")
+    weights = [torch.ones(5, 3).double(), torch.ones(4, 1).double()]
+    with pytest.raises(lowland.UnsupportedModelError, match=r"x is sparse, .*use x\.to_dense\(\)"):
+        lowland.exact.moments(weights, sparse, y[:, 0], activation="tanh", loss="mse")

@@ -24,7 +24,7 @@ def check_tensor(value: object, name: str) -> None:
 
     Raises:
         TypeError: If it is something else, such as an array.
-        UnsupportedModelError: If it is sparse, or spread over processes.
+        UnsupportedModelError: If it is spread over processes.
         RuntimeError: If it stands for a batch of tensors within ``torch.func.vmap``.
     """
     if not isinstance(value, Tensor):
@@ -32,8 +32,6 @@ def check_tensor(value: object, name: str) -> None:
             f"{name} must be a torch.Tensor; got {type(value).__module__}.{type(value).__name__}: "
             "convert it with torch.as_tensor"
         )
-    if value.layout != torch.strided:
-        raise UnsupportedModelError(f"{name} is sparse; use {name}.to_dense()")
     if is_sharded(value):
         raise UnsupportedModelError(
             f"{name} is spread over processes; use {name}.full_tensor() in each of them"
@@ -43,6 +41,18 @@ def check_tensor(value: object, name: str) -> None:
             f"{name} comes from torch.func.vmap, which does not go through the closed form; give "
             "lowland.exact the whole batch instead: leading dimensions of weights, x and y are "
             "those of an ensemble, which is computed in one call"
+        )
+
+
+def check_strided(tensor: Tensor, name: str) -> None:
+    """Require a tensor that holds its zeros too.
+
+    Raises:
+        UnsupportedModelError: If it is sparse.
+    """
+    if tensor.layout != torch.strided:
+        raise UnsupportedModelError(
+            f"{name} is sparse, which the closed form does not take; use {name}.to_dense()"
         )
 
 
@@ -138,6 +148,7 @@ def check_features(tensor: Tensor, *, like: Tensor, name: str = "x") -> None:
         ValueError: If the tensor is empty or has NaN or infinite values.
     """
     check_tensor(tensor, name)
+    check_strided(tensor, name)
     if tensor.dtype not in _TYPES:
         use = like.dtype if like.dtype in _TYPES else torch.float64
         raise TypeError(
@@ -224,6 +235,7 @@ def as_outputs(
         ValueError: If its shape does not match or its values do not suit the loss.
     """
     check_tensor(y, "y")
+    check_strided(y, "y")
     if y.device != like.device or y.is_complex():
         raise TypeError(f"y is {_describe(y)} but the weights are {_describe(like)}")
     count = samples[-1]

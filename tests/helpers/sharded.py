@@ -98,6 +98,10 @@ def calls_of(model, x, y):
         )
     calls["spectrum"] = lambda: lowland.spectrum(model, CRITERION, (x, y), k=2)
     calls["layer_spectra"] = lambda: lowland.layer_spectra(model, CRITERION, (x, y))
+    calls["surface"] = lambda: lowland.surface(model, CRITERION, (x, y), points=3)
+    calls["eigenvalues_over"] = lambda: lowland.eigenvalues_over(
+        model, CRITERION, (x, y), [parallel_training.problem()[0].state_dict()]
+    )
     calls["audit"] = audited
     calls["rescale"] = lambda: lowland.rescale(model, 0, 2.0)
     calls["permute"] = lambda: lowland.permute(model, 0, torch.arange(6).flip(0))

@@ -124,6 +124,14 @@ def test_one_checkpoint_gives_a_line_and_no_plane():
         lowland.surface(model, CE, (x, y), path=[model.state_dict()])
 
 
+def test_rounding_spans_no_direction():
+    model, x, y = build("mlp", dtype=torch.float32)
+    (line,) = vectors(model, 1)
+    path = [at(model, (step,), [line]) for step in (3.0, 1.7, 0.3)]
+    with pytest.raises(ValueError, match="span a line"):
+        lowland.surface(model, CE, (x, y), path=path)
+
+
 # Of what form
 
 

@@ -162,6 +162,18 @@ def test_safetensors_are_read(tmp_path):
     torch.testing.assert_close(surface.path.coordinates, torch.ones(1, 1).double())
 
 
+@pytest.mark.parametrize("name", ["whole.pt", "words.pt", "empty.pt", "words.safetensors"])
+def test_files_that_are_no_state_dict_are_refused(name, tmp_path):
+    pytest.importorskip("safetensors")
+    model, x, y = build("mlp")
+    if name == "whole.pt":
+        torch.save(model, tmp_path / name)
+    else:
+        (tmp_path / name).write_text("words" * 9 * ("words" in name))
+    with pytest.raises(ValueError, match=f"checkpoint 0, '.*{name}', is no"):
+        lowland.surface(model, CE, (x, y), path=[tmp_path / name], dimensions=1)
+
+
 def test_references_to_the_models_own_parameters_are_refused():
     model, x, y = build("mlp")
     path = []

@@ -472,6 +472,16 @@ def test_layers_that_draw_or_update_are_refused():
         lowland.surface(model, CE, (x, y))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+def test_scripted_models_are_refused():
+    model, x, y = build("mlp")
+    scripted = torch.jit.script(model)
+    with pytest.raises(lowland.UnsupportedModelError, match="use the module that was scripted"):
+        lowland.surface(scripted, CE, (x, y), points=2)
+    with pytest.raises(lowland.UnsupportedModelError, match="use the module that was scripted"):
+        lowland.eigenvalues_over(scripted, CE, (x, y), [model])
+
+
 def test_a_model_without_filters_is_told_what_to_do():
     model = nn.BatchNorm1d(3, dtype=torch.float64).eval()
     x, y = torch.randn(8, 3).double(), torch.arange(8) % 3

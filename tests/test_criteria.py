@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from any_models import differences, error, flat
+from any_models import differences_of_loss, error, flat
 from cases import OF_ONES_OWN
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,7 +95,7 @@ def by_all_engines(model, criterion, x, y):
 
 
 def agree(model, criterion, x, y, loss_of):
-    matrix = differences(model, loss_of)
+    matrix = differences_of_loss(model, loss_of)
     for name, trace, square in by_all_engines(model, criterion, x, y):
         assert error(trace, matrix.trace()) < 1e-6, name
         assert error(square, matrix.square().sum()) < 1e-6, name
@@ -326,3 +326,239 @@ def test_what_is_no_criterion_is_refused(criterion):
         lowland.hessian_moments(network(1), criterion, x, y)
     with pytest.raises(TypeError, match="expected a criterion that can be called"):
         lowland.spectrum(network(1), criterion, (x, y))
+
+
+# Functions, and what PyTorch's criteria do within them
+
+
+def one_target():
+    torch.manual_seed(0)
+    return torch.randn(N, 3).double(), torch.rand(N).double()
+
+
+class Objects:
+    """Criteria as people write them."""
+
+    def method(self, output, y):
+        return functional.mse_loss(output.squeeze(1), y)
+
+    def __call__(self, output, y):
+        return self.method(output, y)
+
+
+def function(output, y):
+    return Objects().method(output, y)
+
+
+CALLABLES = {
+    "function": function,
+    "lambda": lambda output, y: function(output, y) * 1,
+    "partial": partial(function),
+    "bound method": Objects().method,
+    "object": Objects(),
+    "compiled": torch.compile(function, backend="eager"),
+    "compiled within": lambda output, y: 1 * torch.compile(function, backend="eager")(output, y),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # looked at by torch.compile
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * ("compiled" in name)) for name in CALLABLES],
+)
+def test_whatever_can_be_called_is_a_criterion_in_every_call(name):
+    criterion, model, (x, y) = CALLABLES[name], network(1), one_target()
+    agree(model, criterion, x, y, lambda: function(model(x), y))
+    for kind in (lowland.HSR, lowland.HessianTrace, lowland.FlatnessAware):
+        kind(criterion, 0.1).loss(model, x, y).backward()
+        kind(criterion, 0.1, products="differences")(model, x, y).backward()
+    lowland.HSR(criterion, 0.1, unbiased=True)(model, x, y).backward()
+
+
+BROADCAST = [
+    functional.mse_loss,
+    functional.l1_loss,
+    functional.smooth_l1_loss,
+    functional.huber_loss,
+    functional.poisson_nll_loss,
+    functional.kl_div,
+    functional.soft_margin_loss,
+    functional.multilabel_soft_margin_loss,
+    functional.hinge_embedding_loss,
+]
+
+
+def in_every_call(model, criterion, x, y):
+    return [
+        partial(lowland.hessian_moments, model, criterion, x, y),
+        partial(lowland.hessian_moments, model, criterion, [(x, y)]),
+        partial(lowland.spectrum, model, criterion, (x, y)),
+        partial(lowland.HSR(criterion, 1.0).loss, model, x, y),
+    ]
+
+
+@pytest.mark.parametrize("criterion", BROADCAST, ids=lambda criterion: criterion.__name__)
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_what_a_criterion_within_another_would_broadcast_is_refused(criterion, squeezed):
+    x, y = one_target()
+    y = y if not squeezed else y[:, None]
+    model = network(1, squeezed=squeezed)
+    by_place, by_name = lambda o, y: 1 * criterion(o, y), lambda o, y: criterion(target=y, input=o)
+    for call in in_every_call(model, by_place, x, y) + in_every_call(model, by_name, x, y):
+        with pytest.raises(ValueError, match=rf"^{criterion.__name__} within the criterion"):
+            call()
+
+
+def test_a_variance_beside_does_not_hide_what_is_broadcast():
+    x, y = one_target()
+    with pytest.raises(ValueError, match="gaussian_nll_loss within the criterion"):
+        lowland.spectrum(
+            network(1), lambda o, y: functional.gaussian_nll_loss(o, y, torch.ones_like(o)), (x, y)
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_what_is_meant_to_be_broadcast_can_be_said():
+    x, y = one_target()
+    plain = lowland.hessian_moments(network(1), nn.MSELoss(), x, y, "dense")
+    found = lowland.hessian_moments(
+        network(1), lambda output, y: functional.mse_loss(output, y.view_as(output)), x, y
+    )
+    torch.testing.assert_close(found.trace_sq, plain.trace_sq)
+    one_number = partial(lambda output, y: functional.mse_loss(output, y.mean()))
+    lowland.hessian_moments(network(1), one_number, x, y)
+
+
+LEGACY = {
+    "size_average": (partial(functional.mse_loss, size_average=False), True),
+    "reduce and size_average": (
+        partial(functional.mse_loss, reduce=True, size_average=False),
+        True,
+    ),
+    "size_average, a mean": (partial(functional.mse_loss, size_average=True), False),
+    "classes": (partial(functional.cross_entropy, size_average=False, ignore_index=1), True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
+@pytest.mark.parametrize("name", LEGACY)
+def test_former_names_of_the_reduction_are_known(name):
+    criterion, is_sum = LEGACY[name]
+    assert criteria.is_sum(criterion) == is_sum
+    x, y = one_target()
+    if name == "classes":
+        y = torch.arange(N) % CLASSES
+    model = network(CLASSES if name == "classes" else 1)
+    agree(
+        model,
+        criterion,
+        x,
+        y,
+        lambda: criterion(model(x), y if y.ndim > 1 else (y if name == "classes" else y[:, None])),
+    )
+    with pytest.raises(ValueError, match="must be 'mean' or 'sum'"):
+        lowland.spectrum(model, partial(functional.mse_loss, reduce=False), (x, y))
+
+
+def test_criteria_of_several_tensors_work_in_every_call():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network(4)
+
+        def forward(self, x):
+            both = self.body(x)
+            return both[:, :1], both[:, 1:]
+
+    def criterion(output, y):
+        return functional.mse_loss(output[0].squeeze(1), y[0]) + functional.cross_entropy(
+            output[1], y[1]
+        )
+
+    model, (x, y) = Heads(), one_target()
+    targets = y, torch.arange(N) % CLASSES
+    matrix = differences_of_loss(model, lambda: criterion(model(x), targets))
+    found = lowland.hessian_moments(model, criterion, x, targets)
+    assert error(found.trace_sq, matrix.square().sum()) < 1e-6
+    batches = [(x[s], tuple(each[s] for each in targets)) for s in (slice(3), slice(3, None))]
+    for data in ((x, targets), batches):
+        values = lowland.spectrum(model, criterion, data, k=None).eigenvalues
+        assert error(values.square().sum(), matrix.square().sum()) < 1e-6
+    lowland.FlatnessAware(criterion, 0.1).loss(model, x, targets).backward()
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        (lambda made: (made, made), "a tuple of 2"),
+        (lambda made: {"logits": made, "loss": made.sum()}, "dict with logits, loss"),
+    ],
+)
+def test_a_criterion_that_does_not_take_what_the_model_returns_says_so(output, says):
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network(1)
+
+        def forward(self, x):
+            return output(self.body(x))
+
+    (x, y), model = one_target(), Other()
+
+    def own(out, target):
+        return functional.mse_loss(out, target)
+
+    for criterion, match in (
+        (nn.MSELoss(), rf"MSELoss takes a tensor, and the model returns {says}: give a criterion"),
+        (functional.mse_loss, rf"mse_loss takes a tensor, and the model returns {says}"),
+        (own, rf"criterion own does not take what the model returns, {says}, with y, a tensor of"),
+    ):
+        for call in in_every_call(model, criterion, x, y):
+            with pytest.raises(TypeError, match=match):
+                call()
+
+
+def test_targets_that_are_missing_or_no_tensor_are_named():
+    x, y = one_target()
+    for method in ("auto", "dense", "probes"):
+        with pytest.raises(TypeError, match=r"y is missing: give \(x, y\), or \(x, x\)"):
+            lowland.HSR(nn.MSELoss(), 1.0, method=method)(network(1), x, None)
+        with pytest.raises(TypeError, match=r"targets y as a torch.Tensor; got dict with y"):
+            lowland.hessian_moments(network(1), nn.MSELoss(), x, {"y": y}, method)
+    with pytest.raises(TypeError, match=r"targets y as a torch.Tensor; got dict with y"):
+        lowland.hessian_moments(network(1), nn.MSELoss(), [(x, {"y": y})] * 2)
+    loss = lowland.HSR(lambda output, _: output.square().mean(), 1.0).loss(network(1), x)
+    assert loss.isfinite()  # of a criterion that takes none
+    with pytest.raises(TypeError, match=r"put all that the criterion takes beside"):
+        lowland.spectrum(network(1), nn.MSELoss(), [(x, y, y)])
+
+
+def test_sparse_inputs_are_inputs():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter(torch.randn(3, 1).double())
+
+        def forward(self, x):
+            return (
+                torch.sparse.mm(x, self.weight).tanh() if x.is_sparse else (x @ self.weight).tanh()
+            )
+
+    (x, y), model = one_target(), Sparse()
+    x = x * (x > 0)
+    plain = lowland.hessian_moments(model, nn.MSELoss(), x, y, "dense")
+    sparse = x.to_sparse()
+    for method in ("auto", "dense"):
+        found = lowland.hessian_moments(model, nn.MSELoss(), sparse, y, method)
+        torch.testing.assert_close(found.trace_sq, plain.trace_sq)
+    for data in ((sparse, y), [(sparse, y), (sparse, y)]):
+        values = lowland.spectrum(model, nn.MSELoss(), data, k=None).eigenvalues
+        torch.testing.assert_close(values.sum(), plain.trace.detach())
+    lowland.HSR(nn.MSELoss(), 1.0).loss(model, sparse, y).backward()
+    with pytest.raises(TypeError, match=r"MSELoss takes dense targets y; .*to_dense"):
+        lowland.hessian_moments(network(3), nn.MSELoss(), x, sparse)
+    linear = nn.Linear(3, 1).double()  # which the closed form would cover
+    assert lowland.hessian_moments(linear, nn.MSELoss(), sparse, y).method == "dense"
+    with pytest.raises(lowland.UnsupportedModelError, match="takes x as a dense tensor"):
+        lowland.hessian_moments(linear, nn.MSELoss(), sparse, y, "exact")

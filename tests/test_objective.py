@@ -49,6 +49,8 @@ def test_the_loss_on_batches_is_the_mean_over_all_samples(data):
     model, (x, y) = Spare(), data
     whole = objective(model, CE, x, y)
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
-    found = replace(whole, batches=batches, total=9.0)
+    found = replace(whole, batches=batches, shares=[2 / 9, 7 / 9])
     torch.testing.assert_close(found.loss(), whole.loss())
     assert [share for share, _ in found.parts()] == [2 / 9, 7 / 9]
+    with pytest.raises(ValueError, match="shorter"):  # as many batches in each pass
+        replace(whole, batches=batches[:1], shares=[2 / 9, 7 / 9]).loss()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         spectrum,
     )
     from lowland.symmetry import permute, rescale
+    from lowland.verification import unchecked
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ _HOMES = {
     "rescale": "symmetry",
     "spectrum": "spectra",
     "surface": "landscape",
+    "unchecked": "verification",
 }
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "rescale",
     "spectrum",
     "surface",
+    "unchecked",
     "weakness",
 ]
 

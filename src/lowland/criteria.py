@@ -3,21 +3,22 @@
 PyTorch's criteria differ in what they compare and in what their means divide by, and say neither.
 A criterion is known here by its class, by being one of PyTorch's functions (also within
 ``functools.partial``), or by :func:`register_criterion`. Of all others nothing is assumed: targets
-reach them as they are, and a batch counts by its samples.
+reach them as they are, and what a batch counts is measured (:mod:`lowland._weights`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, no_type_check
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import _reduction, functional
+from torch.overrides import TorchFunctionMode
 
-from lowland._batches import digest
+from lowland._batches import described, digest
 from lowland._layers import has_hooks, is_as_inherited
 from lowland._loss_checks import check_criterion
 from lowland.errors import ANY_MODULE, UnsupportedModelError
@@ -55,6 +56,8 @@ _BY_CLASS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.CrossEntropyLoss: functional.cross_entropy,
     nn.NLLLoss: functional.nll_loss,
 }
+
+_KNOWN = {**_ELEMENTWISE, **_BY_CLASS}
 
 # Criteria that the closed form knows.
 _CLOSED_FORMS: dict[type[nn.Module], Callable[[Any], Loss | None]] = {
@@ -121,16 +124,99 @@ def scalar_loss(criterion: Criterion, output: Any, y: Any) -> Tensor:
     """``criterion(output, y)``, with targets as :func:`as_target` makes them.
 
     Raises:
-        TypeError: If it is no tensor.
-        ValueError: As :func:`as_target`.
+        TypeError: If it is no tensor, or the criterion does not take what the model returns.
+        ValueError: As :func:`as_target`; or if one of PyTorch's criteria within it would broadcast.
     """
-    loss = criterion(output, as_target(criterion, output, y))
+    loss: Any
+    if _is_named(criterion):
+        check_two_tensors(criterion, output, y)
+        loss = criterion(output, as_target(criterion, output, y))
+    else:
+        loss = _unknown_loss(criterion, output, y)
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"the criterion must return a scalar tensor; got {type(loss).__name__}: "
             "a loss without derivatives has no Hessian"
         )
     return loss
+
+
+def check_two_tensors(criterion: object, output: Any, y: Any) -> None:
+    """Require of data what PyTorch's criteria compare.
+
+    Raises:
+        TypeError: If the output or the targets are no tensor.
+    """
+    if (
+        isinstance(output, Tensor)
+        and isinstance(y, Tensor)
+        and output.layout == y.layout == torch.strided
+    ):
+        return
+    name = name_of(criterion)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{name} takes a tensor, and the model returns {described(output)}: give a criterion "
+            "that takes this, such as lambda output, y: criterion(output[0], y), or lambda output, "
+            "y: output.loss where the model computes its own"
+        )
+    if y is None:
+        raise TypeError(
+            f"{name} compares the model's output with targets, and y is missing: give (x, y), or "
+            "(x, x) where inputs are their own targets"
+        )
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"{name} takes targets y as a torch.Tensor; got {described(y)}: convert them with "
+            "torch.as_tensor, or give a criterion that takes this, such as lambda output, y: "
+            "criterion(output.logits, y['labels']), or lambda output, y: output.loss where the "
+            "model computes its own"
+        )
+    what, part = ("outputs", output) if y.layout == torch.strided else ("targets y", y)
+    raise TypeError(f"{name} takes dense {what}; got {part.layout}: convert them with to_dense()")
+
+
+def _unknown_loss(criterion: Criterion, output: Any, y: Any) -> Any:
+    try:
+        with _NoBroadcast():
+            return criterion(output, y)
+    except (TypeError, AttributeError, LookupError) as error:
+        if isinstance(output, Tensor) and isinstance(y, Tensor):
+            raise
+        raise TypeError(
+            f"the criterion {name_of(criterion)} does not take what the model returns, "
+            f"{described(output)}, with y, {described(y)}: {error}"
+        ) from error
+
+
+_WATCHED = frozenset([*_ELEMENTWISE.values(), functional.gaussian_nll_loss])
+
+
+class _NoBroadcast(TorchFunctionMode):
+    """Refuse what PyTorch's criteria would broadcast within another one, at most with a warning."""
+
+    @no_type_check  # called for each operation of PyTorch
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _WATCHED:
+            output, y = (
+                args[place] if len(args) > place else kwargs.get(name)
+                for place, name in enumerate(("input", "target"))
+            )
+            if isinstance(output, Tensor) and isinstance(y, Tensor) and y.ndim and output.ndim:
+                _check_one_shape(func.__name__, output, y)
+        return func(*args, **kwargs)
+
+
+# Not in the class, for torch.compile, which goes through it where a criterion is compiled.
+def _check_one_shape(name: str, output: Tensor, y: Tensor) -> None:
+    if output.shape != y.shape:
+        raise ValueError(
+            f"{name} within the criterion is given outputs of shape {tuple(output.shape)} and "
+            f"targets of shape {tuple(y.shape)}, which PyTorch would broadcast: give them one "
+            "shape there, as by y.view_as(output), or where this is meant by y.expand_as(output); "
+            f"{name} as the criterion itself pairs (samples,) with (samples, 1)"
+        )
 
 
 def as_target(criterion: object, output: Any, y: Any) -> Any:
@@ -149,7 +235,7 @@ def as_target(criterion: object, output: Any, y: Any) -> Any:
     if y.shape != output.shape:
         if (*y.shape, 1) != tuple(output.shape) and tuple(y.shape) != (*output.shape, 1):
             raise ValueError(
-                f"x and y do not match: {_name(criterion)} compares each output with a target of "
+                f"x and y do not match: {name_of(criterion)} compares each output with a target of "
                 f"its own, so y must have the shape of the model's output, {tuple(output.shape)}; "
                 f"got {tuple(y.shape)}"
             )
@@ -157,8 +243,25 @@ def as_target(criterion: object, output: Any, y: Any) -> Any:
     return y.to(torch.promote_types(output.dtype, torch.float32))
 
 
+def is_known(criterion: object) -> bool:
+    """Whether what it computes is known: a criterion of PyTorch's, or a registered one."""
+    inside = _inner(criterion)
+    return _is_named(criterion) and not (isinstance(inside, nn.Module) and has_hooks(inside))
+
+
+def _is_named(criterion: object) -> bool:
+    """Whether its class or function is known, whatever hooks make of it."""
+    return _is_any(criterion, _KNOWN) or _registered_loss(_inner(criterion)) is not None
+
+
 def reduction_of(criterion: object) -> str:
-    """``"mean"``, ``"sum"``, or another that is no scalar; a mean where nothing is known."""
+    """``"mean"``, ``"sum"``, or another that is no scalar; of what is not known nothing, ``""``."""
+    if not is_known(criterion):
+        return ""
+    # What PyTorch's criteria took before they took a reduction, and still take first.
+    size_average, reduce = (_setting(criterion, name, None) for name in ("size_average", "reduce"))
+    if size_average is not None or reduce is not None:
+        return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
     return str(_setting(criterion, "reduction", "mean"))
 
 
@@ -168,7 +271,7 @@ def check_reduction(criterion: object) -> None:
     Raises:
         ValueError: If its reduction leaves a loss for each sample.
     """
-    if reduction_of(criterion) not in ("mean", "sum", "batchmean"):
+    if reduction_of(criterion) not in ("", "mean", "sum", "batchmean"):
         raise ValueError(
             "the criterion's reduction must be 'mean' or 'sum' for its Hessian to be a matrix; got "
             f"{reduction_of(criterion)!r}"
@@ -176,7 +279,7 @@ def check_reduction(criterion: object) -> None:
 
 
 def mass(criterion: object, y: Tensor) -> Tensor | float:
-    """What the mean over a batch divides by, up to a factor that all batches share; 1 for a sum.
+    """What a known mean over a batch divides by, up to a factor of all batches; 1 for a sum.
 
     Outputs where each has a target; of classes the samples that are not ignored, by their weights;
     else samples.
@@ -202,8 +305,21 @@ def _mass_of_classes(criterion: object, y: Tensor) -> Tensor | float:
 
 
 def is_sum(criterion: object) -> bool:
-    """Whether the loss of several batches is the sum of theirs, rather than a mean."""
+    """Whether a known loss of several batches is the sum of theirs, rather than a mean."""
     return reduction_of(criterion) == "sum"
+
+
+def check_kept(criterion: object, y: Any) -> None:
+    """Require a target that is not ignored, of a loss that turned out to be no number.
+
+    Raises:
+        ValueError: If the mean is over none.
+    """
+    if isinstance(y, Tensor) and is_known(criterion) and not mass(criterion, y):
+        raise ValueError(
+            f"every target of the batch is ignored by {name_of(criterion)}, or has weight zero, so "
+            "its mean loss does not exist; leave such a batch out"
+        )
 
 
 def check_splits_evenly(criterion: object, parts: Iterable[Any]) -> None:
@@ -283,7 +399,7 @@ def read_loss(criterion: Criterion) -> Loss:
     if not isinstance(criterion, nn.Module) or read is None:
         known = ", ".join(f"nn.{kind.__name__}" for kind in _CLOSED_FORMS)
         raise UnsupportedModelError(
-            f"the closed form covers {known}; got {_name(criterion)}; {ANY_MODULE}, or "
+            f"the closed form covers {known}; got {name_of(criterion)}; {ANY_MODULE}, or "
             "lowland.exact.register_criterion"
         )
     if has_hooks(criterion):
@@ -299,7 +415,7 @@ def read_loss(criterion: Criterion) -> Loss:
     loss: object = read(criterion)
     if loss is None:
         raise UnsupportedModelError(
-            f"what was registered for {_name(criterion)} says that it has no closed form with "
+            f"what was registered for {name_of(criterion)} says that it has no closed form with "
             f"these settings; {ANY_MODULE}"
         )
     if not isinstance(loss, Loss):
@@ -470,14 +586,19 @@ def _check_weights(criterion: nn.Module, name: str) -> None:
 def _is_elementwise(criterion: object) -> bool:
     if _is_any(criterion, _ELEMENTWISE):
         return True
-    inside = _inner(criterion)
+    loss = _registered_loss(_inner(criterion))
+    return loss is not None and loss.per_output
+
+
+def _registered_loss(inside: object) -> Loss | None:
+    """What somebody else than we said that a criterion is, with its settings."""
     if not (isinstance(inside, nn.Module) and _is_registered(inside)):
-        return False
+        return None
     try:
         loss = _CLOSED_FORMS[type(inside)](inside)
     except UnsupportedModelError:  # it is not one with these settings
-        return False
-    return isinstance(loss, Loss) and loss.per_output
+        return None
+    return loss if isinstance(loss, Loss) else None
 
 
 def _is_registered(criterion: nn.Module) -> bool:
@@ -486,13 +607,14 @@ def _is_registered(criterion: nn.Module) -> bool:
     return read is not None and read is not _PYTORCHS.get(type(criterion))
 
 
-def _is_any(criterion: object, kinds: Iterable[type[nn.Module]]) -> bool:
+def _is_any(criterion: object, kinds: Collection[type[nn.Module]]) -> bool:
     """Whether it computes what one of PyTorch's criteria does: as a module or as a function."""
     criterion = _inner(criterion)
     if isinstance(criterion, nn.Module):
+        if type(criterion) in _KNOWN:
+            return type(criterion) in kinds
         return any(is_as_inherited(criterion, kind) for kind in kinds)
-    known = {**_ELEMENTWISE, **_BY_CLASS}
-    return any(criterion is known[kind] for kind in kinds)
+    return any(criterion is _KNOWN[kind] for kind in kinds)
 
 
 def _layers(criterion: object) -> Iterator[object]:
@@ -500,8 +622,13 @@ def _layers(criterion: object) -> Iterator[object]:
     inside: Any = criterion
     while inside is not None:
         yield inside
-        compiled = vars(inside).get("_modules", {}) if isinstance(inside, nn.Module) else {}
-        inside = inside.func if isinstance(inside, partial) else compiled.get("_orig_mod")
+        modules = vars(inside).get("_modules", {}) if isinstance(inside, nn.Module) else {}
+        if isinstance(inside, partial):
+            inside = inside.func
+        elif "_orig_mod" in modules:
+            inside = modules["_orig_mod"]
+        else:
+            inside = getattr(inside, "_torchdynamo_orig_callable", None)
 
 
 def _inner(criterion: object) -> object:
@@ -516,6 +643,7 @@ def _setting(criterion: object, name: str, default: Any) -> Any:
     return getattr(_inner(criterion), name, default)
 
 
-def _name(criterion: object) -> str:
+def name_of(criterion: object) -> str:
+    """Of its class or function, for messages."""
     function = _inner(criterion)
     return getattr(function, "__name__", type(function).__name__)

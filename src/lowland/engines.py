@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
-from lowland._batches import as_pair
+from lowland._batches import as_batch
 from lowland._limits import (
     DEFAULT_MEMORY_BUDGET,
     DEFAULT_PROBES,
@@ -15,15 +15,17 @@ from lowland._limits import (
     GRADIENTS_A_PROBE,
     PROBES_WORTH,
 )
+from lowland._weights import Count, check_count
 from lowland.criteria import Criterion
 from lowland.dense import BruteForce
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.exact.engine import ExactEngine
 from lowland.moments import HessianMoments, check_number
-from lowland.objective import Objective, objective
+from lowland.objective import Objective, objective, over
 from lowland.passes import unsteady
 from lowland.probes import Estimate, loader_moments
+from lowland.verification import Order, is_random, routed
 
 
 @runtime_checkable
@@ -61,12 +63,13 @@ def hessian_moments(
     method: Method = "auto",
     *,
     probes: int = DEFAULT_PROBES,
-    products: Products = "autograd",
+    products: Products = "auto",
     generator: Generator | None = None,
     parameters: Iterable[Tensor] | None = None,
     unbiased: bool = False,
     moments: Literal[2, 4] = 2,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    count: Count | None = None,
 ) -> HessianMoments:
     """``Tr H`` and ``Tr H^2`` of ``criterion(model(x), y)`` in the trainable parameters.
 
@@ -77,18 +80,25 @@ def hessian_moments(
         criterion: For ``"exact"`` ``nn.BCEWithLogitsLoss``, ``nn.CrossEntropyLoss``,
             ``nn.MSELoss``, or one of your own (:func:`lowland.exact.register_criterion`), with the
             reduction ``"mean"`` or ``"sum"``. For the others anything that returns a scalar.
-        x: Inputs, ``(samples, inputs)`` for ``"exact"``. Without ``y`` a pair of both; or a data
-            loader, or anything that gives batches ``(x, y)``: the moments are those of all of them,
-            estimated in one pass and without gradients.
+        x: Inputs, ``(samples, inputs)`` for ``"exact"``. A mapping goes to the model by names where
+            its ``forward`` has them (``model(**x)``), otherwise as it is. Without ``y`` one batch,
+            a pair of both or a mapping or object that holds both, with which the criterion is
+            called as it is (``criterion(output, x)``); or a data loader, a data set, or anything
+            that gives such batches: the moments are those of all of them, estimated in one pass and
+            without gradients.
         y: Targets as the criterion takes them; for one output also ``(samples,)``.
         method: ``"exact"`` is the closed form, ``"probes"`` an estimate with standard errors from
             products with the Hessian (:func:`lowland.probes.probe_moments`), ``"dense"`` brute
             force by automatic differentiation. ``"auto"`` takes the closed form where it covers the
             model, ``x`` and ``y`` ask for no gradients, and it is not dearer than the probes; else
             brute force up to a few thousand parameters, and probes beyond. The result says which
-            it was. Or what makes an engine of your own: see :class:`Engine`.
+            it
+            was, with ``", differences"`` behind it where there were no derivatives. Or what makes
+            an engine of your own: see :class:`Engine`.
         probes: How many, for ``"probes"``. Standard errors fall with their square root.
-        products: For ``"probes"``, ``"autograd"`` or ``"differences"`` of gradients.
+        products: Of a matrix that is not known in closed form: ``"autograd"``, ``"differences"`` of
+            gradients, or ``"auto"``, which takes the former where PyTorch's derivatives are right.
+            These are compared with differences once (:mod:`lowland.verification`).
         generator: Of the probes' signs; without one PyTorch's own is used.
         parameters: Those whose Hessian is meant, if not all that are trainable.
         unbiased: Take the samples for a batch of a larger data set, whose ``Tr H^2`` is to be
@@ -101,6 +111,11 @@ def hessian_moments(
         memory_budget: Bytes of temporaries that ``"exact"`` does not exceed. Wide layers need more:
             a hidden layer of ``M`` units some ``100 M^2`` bytes for a sample, except the last one
             where ``M`` is above four times the square of the outputs.
+        count: Of several batches, what the criterion's mean over one divides by: a function of its
+            ``x`` and ``y``, such as ``lambda x, y: (y != -100).sum()``; or ``"samples"``, rows;
+            ``"batches"``, for the mean of the batches' losses; ``"sum"``, for their sum. PyTorch's
+            own criteria say it themselves, of others it is measured if it is not given: by the
+            gradients of two batches' losses in the model's outputs and that of both together.
 
     Returns:
         Scalar moments, differentiable in the model's parameters. Frozen parameters
@@ -108,7 +123,8 @@ def hessian_moments(
 
     Raises:
         UnsupportedModelError: If the engine asked for cannot do what is asked.
-        TypeError, ValueError: As :func:`lowland.exact.moments`.
+        TypeError, ValueError: As :func:`lowland.exact.moments`; if data or criterion have another
+            form; or if what a batch counts is neither known nor given, and cannot be measured.
 
     Example:
         >>> import torch, lowland
@@ -121,17 +137,17 @@ def hessian_moments(
     """
     check_number(moments)
     check_method(method)
+    check_count(count)
     settings = Estimation(probes, products, generator, unbiased, memory_budget)
-    if y is None and (pair := as_pair(x)) is not None:
-        x, y = pair
-    target = objective(model, criterion, x, y, parameters)
-    if y is None:
+    batch = (x, y) if y is not None else as_batch(x)
+    if batch is None:
         if method not in ("auto", "probes") or moments != 2 or unbiased:
             raise UnsupportedModelError(
                 "the moments over a data loader are estimated: use method='probes', moments=2 and "
                 "unbiased=False; or pass all samples as tensors x and y"
             )
-        return loader_moments(target, x, settings)
+        return loader_moments(over(model, criterion, (), parameters), x, settings, count)
+    target = objective(model, criterion, *batch, parameters)
     limit = 0 if unbiased else DENSE_LIMIT
     return choose(target, method, settings, count=moments, dense_limit=limit).moments(moments)
 
@@ -155,6 +171,7 @@ def choose(
     *,
     count: int = 2,
     dense_limit: int = DENSE_LIMIT,
+    order: Order = 2,
 ) -> Engine:
     """The engine for a method; a model that the closed form may cover is read once, here.
 
@@ -164,6 +181,7 @@ def choose(
         settings: What the engine may spend.
         count: How many moments are wanted: ``Tr H`` alone, 1, the closed form has in linear time.
         dense_limit: Up to how many parameters ``"auto"`` may use brute force.
+        order: 3 if the moments' gradient is wanted for sure.
 
     Raises:
         UnsupportedModelError: If the closed form is asked for and does not cover the model; or any
@@ -184,17 +202,20 @@ def choose(
                 f"method={method!r} would take each process's samples for all of them: Tr H^2 of a "
                 "DistributedDataParallel model needs method='probes'"
             )
-        return Estimate(target, settings)
+        return Estimate(target, routed(target, settings, order))
     if method in ("auto", "exact"):
         exact = _read(target, settings, required=method == "exact")
         price = GRADIENTS_A_PROBE * max(settings.probes, PROBES_WORTH)
         if exact and (method == "exact" or exact.relative_cost(count) <= price):
             return exact
+    chosen = routed(target, settings, order)
+    fell_through = settings.products == "auto" and chosen.products == "differences"
+    suffix = ", differences" if fell_through else ""
     # Of layers that are others in each call a matrix would be of one draw.
-    steady = target.dim <= dense_limit and not any(map(unsteady, target.model.modules()))
-    if method == "dense" or (method == "auto" and steady):
-        return BruteForce(target, settings)
-    return Estimate(target, settings)
+    small = target.dim <= dense_limit and not any(map(unsteady, target.model.modules()))
+    if method == "dense" or (method == "auto" and small and not is_random(target)):
+        return BruteForce(target, chosen, name=f"dense{suffix}")
+    return Estimate(target, chosen, name=f"probes{suffix}")
 
 
 def _read(target: Objective, settings: Estimation, *, required: bool) -> ExactEngine | None:

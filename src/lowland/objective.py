@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,21 @@ from torch.jit import ScriptModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
-from lowland._batches import Batch, any_requires_grad, to_device
-from lowland.criteria import Criterion, check_callable, check_splits_evenly, mass, scalar_loss
+from lowland._batches import Batch, any_requires_grad, mapped, one_batch, tensors, to_device
+from lowland._call import call
+from lowland._shares import check_even
+from lowland.criteria import (
+    Criterion,
+    check_callable,
+    check_kept,
+    check_splits_evenly,
+    is_known,
+    scalar_loss,
+)
 from lowland.errors import UnsupportedModelError
+from lowland.passes import frozen_statistics, remember_randomness
 from lowland.torch_fixes import is_ordinary
-from lowland.validation import check_initialized
+from lowland.validation import check_parameters, check_types
 
 Gradient = tuple[Tensor, list[Tensor]]
 
@@ -31,8 +41,8 @@ class Objective:
 
     .. math:: L(\theta) = \sum_b \frac{m_b}{m} \ell(f_\theta(x_b), y_b), \qquad m = \sum_b m_b
 
-    A batch counts by what its own mean divides by (:func:`lowland.criteria.mass`), so that ``L`` is
-    the mean over all samples however these are cut into batches.
+    A batch counts by what its own mean divides by (:mod:`lowland._weights`), so that ``L`` is the
+    mean over all samples however these are cut into batches.
 
     Attributes:
         outer: The model as the caller has it.
@@ -42,7 +52,7 @@ class Objective:
         names: Those of the parameters in the model.
         parameters: What the loss is a function of.
         others: Trainable parameters that are constants here.
-        total: ``m``; None where there is one batch, whose loss is meant as it is.
+        shares: ``m_b / m`` of each batch; None where there is one, whose loss is meant as it is.
     """
 
     outer: nn.Module
@@ -52,7 +62,7 @@ class Objective:
     names: list[str]
     parameters: list[Tensor]
     others: list[Tensor] = field(default_factory=list)
-    total: float | None = None
+    shares: Sequence[float] | None = None
 
     @property
     def dim(self) -> int:
@@ -82,18 +92,16 @@ class Objective:
 
     def on(self, *batches: Batch) -> Objective:
         """The loss on other data, of one batch as it is."""
-        return replace(self, batches=batches, total=None)
+        return replace(self, batches=batches, shares=None)
 
     def parts(self) -> Iterator[tuple[float, Objective]]:
         """Each batch's share in the loss, and the loss on it, where the parameters are."""
-        if self.total is None:
+        if self.shares is None:
             yield 1.0, self
             return
-        for x, y in self.batches:
-            there = to_device(x, self.device), to_device(y, self.device)
-            share = float(mass(self.criterion, there[1])) / self.total
+        for share, (x, y) in zip(self.shares, self.batches, strict=True):
             if share:  # else all of its targets are ignored, and its loss is no number
-                yield share, self.on(there)
+                yield share, self.on((to_device(x, self.device), to_device(y, self.device)))
 
     def loss(self) -> Tensor:
         """The loss, with a graph to the parameters.
@@ -102,19 +110,19 @@ class Objective:
             TypeError: If it is no tensor.
             ValueError: If it is no scalar, not finite, or has no graph.
         """
-        return self._checked(self._loss())
+        return self._checked(self.value())
 
     def step_loss(self) -> Tensor:
         """What a step of training without us would have computed: by the model as it is wrapped."""
         x, y = self.batch
-        return scalar_loss(self.criterion, self.outer(x), y)
+        return scalar_loss(self.criterion, call(self.outer, x), y)
 
-    def _loss(self) -> Tensor:
-        if self.total is None:
-            x, y = self.batch
-            return scalar_loss(self.criterion, self.model(x), y)
-        losses = [part._loss() * share for share, part in self.parts()]  # noqa: SLF001 - its own
-        return torch.stack(losses).sum()
+    def value(self) -> Tensor:
+        """:meth:`loss`, whatever it is: NaN too, and what has no graph."""
+        if self.shares is None:
+            x, y = _ordinary(self.batch)
+            return scalar_loss(self.criterion, call(self.model, x), y)
+        return torch.stack([part.value() * share for share, part in self.parts()]).sum()
 
     @property
     def data_require_grad(self) -> bool:
@@ -140,15 +148,15 @@ class Objective:
         """
         values = [v.detach().requires_grad_() for v in at or self.parameters]
 
-        with torch.enable_grad(), not_compiled(), self._holding(values):
+        with differentiating(), not_compiled(), self.holding(values):
             # Elsewhere than at the parameters NaN is an answer: of a step that a scaler leaves out.
-            loss = self.loss() if at is None else self._loss()
+            loss = self.loss() if at is None else self.value()
             # In here, as activation checkpointing runs the model again during the backward pass.
             parts = grad(loss, values, allow_unused=True)
         return loss.detach(), self.complete(parts, loss)
 
     @contextmanager
-    def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
+    def holding(self, values: Sequence[Tensor]) -> Iterator[None]:
         """The model with other tensors in the places of its parameters."""
         self._put(values)
         try:
@@ -196,7 +204,7 @@ class Objective:
                 "checkpoint(..., use_reentrant=False)"
             )
         return [
-            torch.zeros_like(p) if part is None else part
+            torch.zeros_like(p) if part is None else part.to_dense() if part.is_sparse else part
             for p, part in zip(self.parameters, parts, strict=True)
         ]
 
@@ -220,6 +228,11 @@ class Objective:
             )
         halves = [self.on(half) for half in zip(x.chunk(2), y.chunk(2), strict=True)]
         check_splits_evenly(self.criterion, [half.batch[1] for half in halves])
+        if not is_known(self.criterion):
+            again = remember_randomness([self.device])
+            with torch.no_grad(), frozen_statistics(self.model), again():
+                first, second = ((call(self.model, h.batch[0]), h.batch[1]) for h in halves)
+            check_even(self.criterion, first, second)
         return halves
 
     def _checked(self, loss: Tensor) -> Tensor:
@@ -234,6 +247,8 @@ class Objective:
                 "something in the model or the criterion detaches it (torch.no_grad, .detach(), "
                 ".item(), a rounding or an argmax), or counts, as accuracy does"
             )
+        if self.shares is None and may_look(loss.device) and not loss.isfinite():
+            check_kept(self.criterion, self.batch[1])
         check_finite(loss, "the loss")
         return loss
 
@@ -245,21 +260,49 @@ def objective(
     y: Any,
     parameters: Iterable[Tensor] | None = None,
 ) -> Objective:
-    """The loss as a function of the given parameters, or of all that are trainable.
+    """The loss on one batch, as a function of the given parameters, or of all that are trainable.
+
+    Without ``y`` the batch is a pair of both, or one that holds both in itself.
 
     Raises:
+        TypeError: If the criterion cannot be called, or the data are several batches.
         ValueError: As :func:`trainable` and :func:`check_subset`; or if a lazy layer has seen no
             data.
+        UnsupportedModelError: If the parameters are sharded.
+        TypeError: If they are of half precision.
     """
+    return over(model, criterion, (one_batch(x, y),), parameters)
+
+
+def over(
+    model: nn.Module,
+    criterion: Criterion,
+    batches: Iterable[Batch],
+    parameters: Iterable[Tensor] | None = None,
+) -> Objective:
+    """:func:`objective` of any data, whose shares in the loss are still to be found."""
     check_callable(criterion)
     inside = unwrap(model)
-    check_initialized(inside)
+    if any(p.is_inference() for p in inside.parameters()):
+        raise ValueError(
+            "the model's parameters were made within torch.inference_mode(), where there are no "
+            "derivatives of them, ever; make the model outside of it"
+        )
+    check_parameters(inside)
     named, others = trainable(inside), []
     if parameters is not None:
         wanted = check_subset(inside, parameters)
         others = [p for p in named.values() if id(p) not in wanted]
         named = {name: p for name, p in named.items() if id(p) in wanted}
-    return Objective(model, inside, criterion, ((x, y),), list(named), list(named.values()), others)
+    check_types(named)
+    return Objective(model, inside, criterion, batches, list(named), list(named.values()), others)
+
+
+def _ordinary(batch: Batch) -> Batch:
+    """Itself, or with copies of tensors that no graph may hold, since inference mode made them."""
+    if not any(tensor.is_inference() for tensor in tensors(batch)):
+        return batch
+    return cast("Batch", mapped(batch, Tensor.clone))
 
 
 # What holds a tensor, by which name or number, and the tensor.
@@ -289,6 +332,11 @@ def places_of(model: nn.Module, wanted: Iterable[Tensor]) -> list[Place]:
         if not isinstance(module, ScriptModule):
             look(vars(module))
     return places
+
+
+def is_scripted(model: nn.Module) -> bool:
+    """Whether a part of it is scripted or traced, which does not part with its parameters."""
+    return any(isinstance(module, ScriptModule) for module in model.modules())
 
 
 def graph(*values: Tensor) -> Iterator[Any]:
@@ -374,6 +422,13 @@ def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for each, before in zip(hooks, held, strict=True):
             each.update(before)
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Record a graph, whatever the caller has switched off."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
 
 
 @contextmanager

@@ -113,11 +113,13 @@ def _states_of(models: Iterable[nn.Module]) -> list[_State]:
 
 def _copies(states: Iterable[_State]) -> list[_State]:
     """The same with other tensors of the same values; one for each, however often it occurs."""
-    copied: dict[int, Tensor | None] = {id(None): None}
+    copied: dict[int, Tensor] = {}
 
     def copy(buffer: Tensor | None) -> Tensor | None:
+        if buffer is None or is_lazy(buffer):
+            return buffer
         if id(buffer) not in copied:
-            copied[id(buffer)] = buffer if is_lazy(buffer) else buffer.detach().clone()
+            copied[id(buffer)] = buffer.detach().clone()
         return copied[id(buffer)]
 
     return [
@@ -185,12 +187,12 @@ def remember_randomness(
         ...     print(torch.equal(torch.rand(2), first))
         True
     """
-    accelerators = {torch.device(device) for device in devices} - {torch.device("cpu")}
-    remembered = _states(accelerators)
+    devices = list(devices)
+    remembered = random_states(devices)
 
     @contextmanager
     def again() -> Iterator[None]:
-        interrupted = _states(accelerators)
+        interrupted = random_states(devices)
         _restore(remembered)
         try:
             yield
@@ -224,7 +226,16 @@ def remember(model: nn.Module, device: torch.device) -> Callable[[], AbstractCon
     return again
 
 
-def _states(accelerators: Iterable[torch.device]) -> dict[torch.device, Tensor]:
+def random_states(devices: Iterable[torch.device | str]) -> dict[torch.device, Tensor]:
+    """Where the random numbers of devices stand, and always the CPU's.
+
+    Example:
+        >>> import torch
+        >>> from lowland.passes import random_states
+        >>> list(random_states([]))
+        [device(type='cpu')]
+    """
+    accelerators = {torch.device(device) for device in devices} - {torch.device("cpu")}
     states = {torch.device("cpu"): torch.get_rng_state()}
     for device in accelerators:
         states[device] = torch.get_device_module(device).get_rng_state(*_index(device))

@@ -13,7 +13,8 @@ import torch.distributed
 from torch import Generator, Tensor, nn
 from torch.autograd import grad
 
-from lowland._batches import rows
+from lowland._batches import one_batch, rows
+from lowland._call import call
 from lowland._limits import DEFAULT_MEMORY_BUDGET
 from lowland.criteria import Criterion, scalar_loss
 from lowland.engines import Engine, Method, check_method, choose
@@ -44,7 +45,8 @@ class CurvaturePenalty(nn.Module, ABC):
             :class:`lowland.engines.Engine`.
         probes: Random directions in a step, for ``"probes"``. One is enough in training: the
             gradients of both traces are right on average.
-        products: ``"autograd"`` or ``"differences"``, see :func:`lowland.probes.probe_moments`.
+        products: ``"auto"``, ``"autograd"`` or ``"differences"``, see
+            :func:`lowland.probes.probe_moments`.
         generator: Of the probes' signs; without one PyTorch's own is used.
         unbiased: For training by mini-batches: penalize an unbiased estimate of the data set's
             ``Tr H^2`` rather than the batch's own, see :func:`lowland.hessian_moments`. Where the
@@ -72,6 +74,8 @@ class CurvaturePenalty(nn.Module, ABC):
     used: str | None = None
     count: int = 2
     """How many moments :meth:`value` reads: 1 for ``Tr H`` alone, 2, or 4."""
+    per_sample: bool = True
+    """Whether :meth:`value` reads the number of samples; otherwise it is given 0 for it."""
 
     def __init__(
         self,
@@ -80,7 +84,7 @@ class CurvaturePenalty(nn.Module, ABC):
         *,
         method: Method = "auto",
         probes: int = 1,
-        products: Products = "autograd",
+        products: Products = "auto",
         generator: Generator | None = None,
         unbiased: bool = False,
         parameters: Iterable[Tensor] | None = None,
@@ -129,35 +133,40 @@ class CurvaturePenalty(nn.Module, ABC):
         self.every, self.active = every, active
         self.calls = 0
 
-    def forward(self, model: nn.Module, x: Any, y: Any) -> Tensor:
-        """The penalty, a scalar tensor with a graph to the model's trainable parameters."""
+    def forward(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
+        """The penalty, a scalar tensor with a graph to the model's trainable parameters.
+
+        Without ``y`` the batch is a pair of both, or one mapping or object that holds both, with
+        which the criterion is called as it is: ``criterion(model(**x), x)``.
+        """
         factor = self._factor()
         if factor is None:
             return _nothing(model)
         return factor * self.measure(model, x, y)
 
-    def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+    def loss(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
         """``criterion(model(x), y)`` and the penalty, from one forward pass where that is possible.
 
         Running statistics of normalizations are updated once, and dropout draws one mask for both.
         """
         factor = self._factor()
         if factor is None:
-            return scalar_loss(self.criterion, model(x), y)
+            x, y = one_batch(x, y)
+            return scalar_loss(self.criterion, call(model, x), y)
         target = self._target(model, x, y)
         loss, moments = self._engine(target).loss_and_moments(self.count)
-        return loss + factor * self.value(moments, _samples(target))
+        return loss + factor * self.value(moments, self._samples(target))
 
-    def measure(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+    def measure(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
         """The quantity that is penalized, before its weight."""
         target = self._target(model, x, y)
-        return self.value(self._engine(target).moments(self.count), _samples(target))
+        return self.value(self._engine(target).moments(self.count), self._samples(target))
 
     @abstractmethod
     def value(self, moments: HessianMoments, samples: int) -> Tensor:
         """The quantity that is penalized, a function of the moments of so many samples."""
 
-    def moments(self, model: nn.Module, x: Any, y: Any) -> HessianMoments:
+    def moments(self, model: nn.Module, x: Any, y: Any = None) -> HessianMoments:
         """What the penalty is a function of."""
         return self._engine(self._target(model, x, y)).moments(self.count)
 
@@ -165,7 +174,7 @@ class CurvaturePenalty(nn.Module, ABC):
         """The settings, for ``print(penalty)``."""
         settings = {
             "probes": (self.estimation.probes, 1),
-            "products": (self.estimation.products, "autograd"),
+            "products": (self.estimation.products, "auto"),
             "unbiased": (self.estimation.unbiased, False),
             "every": (self.every, 1),
             "active": (self.active, (0, math.inf)),
@@ -184,10 +193,25 @@ class CurvaturePenalty(nn.Module, ABC):
     def _target(self, model: nn.Module, x: Any, y: Any) -> Objective:
         return objective(model, self.criterion, x, y, self._subset)
 
+    def _samples(self, target: Objective) -> int:
+        """Those of the batch, in all processes in which the model is trained side by side."""
+        if not self.per_sample:
+            return 0
+        parallel = target.parallel
+        processes = torch.distributed.get_world_size(parallel.process_group) if parallel else 1
+        return rows(*target.batch) * processes
+
     def _engine(self, target: Objective) -> Engine:
         # Of four moments brute force alone knows the gradient; of two it is never worth its price.
         method: Method = "dense" if self.count > 2 and self.method == "auto" else self.method
-        engine = choose(target, method, self.estimation, count=self.count, dense_limit=0)
+        engine = choose(
+            target,
+            method,
+            self.estimation,
+            count=self.count,
+            dense_limit=0,
+            order=3 if torch.is_grad_enabled() else 2,
+        )
         self.used = engine.name
         return engine
 
@@ -234,6 +258,7 @@ class HSR(CurvaturePenalty):
         'exact'
     """
 
+    per_sample = False
     average: Tensor
 
     def __init__(
@@ -290,6 +315,7 @@ class HessianTrace(CurvaturePenalty):
     """
 
     count = 1
+    per_sample = False
 
     def value(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
         """``Tr H``."""
@@ -321,10 +347,3 @@ def _nothing(model: nn.Module) -> Tensor:
     """Zero, which can be added to a loss or go backward alone."""
     parameter = next(model.parameters())
     return parameter.new_zeros((), requires_grad=torch.is_grad_enabled())
-
-
-def _samples(target: Objective) -> int:
-    """Those of the batch, in all processes in which the model is trained side by side."""
-    parallel = target.parallel
-    processes = torch.distributed.get_world_size(parallel.process_group) if parallel else 1
-    return rows(*target.batch) * processes

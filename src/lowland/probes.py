@@ -7,16 +7,17 @@ With a random direction ``v`` of independent signs, :math:`E[v^T H v] = \mathrm{
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Generator, Tensor, nn
 
-from lowland._batches import rows, to_device
-from lowland.criteria import Criterion, is_sum, mass
+from lowland._batches import as_batches, checked, to_device
+from lowland._weights import Count, Weights
+from lowland.criteria import Criterion
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.moments import HessianMoments
@@ -30,6 +31,7 @@ from lowland.products import (
     quadratic_forms,
     warn_of_kinks,
 )
+from lowland.verification import routed, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +41,12 @@ class Estimate:
     Attributes:
         target: The loss.
         settings: How many products, and of which kind.
+        name: What the moments say that they are found by.
     """
 
     target: Objective
     settings: Estimation
-    name: ClassVar[Literal["probes"]] = "probes"
+    name: str = "probes"
 
     def moments(self, count: int = 2) -> HessianMoments:
         """Estimates with standard errors; running statistics stay as they are.
@@ -78,15 +81,19 @@ class Estimate:
         return self._estimate(_draw(target, self.settings))
 
     def _estimate(self, directions: list[Vector]) -> tuple[Tensor, HessianMoments]:
-        target, settings = self.target, self.settings
+        target, settings = self.target, routed(self.target, self.settings)
         if settings.products == "differences":
             warn_of_kinks(target.model)
         parts = target.halves() if settings.unbiased else [target]
         average = _average_over_processes(target.outer)
         loss, traces, squares = quadratic_forms(
-            parts, directions, settings.products, average, disposable=True
+            parts, directions, settings.products, average, disposable=True, step=settings.step
         )
-        return loss, _moments(target.dim, traces, squares)
+        if traces.requires_grad and settings.products == "autograd":
+            # Who only looks at the moments need not wait for a look at their gradients.
+            for forms in (traces, squares):
+                forms.register_hook(lambda _: verify(target, 3))
+        return loss, replace(_moments(target.dim, traces, squares), method=self.name)
 
 
 def probe_moments(
@@ -96,7 +103,7 @@ def probe_moments(
     y: Any,
     *,
     probes: int = 1,
-    products: Products = "autograd",
+    products: Products = "auto",
     generator: Generator | None = None,
     unbiased: bool = False,
     parameters: Iterable[Tensor] | None = None,
@@ -112,7 +119,9 @@ def probe_moments(
         x: Whatever the model takes.
         y: Whatever the criterion takes.
         probes: How many directions, at least 1.
-        products: ``"autograd"`` differentiates the gradient; ``"differences"`` takes differences of
+        products: ``"autograd"`` differentiates the gradient, and ``"auto"`` does so where PyTorch
+            has its derivatives right, which is looked at once; ``"differences"``, to which it goes
+            elsewhere, takes differences of
             it, in less memory and through anything that has a gradient, activation checkpointing
             included (:mod:`lowland.products`). With smooth activations and pooling the gradient of
             ``Tr H^2`` from one probe is then within some percent of the exact one in single
@@ -147,63 +156,51 @@ def probe_moments(
 
 
 def loader_moments(
-    target: Objective, loader: Iterable[tuple[Any, Any]], settings: Estimation
+    target: Objective, loader: object, settings: Estimation, count: Count | None = None
 ) -> HessianMoments:
-    """:func:`probe_moments` of all batches ``(x, y)`` together, without gradients.
+    """:func:`probe_moments` of all batches together, without gradients.
 
     One pass over the loader, in the memory of one batch and of two vectors a probe. Batches move to
     the parameters' device. With a criterion whose reduction is ``"sum"`` the loss is the sum over
     the batches, else the mean over their samples; of ``nn.CrossEntropyLoss`` and ``nn.NLLLoss`` by
-    class weights, and without ignored targets. Put the model in evaluation mode where batch
-    normalization should not depend on the batches. Each process of a ``DistributedDataParallel``
-    module brings its own batches; sums are divided by the number of processes, as gradients are.
+    class weights, and without ignored targets; of others what they turn out to be. Put the model in
+    evaluation mode where batch normalization should not depend on the batches. Each process of a
+    ``DistributedDataParallel`` module brings its own batches; sums are divided by the number of
+    processes, as gradients are.
 
     Args:
         target: The loss, whose own batch is not looked at.
         loader: What gives the batches.
         settings: How many products, and of which kind.
+        count: As for :func:`lowland.hessian_moments`.
 
     Raises:
-        ValueError: As :func:`probe_moments`, or if the loader is empty.
+        TypeError: If the data have another form.
+        ValueError: As :func:`probe_moments`, or if the loader is empty, or what a batch counts is
+            not known and cannot be measured.
     """
     directions = _draw(target, settings)
     totals = [[torch.zeros_like(p) for p in target.parameters] for _ in directions]
-    samples = 0.0
-    if isinstance(loader, Tensor):
-        raise TypeError(
-            "without targets y, a loader of batches (x, y) is expected; got a tensor of shape "
-            f"{tuple(loader.shape)}"
-        )
+    weigh, looked_at = Weights(target, count), False
     with target.others_frozen():
-        for x, y in loader:
-            count = _count(target.criterion, x, y)
-            samples += count
-            if not count:  # all of its targets are ignored
+        for x, y in checked(as_batches(loader, again=False)):
+            weight = weigh(x, y)
+            if not weight:  # all of its targets are ignored
                 continue
             part = target.on((to_device(x, target.device), to_device(y, target.device)))
+            if not looked_at:
+                settings, looked_at = routed(part, settings), True
             found = hessian_products(part, directions, settings.products)
             for total, product in zip(totals, found, strict=True):
-                torch._foreach_add_(total, product, alpha=count)
+                torch._foreach_add_(total, product, alpha=weight)
     average = _average_over_processes(target.outer)
     if average:  # each process has seen its share of the samples
-        counted = torch.tensor([samples], dtype=totals[0][0].dtype, device=target.device)
+        counted = torch.tensor([weigh.sum], dtype=totals[0][0].dtype, device=target.device)
         average([counted, *(each for total in totals for each in total)])
-        samples = float(counted)
-    if not samples:
-        raise ValueError(
-            "the data loader is empty: it gave no batch (x, y); an iterator, which can be gone "
-            "through once, may be used up"
-        )
-    scale = 1 if is_sum(target.criterion) else 1 / samples
+        weigh.sum = float(counted)
+    scale = 1 / weigh.total
     values = [torch.stack(each) for each in zip(*map(_forms, totals, directions), strict=True)]
     return _moments(target.dim, values[0] * scale, values[1] * scale**2)
-
-
-def _count(criterion: Criterion, x: Any, y: Any) -> float:
-    """What a batch counts; of targets that are no tensor nothing but their rows is known."""
-    if isinstance(y, Tensor):
-        return float(mass(criterion, y))
-    return 1.0 if is_sum(criterion) else float(rows(y, x))
 
 
 def _draw(target: Objective, settings: Estimation) -> list[Vector]:
@@ -220,7 +217,7 @@ def _forms(product: Vector, direction: Vector) -> tuple[Tensor, Tensor]:
 
 def _moments(dim: int, traces: Tensor, squares: Tensor) -> HessianMoments:
     errors = (_standard_error(traces), _standard_error(squares))
-    return HessianMoments(dim, traces.mean(), squares.mean(), stderr=errors, method=Estimate.name)
+    return HessianMoments(dim, traces.mean(), squares.mean(), stderr=errors, method="probes")
 
 
 def _standard_error(values: Tensor) -> Tensor:

@@ -28,14 +28,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import CheckpointError
 
 from lowland._batches import tensors
+from lowland._precision import best_precision
 from lowland.activations import has_kinks
 from lowland.estimation import Products
 from lowland.objective import (
     Gradient,
     Objective,
     check_finite,
+    differentiating,
     function_of,
     graph,
     half_autocast,
@@ -67,6 +70,13 @@ _NOT_TWICE = (
 )
 
 
+_CHECKPOINTED = (
+    "activation checkpointing runs layers again, and where lowland writes some out, whose "
+    "derivatives PyTorch has wrong, such as LayerNorm, they are others then. Use "
+    "products='differences', or switch checkpointing off"
+)
+
+
 def quadratic_forms(
     halves: Sequence[Objective],
     directions: Sequence[Vector],
@@ -74,6 +84,7 @@ def quadratic_forms(
     average: Average | None = None,
     *,
     disposable: bool = False,
+    step: float = 1.0,
 ) -> Forms:
     r"""A loss and the Hessian's quadratic forms in some directions.
 
@@ -84,6 +95,7 @@ def quadratic_forms(
         products: ``"autograd"`` or ``"differences"``.
         average: Over the processes of data-parallel training.
         disposable: The directions may be written over, which saves their memory once.
+        step: Of differences: how much longer than usual their steps are.
 
     Returns:
         The loss; of each direction :math:`v^T H v` and :math:`\lVert Hv \rVert^2`. All three carry
@@ -98,7 +110,7 @@ def quadratic_forms(
     if products == "differences":
         if not disposable:
             directions = [_copies(direction) for direction in directions]
-        run = _Differences(halves, directions, average)
+        run = _Differences(halves, directions, average, step)
         result: Forms = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
         return result
     return _by_autograd(halves, directions, average)
@@ -112,7 +124,8 @@ def hessian_products(
     Args:
         target: The loss.
         directions: Each with one tensor a parameter.
-        products: ``"autograd"`` or ``"differences"``.
+        products: ``"autograd"``; or ``"differences"``, which are taken in double precision where
+            the model goes along with it.
 
     Returns:
         As many products, each with one tensor a parameter.
@@ -124,7 +137,7 @@ def hessian_products(
     for share, part in target.parts():
         with frozen_statistics(part.model):
             found = _products_of_batch(part, directions, products)
-        if target.total is None:
+        if target.shares is None:
             return found
         totals = totals or [[torch.zeros_like(each) for each in product] for product in found]
         for total, product in zip(totals, found, strict=True):
@@ -136,17 +149,29 @@ def _products_of_batch(
     part: Objective, directions: Sequence[Vector], products: Products
 ) -> list[Vector]:
     if products == "differences":
-        run = _Differences([part], directions, None)
-        _, gradient = run.first_gradient(part)
-        shift, found = run.shift(), []
-        for direction in directions:
-            step = shift / norm(direction)
-            near = run.gradient(0, plus(run.parameters, direction, step))
-            found.append(times(near, 1 / step))
-            plus_(found[-1], gradient, -1 / step)
-        return found
+        with best_precision(part) as wide:
+            run = _Differences([wide], [_typed(each, wide) for each in directions], None)
+            run.again.append(remember(wide.model, wide.device))
+            return [_typed(run.central(direction), part) for direction in run.directions]
     with gradient_graph(part) as gradient:
         return [product(part, gradient, direction, wanted=False) for direction in directions]
+
+
+def differences(part: Objective, directions: Sequence[Vector], factor: float = 1.0) -> list[Vector]:
+    """``H v`` for each direction by differences of gradients, in the parameters' own precision."""
+    run = _Differences([part], directions, None, factor)
+    _, gradient = run.first_gradient(part)
+    found = []
+    for direction in directions:
+        step = run.shift() / norm(direction)
+        near = run.gradient(0, plus(run.parameters, direction, step))
+        found.append(times(near, 1 / step))
+        plus_(found[-1], gradient, -1 / step)
+    return found
+
+
+def _typed(parts: Vector, like: Objective) -> Vector:
+    return [part.to(p.dtype) for part, p in zip(parts, like.parameters, strict=True)]
 
 
 @contextmanager
@@ -157,7 +182,7 @@ def gradient_graph(part: Objective) -> Iterator[Vector]:
         ValueError: As :meth:`Objective.loss`.
         RuntimeError: If something in it can be differentiated once only.
     """
-    with torch.enable_grad(), not_compiled(), _operations(part), without_hooks(part.parameters):
+    with differentiating(), not_compiled(), _operations(part), without_hooks(part.parameters):
         yield _gradient(part, part.loss())
 
 
@@ -167,7 +192,7 @@ def _by_autograd(
     wanted = torch.is_grad_enabled()
     scale = _loss_scale(halves[0].device)
     first = halves[0]
-    with torch.enable_grad(), not_compiled(), _operations(first), without_hooks(first.parameters):
+    with differentiating(), not_compiled(), _operations(first), without_hooks(first.parameters):
         losses = [part.loss() for part in halves]
         gradients = [
             _gradient(part, scale * loss) for part, loss in zip(halves, losses, strict=True)
@@ -220,7 +245,14 @@ def _operations(part: Objective) -> AbstractContextManager[None]:
 def _gradient(part: Objective, loss: Tensor) -> Vector:
     if not part.is_ordinary:
         _check_differentiable([loss])
-    found = grad(loss, part.parameters, create_graph=True, allow_unused=True)
+    try:
+        found = grad(loss, part.parameters, create_graph=True, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except CheckpointError as error:
+        raise RuntimeError(_CHECKPOINTED) from error
+    except RuntimeError as error:
+        raise RuntimeError(_NOT_TWICE.format(error)) from error
     gradient = part.complete(found, loss)
     if not part.is_ordinary:
         _check_differentiable(gradient)
@@ -268,6 +300,8 @@ def product(part: Objective, gradient: Vector, direction: Vector, *, wanted: boo
             allow_unused=True,
             materialize_grads=True,
         )
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # NotImplementedError is one
         raise RuntimeError(_NOT_TWICE.format(error)) from error
     if may_look(result[0].device) and not norm(result).isfinite():
@@ -287,8 +321,10 @@ class _Differences:
         halves: Sequence[Objective],
         directions: Sequence[Vector],
         average: Average | None,
+        factor: float = 1.0,
     ) -> None:
         self.halves, self.directions, self.average = halves, directions, average
+        self.factor = factor
         self.parameters = halves[0].parameters
         self.device = self.parameters[0].device
         self.again: list[Callable[[], AbstractContextManager[None]]] = []
@@ -305,13 +341,30 @@ class _Differences:
         with self.again[number](), self._full_precision():
             return part.gradient(at)[1]
 
+    def central(self, direction: Vector) -> Vector:
+        """``H v`` from the gradients on both sides."""
+        step = self.shift() / norm(direction)
+        one, other = (
+            self.gradient(0, plus(self.parameters, direction, sign * step)) for sign in (1, -1)
+        )
+        return [(a - b) / (2 * step) for a, b in zip(one, other, strict=True)]
+
     def _full_precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)
 
     def shift(self) -> Tensor:
-        """How long the differences' steps are: a small part of the parameters' own norm."""
+        """How long the differences' steps are: a small part of the parameters' own norm.
+
+        Of some of a model's parameters, which may be small or zero yet, as much as it is on average
+        of all of them.
+        """
         length = norm(self.parameters)
-        return relative_step(length.dtype) * torch.where(length > 0, length, 1)
+        everything = [p for p in self.halves[0].model.parameters() if p.is_floating_point()]
+        if len(everything) > len(self.parameters):
+            count, total = (sum(p.numel() for p in each) for each in (self.parameters, everything))
+            usual = norm([p.to(length.device) for p in everything]) * (count / total) ** 0.5
+            length = torch.maximum(length, usual.to(length.dtype))
+        return self.factor * relative_step(length.dtype) * torch.where(length > 0, length, 1)
 
 
 class _Finite(Function):
@@ -445,20 +498,22 @@ def relative_step(dtype: torch.dtype) -> float:
 
 
 def warn_of_kinks(model: nn.Module) -> None:
-    """Warn where differences of gradients say little: at kinks the gradient itself jumps.
+    """Warn where differences of gradients say little: at kinks the gradient itself jumps."""
+    if (layer := kinked_layer(model)) is not None:
+        warnings.warn(
+            f"products='differences' with {layer}: the gradient jumps at its kinks, and "
+            "differences across them can be many times what the Hessian is; use "
+            "products='autograd', or smooth layers (GELU, SiLU, average pooling)",
+            stacklevel=4,
+        )
 
-    Functions called in a ``forward`` are not seen.
-    """
+
+def kinked_layer(model: nn.Module) -> str | None:
+    """The first layer with kinks, in words; functions called in a ``forward`` are not seen."""
     for name, module in model.named_modules():
         if isinstance(module, _KINKED_POOLS) or has_kinks(module):
-            warnings.warn(
-                f"products='differences' with layer {name!r}, {type(module).__name__}: the "
-                "gradient jumps at its kinks, and differences across them can be many times what "
-                "the Hessian is; use products='autograd', or smooth layers (GELU, SiLU, average "
-                "pooling)",
-                stacklevel=4,
-            )
-            return
+            return f"layer {name!r}, {type(module).__name__}"
+    return None
 
 
 _KINKED_POOLS = (

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lowland._layers import has_hooks, is_as_inherited, is_plain_sequence, walk
 from lowland.activations import is_elementwise, is_homogeneous
 from lowland.errors import UnsupportedModelError
-from lowland.validation import check_initialized, check_tensor, is_number
+from lowland.validation import check_parameters, check_tensor, is_number
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (
@@ -192,7 +192,7 @@ def weighted_layers(model: nn.Module) -> list[nn.Module]:
 
 def _copy(model: nn.Module) -> nn.Sequential:
     sequence = _sequence(model)
-    check_initialized(sequence)
+    check_parameters(sequence)
     try:
         return deepcopy(sequence)
     except RuntimeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 
 import torch
@@ -11,23 +11,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import UninitializedParameter
 
+from lowland._sharding import is_sharded
 from lowland.errors import UnsupportedModelError
 from lowland.losses import Loss
 
 _RUN = 1 << 16  # values looked at together, so that a check's own memory stays constant
+_TYPES = (torch.float32, torch.float64)
 
 
 def check_tensor(value: object, name: str) -> None:
-    """Require a tensor.
+    """Require a tensor with all of its numbers.
 
     Raises:
         TypeError: If it is something else, such as an array.
+        UnsupportedModelError: If it is sparse, or spread over processes.
         RuntimeError: If it stands for a batch of tensors within ``torch.func.vmap``.
     """
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor; got {type(value).__module__}.{type(value).__name__}: "
             "convert it with torch.as_tensor"
+        )
+    if value.layout != torch.strided:
+        raise UnsupportedModelError(f"{name} is sparse; use {name}.to_dense()")
+    if is_sharded(value):
+        raise UnsupportedModelError(
+            f"{name} is spread over processes; use {name}.full_tensor() in each of them"
         )
     if _is_batched(value):
         raise RuntimeError(
@@ -46,19 +55,44 @@ def _is_batched(value: Tensor) -> bool:
     return False
 
 
-def check_initialized(model: nn.Module) -> None:
-    """Require parameters that have shapes.
+def check_parameters(model: nn.Module) -> None:
+    """Require parameters that have shapes and are all here.
 
     Raises:
         ValueError: If a lazy layer has not seen any data.
+        UnsupportedModelError: If each process holds a part of them.
     """
-    named = model.named_parameters()
-    lazy = [name for name, part in named if isinstance(part, UninitializedParameter)]
+    named = dict(model.named_parameters())
+    lazy = [name for name, part in named.items() if isinstance(part, UninitializedParameter)]
     if lazy:
         raise ValueError(
             f"the model's parameter {lazy[0]!r} belongs to a lazy layer that has no weights yet; "
             "call model(x) once first"
         )
+    sharded = [name for name, part in named.items() if is_sharded(part)]
+    if sharded:
+        raise UnsupportedModelError(
+            f"the model's parameter {sharded[0]!r} is sharded: each process holds a part of it, "
+            "and the curvature in a part is not that in the whole. Load into a model that is not "
+            "what torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) gathers, or train with "
+            "DistributedDataParallel"
+        )
+
+
+def check_types(parameters: Mapping[str, Tensor]) -> None:
+    """Require parameters of types whose curvature is more than rounding.
+
+    Raises:
+        TypeError: If one is neither float32 nor float64.
+    """
+    for name, part in parameters.items():
+        if part.dtype not in _TYPES:
+            raise TypeError(
+                f"the model must be float32 or float64; {name!r} is "
+                f"{str(part.dtype).removeprefix('torch.')}. Convert it, with model.float() or "
+                "model.double(), and x likewise; torch.autocast may then run it in half precision"
+            )
 
 
 def is_number(value: object) -> bool:
@@ -104,8 +138,8 @@ def check_features(tensor: Tensor, *, like: Tensor, name: str = "x") -> None:
         ValueError: If the tensor is empty or has NaN or infinite values.
     """
     check_tensor(tensor, name)
-    if tensor.dtype not in (torch.float32, torch.float64):
-        use = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float64
+    if tensor.dtype not in _TYPES:
+        use = like.dtype if like.dtype in _TYPES else torch.float64
         raise TypeError(
             f"{name} must be float32 or float64; got {str(tensor.dtype).removeprefix('torch.')}. "
             f"Convert it, for example with {name}.to({use})"

@@ -602,7 +602,7 @@ class Skewed(torch.autograd.Function):
 def test_derivatives_that_are_wrong_are_found(method):
     fails(
         RuntimeError,
-        r"products with the Hessian are not symmetric: u'Hv = .* and v'Hu = ",
+        "the gradient of this loss is not its derivative",
         Broken(Skewed.apply),
         k=1,
         method=method,
@@ -684,7 +684,7 @@ def test_models_without_a_hessian():
     model[0].float()
     fails(ValueError, "one type on one device; got float32 on cpu and float64", model)
     model, *_ = case()
-    fails(ValueError, "must be float32 or float64; got bfloat16", model.bfloat16())
+    fails(TypeError, "must be float32 or float64; .* is bfloat16", model.bfloat16())
 
 
 @pytest.mark.usefixtures("as_installed")

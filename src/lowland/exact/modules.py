@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowland._batches import described, holds_tensors
 from lowland._layers import has_hooks, is_plain_sequence, walk
 from lowland.activations import ACTIVATIONS, Activation, compose, read_activation
 from lowland.criteria import Criterion, encode, read_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.exact.setup import Setup, prepare
-from lowland.validation import check_initialized, check_tensor
+from lowland.validation import check_parameters, check_tensor, check_types
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class _Network:
     activations: list[Activation]
 
 
-def read(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Setup:
+def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
     """What computes with a model, a criterion and data.
 
     Raises:
@@ -37,10 +39,15 @@ def read(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Setup:
     """
     network = _read_layers(model)
     loss = read_loss(criterion)
-    check_tensor(x, "x")
-    check_tensor(y, "y")
-    for layer in network.layers:
-        _require_closed_form_type(layer)
+    for name, part in (("x", x), ("y", y)):
+        dense = isinstance(part, Tensor) and part.layout == torch.strided
+        if part is None or (holds_tensors(part) and not dense):
+            raise UnsupportedModelError(
+                f"the closed form takes {name} as a dense tensor; got {described(part)}, for which "
+                f"{ANY_MODULE}"
+            )
+        check_tensor(part, name)
+    check_types(dict(model.named_parameters()))
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:
         x = x.flatten(1)
@@ -70,15 +77,6 @@ def read(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Setup:
     )
 
 
-def _require_closed_form_type(layer: nn.Linear) -> None:
-    if layer.weight.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"the model must be float32 or float64; {layer} has "
-            f"{str(layer.weight.dtype).removeprefix('torch.')} weights. Convert it, with "
-            "model.float() or model.double(), and x likewise"
-        )
-
-
 def _augmented(layer: nn.Linear) -> Tensor:
     """The layer's weights in the engine's layout: ``(inputs + 1, outputs)``, bias in row 0."""
     weight = layer.weight.T
@@ -94,7 +92,7 @@ def _trained_rows(layer: nn.Linear) -> slice:
 
 
 def _read_layers(model: nn.Module) -> _Network:
-    check_initialized(model)
+    check_parameters(model)
     if type(model) is not nn.Linear and not is_plain_sequence(model):
         raise UnsupportedModelError(
             "the closed form reads nn.Linear, or nn.Sequential of Linear layers and activations; "

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from lowland._checkpoints import Checkpoint
+from lowland._weights import Count
 from lowland.landscape.directions import (
     eigenvectors_of,
     given_directions,
@@ -51,6 +52,7 @@ def surface(
     points: int | Sequence[int] = 25,
     biases: bool = False,
     batch_norm: BatchNorm = "auto",
+    count: Count | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> LossSurface:
@@ -96,6 +98,7 @@ def surface(
             ``torch.optim.swa_utils.update_bn``); a step that training would normalize away is then
             none. ``"auto"``: the first along eigenvectors, the second everywhere else. The caption
             says which.
+        count: What the criterion's mean over a batch divides by, as for :func:`lowland.spectrum`.
         seed: Of random directions, and of the spectrum. No global generator is touched.
         on_progress: Called with a title and how many of its pieces are done and in all.
 
@@ -148,7 +151,7 @@ def surface(
     tell = on_progress or _silence
     inside = unwrap(model)
     with frozen_statistics(inside):
-        around_model = survey(model, criterion, data)
+        around_model = survey(model, criterion, data, count)
         with own_randomness(around_model.device, seed):
             statistics = _statistics(inside, batch_norm, chosen)
             loss = loss_with(around_model, statistics)
@@ -160,7 +163,13 @@ def surface(
             if chosen == "eigenvectors":
                 # The trace is not asked for, and two probes are the fewest that it takes.
                 chosen = spectrum(
-                    model, criterion, data, k=dimensions or 2, trace_probes=2, seed=seed
+                    model,
+                    criterion,
+                    data,
+                    k=dimensions or 2,
+                    trace_probes=2,
+                    count=count,
+                    seed=seed,
                 )
             if chosen == "path":
                 found = principal_directions(steps, around_model, dimensions or 2)  # type: ignore[arg-type]  # as _check saw

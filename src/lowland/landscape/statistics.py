@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowland._batches import tensors
+from lowland._call import arguments
 from lowland.spectra.surface import NamedVector, Surface, untouched
 
 Statistics = Literal["none", "running", "recomputed"]
@@ -115,4 +116,5 @@ def _outputs_are_finite(surface: Surface, values: Mapping[str, Tensor]) -> bool:
 
 def _output(surface: Surface, values: Mapping[str, Tensor], x: Any) -> Any:
     state = {**surface.state, **values}
-    return torch.func.functional_call(surface.objective.model, state, (x,), strict=False)
+    model = surface.objective.model
+    return torch.func.functional_call(model, state, *arguments(model, x), strict=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowland._checkpoints import Checkpoint, read_all
 from lowland._holding import holding
+from lowland._weights import Count
 from lowland.objective import unwrap
 from lowland.passes import frozen_statistics
 from lowland.spectra.history import EigenvalueHistory
@@ -33,6 +34,7 @@ def eigenvalues_over(
     steps: Sequence[float] | None = None,
     tolerance: float = 1e-3,
     limit: int = 1000,
+    count: Count | None = None,
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> EigenvalueHistory:
@@ -55,6 +57,7 @@ def eigenvalues_over(
             magnitude met. The error of an eigenvalue is the residual's square over its distance
             from the others: at 1e-3 some 1e-6 of it.
         limit: Products with the Hessian at a checkpoint, at most.
+        count: What the criterion's mean over a batch divides by, as for :func:`lowland.spectrum`.
         seed: Of the random vectors. No global generator is touched.
         on_progress: Called with a title and how many checkpoints are done and in all.
 
@@ -118,7 +121,7 @@ def eigenvalues_over(
     tops: list[Top | None] = []
     losses: list[float] = []
     with frozen_statistics(inside):
-        surface = survey(model, criterion, data)
+        surface = survey(model, criterion, data, count)
         if k > surface.dim:
             raise ValueError(
                 f"k must be at most {surface.dim}, the number of trainable parameters; got {k}"

@@ -13,12 +13,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowland._batches import as_batches, checked, digest, to_device
+from lowland._call import arguments
 from lowland._holding import remind_recurrent
-from lowland.criteria import check_reduction, is_sum, mass, scalar_loss
+from lowland._weights import Count, Weights
+from lowland.criteria import check_reduction, scalar_loss
 from lowland.errors import UnsupportedModelError
-from lowland.objective import Objective, objective
+from lowland.estimation import Estimation, Products
+from lowland.objective import Objective, differentiating, over
 from lowland.passes import frozen_statistics, unsteady
 from lowland.products import hessian_products
+from lowland.verification import routed
 
 NamedVector = dict[str, Tensor]
 """One tensor for each parameter, by its name in the model and of its shape."""
@@ -38,11 +42,14 @@ class Surface:
         objective: The loss over all batches.
         state: All parameters and buffers as they were.
         adaptive: Whether curvature is measured in steps relative to the parameters.
+        products: How the Hessian is multiplied: by automatic differentiation, or differences of
+            gradients where PyTorch's derivatives are missing or wrong.
     """
 
     objective: Objective
     state: NamedVector
     adaptive: bool = False
+    products: Products = "autograd"
 
     @property
     def names(self) -> list[str]:
@@ -101,7 +108,9 @@ class Surface:
                 x, y = part.batch
                 buffers = {name: self.state[name].clone() for name, _ in model.named_buffers()}
                 values = {**self.state, **buffers, **parts}
-                output = torch.func.functional_call(model, values, (x,), strict=False)
+                output = torch.func.functional_call(
+                    model, values, *arguments(model, x), strict=False
+                )
                 total += share * float(scalar_loss(criterion, output, y))
         return total
 
@@ -128,23 +137,27 @@ class HessianOperator:
         directions = [
             list(surface.unflatten(surface.scaled(column)).values()) for column in columns.T
         ]
-        products = hessian_products(surface.objective, directions)
+        products = hessian_products(surface.objective, directions, surface.products)
         flat = [torch.cat([part.reshape(-1) for part in product]) for product in products]
         return torch.stack([surface.scaled(each) for each in flat], dim=1).view_as(vectors)
 
 
-def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Surface:
+def survey(
+    model: nn.Module, criterion: Callable[..., Any], data: object, count: Count | None = None
+) -> Surface:
     """The surface of a model's loss, after a look at everything that its Hessian depends on.
 
     Raises:
         UnsupportedModelError: If the model is trained by several processes, of which each has its
             own data.
         TypeError: If the data has another form, or the loss is no tensor.
+        RuntimeError: If PyTorch's derivatives of the loss are wrong, or missing, and differences of
+            gradients cannot stand for them.
         ValueError: If there is no trainable parameter, the parameters are of several types or
             devices, a layer draws random numbers or updates statistics, the data is empty, not
             finite or other in each pass, or the loss is no finite scalar with a graph.
     """
-    target = objective(model, criterion, None, None)
+    target = over(model, criterion, ())
     if target.parallel:
         raise UnsupportedModelError(
             "the model is a DistributedDataParallel module, and each process would measure its own "
@@ -154,20 +167,23 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
     check_mode(target.model)
     check_reduction(criterion)
     batches, device = as_batches(data), target.device
+    weigh = Weights(target, count)
 
-    def one(x: Any, y: Tensor) -> float:
-        if not mass(criterion, y):  # all of its targets are ignored, and their mean is no number
-            return 0.0
+    def one(weight: float, x: Any, y: Any) -> tuple[float, float]:
+        if not weight:  # all of its targets are ignored, and their mean is no number
+            return 0.0, 0.0
+        there = to_device(x, device), to_device(y, device)
         with frozen_statistics(target.model):
-            return float(target.on((to_device(x, device), y.to(device))).loss().detach())
+            return weight, float(target.on(there).loss().detach())
 
-    with torch.enable_grad(), torch.random.fork_rng(_cuda(device)):
-        seen = [(digest((x, y)), one(x, y), mass(criterion, y)) for x, y in checked(batches)]
+    with differentiating(), torch.random.fork_rng(_cuda(device)):
+        seen = [(digest((x, y)), *one(weigh(x, y), x, y)) for x, y in checked(batches)]
         index = -1
         for index, (x, y) in enumerate(batches):
             if index >= len(seen) or digest((x, y)) != seen[index][0]:
                 raise ValueError(_OTHER_BATCHES.format(index))
-            first, second = seen[index][1], one(x, y)
+            _, weight, first = seen[index]
+            second = one(weight, x, y)[1]
             if not math.isclose(first, second, rel_tol=_SAME, abs_tol=1e-12):
                 raise ValueError(
                     f"the loss is {first:.6g} and then {second:.6g} on the same data, so there is "
@@ -176,15 +192,14 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
                 )
         if index + 1 < len(seen):
             raise ValueError(_OTHER_BATCHES.format(index + 1))
-    total = 1.0 if is_sum(criterion) else float(sum(part for _, _, part in seen))
-    if not total:
-        raise ValueError(
-            "every sample has weight zero, by the criterion's class weights or ignore_index, so "
-            "the mean loss does not exist"
-        )
+    shares = [weight / weigh.total for _, weight, _ in seen]
     state = {**dict(target.model.named_parameters()), **dict(target.model.named_buffers())}
     kept = {name: part.detach().clone() for name, part in state.items()}
-    return Surface(replace(target, batches=batches, total=total), kept)
+    over_all = replace(target, batches=batches, shares=shares)
+    with torch.random.fork_rng(_cuda(device)):  # from which a loader draws, too
+        _, part = next(over_all.parts())
+        products = routed(part, Estimation()).products
+    return Surface(over_all, kept, products=products)
 
 
 _OTHER_BATCHES = (
@@ -253,11 +268,6 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
         raise ValueError(
             "the model's trainable parameters must be of one type on one device; got "
             f"{' and '.join(sorted(kinds))}"
-        )
-    if parameters[0].dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"the model's parameters must be float32 or float64; got {kinds.pop()}: use "
-            "model.double()"
         )
 
 

@@ -209,6 +209,21 @@ def test_a_measure_that_is_not_positive_after_all_is_compared_by_difference():
     assert np.isfinite(summary.loc[("hsr", "trace"), "p"])
 
 
+def test_differences_that_are_rounding_are_none():
+    baseline = [0.95, 0.1 + 0.2, 3.0]
+    networks = table_of(baseline=baseline, hsr=[math.nextafter(each, 9) for each in baseline])
+    summary = summarize(networks, test_fraction=1 / 3).set_index(["method", "metric"])
+    assert (summary.loc["hsr", "p"] == 1).all()
+    assert (summary.loc["hsr", "effect"] == 0).all()
+
+
+def test_infinite_values_on_both_sides_are_no_equality():
+    networks = table_of(baseline=[math.inf, 1.0, 2.0], hsr=[math.inf, 1.0, 2.0])
+    with np.errstate(invalid="ignore"):
+        summary = summarize(networks, test_fraction=1 / 3).set_index(["method", "metric"])
+    assert np.isnan(summary.loc[("hsr", "trace"), "p"])
+
+
 def test_defaults_can_be_run():
     assert DEFAULTS["breast-cancer"] == Settings()
     for settings in DEFAULTS.values():

@@ -47,6 +47,31 @@ def test_a_target_of_many_classes_is_numbered_in_their_order(tmp_path, cells, cl
     assert sum(dataset.counts) == len(cells)
 
 
+@pytest.mark.parametrize("name", ["NA", "na", "None", "null", "NULL", "?", "n/a", "N/A", "-"])
+def test_a_class_may_have_a_name_that_is_also_a_word_for_nothing(tmp_path, name):
+    text = f"a,t\n1,{name}\n2,yes\n3,{name}\n4,no\n"
+    dataset = read_csv(write(tmp_path, text), "t")
+    assert dataset.classes == tuple(sorted((name, "yes", "no")))
+    assert [dataset.classes[int(label)] for label in dataset.y] == [name, "yes", name, "no"]
+
+
+def test_classes_may_all_have_such_names(tmp_path):
+    dataset = read_csv(write(tmp_path, "a,t\n1,NA\n2,None\n3,NA\n4,?\n"), "t")
+    assert dataset.classes == ("?", "NA", "None")
+    assert dataset.y.tolist() == [1, 2, 1, 0]
+
+
+def test_what_is_asked_of_a_label_that_is_none_makes_it_a_class(tmp_path):
+    text = "a,t\n1,0\n2,NA\n3,1\n4,0\n"
+    with pytest.raises(DataError, match="such as 'no label'"):
+        read_csv(write(tmp_path, text), "t")
+    assert read_csv(write(tmp_path, text.replace("NA", "no label")), "t").classes == (
+        "0",
+        "1",
+        "no label",
+    )
+
+
 def test_true_and_false_in_a_feature_are_one_and_zero(tmp_path):
     text = "a,b,t\nTrue,FALSE,x\n false,true,y\n"
     assert read_csv(write(tmp_path, text), "t").x.tolist() == [[1.0, 0.0], [0.0, 1.0]]
@@ -81,9 +106,14 @@ BAD_TABLES = {
     "equal numbers": ("0,0,M\n1,2,B\n", "several columns named '0'; .* add a header line if"),
     "nameless column": (",a,t\n0,1,x\n1,2,y\n", "column 1 of .* has no name in the header"),
     "one class": ("a,t\n1,x\n2,x\n", "'t' must have two classes or more; it has one: 'x'"),
-    "missing target": ("a,t\n1,x\n2,\n3,y\n", "column 't' is empty or NaN in row 2;"),
+    "missing target": ("a,t\n1,x\n2,\n3,y\n", "target 't' is empty or NaN, in row 2; if that is a"),
+    "NaN target": ("a,t\n1,x\n2,NaN\n3,y\n", "target 't' is empty or NaN, in row 2; .* drop those"),
+    "no number": (
+        "a,t\n1,0\n2,NA\n3,1\n4,?\n",
+        "'t' is 'NA' where other .* numbers, in rows 2, 4;",
+    ),
     "NaN": ("a,t\n1,x\nNaN,x\n3,y\nnan,y\n,y\n?,y\n", "NaN in rows 2, 4, 5 and 1 more; impute"),
-    "short row": ("a,b,t\n1,x\n2,3,y\n", "column 't' is empty or NaN in row 1"),
+    "short row": ("a,b,t\n1,x\n2,3,y\n", "the target 't' is empty or NaN, in row 1"),
     "text": ("a,t\n1,x\nred,y\n", "'a' must hold numbers; it has text in row 2, such as 'red'"),
     "half booleans": ("a,t\nTrue,x\n1,y\nFalse,y\n", "text in rows 1, 3, such as 'True'; encode"),
     "one boolean": ("a,t\nTrue,x\ntrue,y\n", r"'a' is constant \(True\)"),

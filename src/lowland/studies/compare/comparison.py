@@ -27,6 +27,7 @@ from lowland.studies.ensembles.networks import (
     parameter_count,
 )
 from lowland.studies.ensembles.training import BASELINE, Trained, train
+from lowland.studies.reporting.numbers import ROUNDING
 from lowland.studies.reporting.statistics import holm, paired_test
 from lowland.threads import threads
 
@@ -329,10 +330,11 @@ def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
         table = networks.pivot_table(index="seed", columns="method", values=metric.name)
         # No logarithm of what may turn out zero or negative, as a trace can.
         tested = np.log(table) if metric.by_factor and (table > 0).all(axis=None) else table
-        raw = [
-            paired_test((tested[name] - tested[BASELINE.name]).to_numpy(), test_fraction)
-            for name in names
-        ]
+        changes = {
+            name: _changes(table[name], table[BASELINE.name], tested[name] - tested[BASELINE.name])
+            for name in (BASELINE.name, *names)
+        }
+        raw = [paired_test(np.asarray(changes[name], np.float64), test_fraction) for name in names]
         adjusted = dict(zip(names, holm(raw), strict=True))
         for name in (BASELINE.name, *names):
             values = table[name].to_numpy()
@@ -342,8 +344,16 @@ def summarize(networks: pd.DataFrame, *, test_fraction: float) -> pd.DataFrame:
                     "metric": metric.name,
                     "mean": values.mean(),
                     "stderr": values.std(ddof=1) / math.sqrt(len(values)),
-                    "effect": (tested[name] - tested[BASELINE.name]).mean(),
+                    "effect": changes[name].mean(),
                     "p": adjusted.get(name, math.nan),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _changes(
+    values: pd.Series[float], baseline: pd.Series[float], differences: pd.Series[float]
+) -> pd.Series[float]:
+    """The differences, without those that are rounding: a test would find the sign of that."""
+    one = np.isclose(values, baseline, rtol=ROUNDING, atol=0) & np.isfinite(values)
+    return differences.mask(one, 0.0)

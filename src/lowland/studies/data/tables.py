@@ -18,6 +18,7 @@ from lowland.studies.data.dataset import DataError, Dataset, some
 _BOOLEANS = {"false": 0.0, "true": 1.0}  # in any case
 _MANY_CLASSES = 20  # unusually many, though not too many
 _MISSING = ("", "na", "n/a", "nan", "null", "none", "?")  # as people write it, in any case
+_NOTHING = ("", "nan")  # of these, what names no class of any kind
 
 
 def read_csv(path: Path, target: str) -> Dataset:
@@ -26,7 +27,8 @@ def read_csv(path: Path, target: str) -> Dataset:
     Args:
         path: The file, in UTF-8. True and false in a feature are read as 1 and 0.
         target: The name of the column to predict: text, numbers or booleans of at least two values.
-            Classes are numbered in their order; the one that sorts first becomes 0.
+            Classes are numbered in their order; the one that sorts first becomes 0. Beside other
+            text ``NA``, ``None``, ``null`` and ``?`` are classes of these names.
 
     Raises:
         DataError: If the file cannot be read as such a table. Rows are counted from 1, without the
@@ -132,9 +134,24 @@ def _refuse_missing(column: pd.Series[str]) -> None:
         )
 
 
+def _refuse_unlabelled(labels: pd.Series[str]) -> None:
+    """Refuse what names no class: an empty cell, or a word for nothing beside numbers."""
+    lower = labels.str.lower()
+    others = pd.to_numeric(labels[~lower.isin(_MISSING)], errors="coerce")
+    numeric = len(others) > 0 and not others.isna().any()
+    missing = lower.isin(_MISSING if numeric else _NOTHING).to_numpy()
+    if missing.any():
+        cell = labels[missing].iloc[0]
+        shown = f"{cell!r} where other classes are numbers" if cell and numeric else "empty or NaN"
+        raise DataError(
+            f"the target {labels.name!r} is {shown}, in {_rows(missing)}; if that is a class, give "
+            "it another name, such as 'no label', and otherwise drop those rows"
+        )
+
+
 def _encode(labels: pd.Series[str]) -> tuple[NDArray[Any], tuple[str, ...]]:
     """Labels as numbers from 0, and the names of the classes."""
-    _refuse_missing(labels)
+    _refuse_unlabelled(labels)
     numbers = pd.to_numeric(labels, errors="coerce")
     # As numbers 1 and 1.0 are one class, and 2 sorts before 10.
     codes, found = pd.factorize(labels if numbers.isna().any() else numbers, sort=True)

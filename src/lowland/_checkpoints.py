@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -78,19 +79,43 @@ def _load(checkpoint: Any, what: str) -> Mapping[str, Any]:
     elif callable(checkpoint):
         checkpoint = _load(checkpoint(), what)
     elif isinstance(checkpoint, str | os.PathLike):
-        path = Path(checkpoint)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # noqa: PLC0415 - optional
-
-            checkpoint = load_file(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = _load_file(Path(checkpoint), what)
     if not isinstance(checkpoint, Mapping):
         raise TypeError(
             f"{what} must be a state dict, a module, the path of a file that torch.save or "
             f"safetensors wrote, or a function that gives one of these; got {_kind(checkpoint)}"
         )
     return checkpoint
+
+
+def _load_file(path: Path, what: str) -> Any:
+    """What a file holds.
+
+    Raises:
+        ImportError: Without safetensors, for a file of this name.
+        ValueError: If it holds more than tensors and plain values, or is of another form.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError  # noqa: PLC0415 - optional
+            from safetensors.torch import load_file  # noqa: PLC0415
+        except ImportError as error:
+            raise ImportError(
+                f"{what} needs safetensors, which is not installed ({error}): "
+                "pip install 'lowland[cli]'"
+            ) from error
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{what}, {str(path)!r}, is no safetensors file: {error}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, EOFError, KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{what}, {str(path)!r}, is no file of tensors alone, as torch.save writes for a "
+            "state_dict(); of a whole module it would run code when it is read: save "
+            "model.state_dict(), or load it yourself and give the module"
+        ) from error
 
 
 def _inside(found: Mapping[str, Any], what: str, wanted: set[str]) -> Mapping[str, Tensor]:

@@ -124,6 +124,14 @@ def test_one_checkpoint_gives_a_line_and_no_plane():
         lowland.surface(model, CE, (x, y), path=[model.state_dict()])
 
 
+def test_rounding_spans_no_direction():
+    model, x, y = build("mlp", dtype=torch.float32)
+    (line,) = vectors(model, 1)
+    path = [at(model, (step,), [line]) for step in (3.0, 1.7, 0.3)]
+    with pytest.raises(ValueError, match="span a line"):
+        lowland.surface(model, CE, (x, y), path=path)
+
+
 # Of what form
 
 
@@ -152,6 +160,18 @@ def test_safetensors_are_read(tmp_path):
     path = [tmp_path / "model.safetensors"]
     surface = lowland.surface(model, CE, (x, y), path=path, dimensions=1, points=2)
     torch.testing.assert_close(surface.path.coordinates, torch.ones(1, 1).double())
+
+
+@pytest.mark.parametrize("name", ["whole.pt", "words.pt", "empty.pt", "words.safetensors"])
+def test_files_that_are_no_state_dict_are_refused(name, tmp_path):
+    pytest.importorskip("safetensors")
+    model, x, y = build("mlp")
+    if name == "whole.pt":
+        torch.save(model, tmp_path / name)
+    else:
+        (tmp_path / name).write_text("words" * 9 * ("words" in name))
+    with pytest.raises(ValueError, match=f"checkpoint 0, '.*{name}', is no"):
+        lowland.surface(model, CE, (x, y), path=[tmp_path / name], dimensions=1)
 
 
 def test_references_to_the_models_own_parameters_are_refused():

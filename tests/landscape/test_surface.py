@@ -103,6 +103,46 @@ def test_batches_give_what_their_data_give_at_once():
     torch.testing.assert_close(parts.losses, whole.losses)
 
 
+def test_batches_count_as_the_caller_says():
+    model, x, y = build("mlp", samples=9)
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+
+    def unknown(output, y):
+        return CE(output, y)  # whose mean nobody can see
+
+    whole = lowland.surface(model, CE, (x, y), points=3)
+    said = lowland.surface(model, unknown, batches, points=3, count=lambda x, y: len(y))
+    torch.testing.assert_close(said.losses, whole.losses)
+    over = lowland.eigenvalues_over(
+        model, unknown, batches, [model], tolerance=1e-9, count=lambda x, y: len(y)
+    )
+    expected = lowland.spectrum(model, CE, (x, y), k=1).eigenvalues
+    torch.testing.assert_close(over.eigenvalues[0], expected)
+
+
+@pytest.mark.parametrize("batch_norm", ["running", "recomputed"])
+def test_a_mapping_goes_to_the_model_by_names(batch_norm):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+        def forward(self, features, labels=None):
+            return self.body(features)
+
+    torch.manual_seed(0)
+    model, x, y = Named().eval(), torch.randn(8, 4), torch.arange(8) % 2
+    plain = lowland.surface(model.body, CE, (x, y), points=3, batch_norm=batch_norm)
+    named = lowland.surface(
+        model,
+        lambda output, batch: CE(output, batch["labels"]),
+        {"features": x, "labels": y},
+        points=3,
+        batch_norm=batch_norm,
+    )
+    torch.testing.assert_close(named.losses, plain.losses)
+
+
 def test_the_center_is_a_point_of_the_grid_and_has_the_models_own_loss():
     model, x, y = build("mlp", dtype=torch.float32)
     surface = lowland.surface(model, CE, (x, y), extent=0.7, points=(11, 5))
@@ -470,6 +510,16 @@ def test_layers_that_draw_or_update_are_refused():
     model, x, y = build("cnn")
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
         lowland.surface(model, CE, (x, y))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+def test_scripted_models_are_refused():
+    model, x, y = build("mlp")
+    scripted = torch.jit.script(model)
+    with pytest.raises(lowland.UnsupportedModelError, match="use the module that was scripted"):
+        lowland.surface(scripted, CE, (x, y), points=2)
+    with pytest.raises(lowland.UnsupportedModelError, match="use the module that was scripted"):
+        lowland.eigenvalues_over(scripted, CE, (x, y), [model])
 
 
 def test_a_model_without_filters_is_told_what_to_do():

@@ -84,6 +84,13 @@ def test_single_precision_keeps_the_tolerance():
     torch.testing.assert_close(history.eigenvalues, double.eigenvalues, rtol=1e-4, atol=1e-5)
 
 
+def test_a_tolerance_that_rounding_does_not_allow_is_pointed_to():
+    model, x, y, states = trained()
+    model.float()
+    with pytest.warns(RuntimeWarning, match=r"beyond the tolerance .* use model.double\(\)"):
+        lowland.eigenvalues_over(model, CE, (x.float(), y), states[:1], tolerance=1e-12)
+
+
 # The iteration
 
 

@@ -52,9 +52,9 @@ def surface(
     points: int | Sequence[int] = 25,
     biases: bool = False,
     batch_norm: BatchNorm = "auto",
+    count: Count | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
-    count: Count | None = None,
 ) -> LossSurface:
     r"""The loss on a grid around a model's parameters, along one direction or on a plane.
 
@@ -98,9 +98,9 @@ def surface(
             ``torch.optim.swa_utils.update_bn``); a step that training would normalize away is then
             none. ``"auto"``: the first along eigenvectors, the second everywhere else. The caption
             says which.
+        count: What the criterion's mean over a batch divides by, as for :func:`lowland.spectrum`.
         seed: Of random directions, and of the spectrum. No global generator is touched.
         on_progress: Called with a title and how many of its pieces are done and in all.
-        count: As for :func:`lowland.hessian_moments`.
 
     Returns:
         The losses with their coordinates and directions, and the path, to plot or to turn.
@@ -162,9 +162,14 @@ def surface(
             steps = None if path is None else steps_to(path, around_model, loss, tell)
             if chosen == "eigenvectors":
                 # The trace is not asked for, and two probes are the fewest that it takes.
-                two = dimensions or 2
                 chosen = spectrum(
-                    model, criterion, data, k=two, trace_probes=2, seed=seed, count=count
+                    model,
+                    criterion,
+                    data,
+                    k=dimensions or 2,
+                    trace_probes=2,
+                    count=count,
+                    seed=seed,
                 )
             if chosen == "path":
                 found = principal_directions(steps, around_model, dimensions or 2)  # type: ignore[arg-type]  # as _check saw

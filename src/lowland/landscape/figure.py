@@ -129,7 +129,7 @@ def _draw_contours(surface: GridLosses, ax: Axes, *, logarithmic: bool) -> None:
             lines, fontsize=8, fmt=lambda value: number(value, zeros=False), colors="white"
         )
         for text in texts:  # to be read on light colors, too
-            text.set_path_effects([Stroke(linewidth=1.6, foreground="#404040"), Normal()])
+            text.set_path_effects([Stroke(linewidth=1.2, foreground="#404040"), Normal()])
     alone = _alone(surface.losses)
     if alone.any():
         at = np.argwhere(alone)

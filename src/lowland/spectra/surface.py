@@ -239,7 +239,16 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put parameters and buffers back: a functional call leaves its own in a module used twice."""
+    """Put parameters and buffers back: a functional call leaves its own in a module used twice.
+
+    Raises:
+        UnsupportedModelError: If they belong to a scripted module.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UnsupportedModelError(
+            "a scripted or traced module does not part with its parameters, so the loss cannot "
+            "be looked at elsewhere: use the module that was scripted"
+        )
     before = [
         (table, dict(table))
         for module in model.modules()

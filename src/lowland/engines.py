@@ -20,6 +20,7 @@ from lowland.dense import BruteForce
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.exact.engine import ExactEngine
+from lowland.matrices import Matrix
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, objective
 from lowland.passes import unsteady
@@ -64,6 +65,7 @@ def hessian_moments(
     products: Products = "autograd",
     generator: Generator | None = None,
     parameters: Iterable[Tensor] | None = None,
+    matrix: Matrix = "hessian",
     unbiased: bool = False,
     moments: Literal[2, 4] = 2,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -91,6 +93,10 @@ def hessian_moments(
         products: For ``"probes"``, ``"autograd"`` or ``"differences"`` of gradients.
         generator: Of the probes' signs; without one PyTorch's own is used.
         parameters: Those whose Hessian is meant, if not all that are trainable.
+        matrix: ``"hessian"``; or one beside it, for which ``H`` stands in all that is said here:
+            ``"ggn"``, the generalized Gauss-Newton matrix; ``"residual"``, what the Hessian has
+            beyond it, so that their traces add up to the Hessian's; ``"fisher"``, the Fisher matrix
+            of the model's own predictive distribution. :mod:`lowland.matrices` defines them.
         unbiased: Take the samples for a batch of a larger data set, whose ``Tr H^2`` is to be
             estimated: a batch's own is too large on average, since it holds each sample's pair with
             itself. For ``"exact"``, and for ``"probes"``, which splits the batch in two. The
@@ -108,7 +114,9 @@ def hessian_moments(
 
     Raises:
         UnsupportedModelError: If the engine asked for cannot do what is asked.
-        TypeError, ValueError: As :func:`lowland.exact.moments`.
+        TypeError, ValueError: As :func:`lowland.exact.moments`; and of the Gauss-Newton matrix if
+            the criterion is linear in the model's outputs (``nn.NLLLoss``), or knows the parameters
+            in another way.
 
     Example:
         >>> import torch, lowland
@@ -118,13 +126,19 @@ def hessian_moments(
         >>> moments = lowland.hessian_moments(model, nn.CrossEntropyLoss(), x, y)
         >>> moments.dim, bool(moments.lower <= moments.upper)
         (26, True)
+        >>> parts = [
+        ...     lowland.hessian_moments(model, nn.CrossEntropyLoss(), x, y, matrix=matrix).trace
+        ...     for matrix in ("ggn", "residual")
+        ... ]
+        >>> torch.allclose(moments.trace, sum(parts), rtol=1e-4)
+        True
     """
     check_number(moments)
     check_method(method)
     settings = Estimation(probes, products, generator, unbiased, memory_budget)
     if y is None and (pair := as_pair(x)) is not None:
         x, y = pair
-    target = objective(model, criterion, x, y, parameters)
+    target = objective(model, criterion, x, y, parameters, matrix=matrix)
     if y is None:
         if method not in ("auto", "probes") or moments != 2 or unbiased:
             raise UnsupportedModelError(
@@ -133,7 +147,14 @@ def hessian_moments(
             )
         return loader_moments(target, x, settings)
     limit = 0 if unbiased else DENSE_LIMIT
-    return choose(target, method, settings, count=moments, dense_limit=limit).moments(moments)
+    engine = choose(target, method, settings, count=moments, dense_limit=limit)
+    found = engine.moments(moments)
+    if found.matrix != matrix:
+        raise UnsupportedModelError(
+            f"the engine {engine.name!r} gave moments of matrix={found.matrix!r} for those of "
+            f"{matrix!r}: let it look at the matrix of its objective"
+        )
+    return found
 
 
 def check_method(method: Method | str) -> None:

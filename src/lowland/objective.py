@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lowland._batches import Batch, any_requires_grad, to_device
 from lowland.criteria import Criterion, check_callable, check_splits_evenly, mass, scalar_loss
+from lowland.matrices import Matrix, check_matrix
 from lowland.torch_fixes import is_ordinary
 from lowland.validation import check_initialized
 
@@ -41,6 +42,7 @@ class Objective:
         parameters: What the loss is a function of.
         others: Trainable parameters that are constants here.
         total: ``m``; None where there is one batch, whose loss is meant as it is.
+        matrix: Which matrix of curvature is meant (:mod:`lowland.matrices`).
     """
 
     outer: nn.Module
@@ -51,6 +53,7 @@ class Objective:
     parameters: list[Tensor]
     others: list[Tensor] = field(default_factory=list)
     total: float | None = None
+    matrix: Matrix = "hessian"
 
     @property
     def dim(self) -> int:
@@ -138,7 +141,7 @@ class Objective:
         """
         values = [v.detach().requires_grad_() for v in at or self.parameters]
 
-        with torch.enable_grad(), not_compiled(), self._holding(values):
+        with torch.enable_grad(), not_compiled(), self.holding(values):
             # Elsewhere than at the parameters NaN is an answer: of a step that a scaler leaves out.
             loss = self.loss() if at is None else self._loss()
             # In here, as activation checkpointing runs the model again during the backward pass.
@@ -146,7 +149,7 @@ class Objective:
         return loss.detach(), self.complete(parts, loss)
 
     @contextmanager
-    def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
+    def holding(self, values: Sequence[Tensor]) -> Iterator[None]:
         """The model with other tensors in the places of its parameters."""
         self._put(values)
         try:
@@ -240,13 +243,16 @@ def objective(
     x: Any,
     y: Any,
     parameters: Iterable[Tensor] | None = None,
+    *,
+    matrix: Matrix = "hessian",
 ) -> Objective:
     """The loss as a function of the given parameters, or of all that are trainable.
 
     Raises:
-        ValueError: As :func:`trainable` and :func:`check_subset`; or if a lazy layer has seen no
-            data.
+        ValueError: As :func:`trainable` and :func:`check_subset`; if a lazy layer has seen no data,
+            or there is no such matrix.
     """
+    check_matrix(matrix)
     check_callable(criterion)
     inside = unwrap(model)
     check_initialized(inside)
@@ -255,12 +261,21 @@ def objective(
         wanted = check_subset(inside, parameters)
         others = [p for p in named.values() if id(p) not in wanted]
         named = {name: p for name, p in named.items() if id(p) in wanted}
-    return Objective(model, inside, criterion, ((x, y),), list(named), list(named.values()), others)
+    return Objective(
+        model,
+        inside,
+        criterion,
+        ((x, y),),
+        list(named),
+        list(named.values()),
+        others,
+        matrix=matrix,
+    )
 
 
-def graph(*values: Tensor) -> Iterator[Any]:
-    """The nodes of the graphs that lead to values, each once."""
-    ahead, seen = [value.grad_fn for value in values], set()
+def graph(*values: Tensor, until: Iterable[Any] = ()) -> Iterator[Any]:
+    """The nodes of the graphs that lead to values, each once; not beyond some of them."""
+    ahead, seen = [value.grad_fn for value in values], set(until)
     while ahead:
         node = ahead.pop()
         if node is not None and node not in seen:

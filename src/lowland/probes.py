@@ -81,7 +81,7 @@ class Estimate:
         loss, traces, squares = quadratic_forms(
             parts, directions, settings.products, average, disposable=True
         )
-        return loss, _moments(target.dim, traces, squares)
+        return loss, _moments(target, traces, squares)
 
 
 def probe_moments(
@@ -191,7 +191,7 @@ def loader_moments(
         )
     scale = 1 if is_sum(target.criterion) else 1 / samples
     values = [torch.stack(each) for each in zip(*map(_forms, totals, directions), strict=True)]
-    return _moments(target.dim, values[0] * scale, values[1] * scale**2)
+    return _moments(target, values[0] * scale, values[1] * scale**2)
 
 
 def _count(criterion: Criterion, x: Any, y: Any) -> float:
@@ -213,9 +213,15 @@ def _forms(product: Vector, direction: Vector) -> tuple[Tensor, Tensor]:
     return dot(product, direction), dot(product, product)
 
 
-def _moments(dim: int, traces: Tensor, squares: Tensor) -> HessianMoments:
-    errors = (_standard_error(traces), _standard_error(squares))
-    return HessianMoments(dim, traces.mean(), squares.mean(), stderr=errors, method=Estimate.name)
+def _moments(target: Objective, traces: Tensor, squares: Tensor) -> HessianMoments:
+    return HessianMoments(
+        target.dim,
+        traces.mean(),
+        squares.mean(),
+        stderr=(_standard_error(traces), _standard_error(squares)),
+        method=Estimate.name,
+        matrix=target.matrix,
+    )
 
 
 def _standard_error(values: Tensor) -> Tensor:

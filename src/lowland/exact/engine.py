@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation
 from lowland.exact.modules import read
 from lowland.exact.setup import Setup
@@ -38,6 +39,10 @@ class ExactEngine:
         Raises:
             UnsupportedModelError, TypeError, ValueError: As :func:`lowland.exact.modules.read`.
         """
+        if target.matrix != "hessian":
+            raise UnsupportedModelError(
+                f"the closed form gives the Hessian, not matrix={target.matrix!r}"
+            )
         x, y = target.batch
         with target.others_frozen():
             return cls(target, read(target.model, target.criterion, x, y), settings)

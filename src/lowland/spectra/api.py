@@ -13,6 +13,7 @@ from torch import nn
 
 from lowland._lanczos import need_scipy
 from lowland._limits import DENSE_LIMIT, DENSE_MEMORY
+from lowland.matrices import Matrix
 from lowland.spectra.result import Spectrum
 from lowland.spectra.solve import (
     Which,
@@ -48,6 +49,7 @@ class _Settings:
     restarts: int = 300
     seed: int = 0
     adaptive: bool = False
+    matrix: Matrix = "hessian"
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -95,6 +97,7 @@ def spectrum(
     restarts: int = 300,
     seed: int = 0,
     adaptive: bool = False,
+    matrix: Matrix = "hessian",
 ) -> Spectrum:
     r"""The spectrum of the Hessian of a trained model's loss, in its trainable parameters.
 
@@ -126,6 +129,9 @@ def spectrum(
         seed: Of the start vectors and the probes. No global generator is touched.
         adaptive: The spectrum of :math:`D H D` with :math:`D = \mathrm{diag}(|\theta|)` instead:
             curvature in steps relative to each parameter (see the notes).
+        matrix: ``"hessian"``; or ``"ggn"``, ``"fisher"`` or ``"residual"`` in its place, the
+            Gauss-Newton matrix, the Fisher matrix of the model's own predictive distribution, and
+            what the Hessian has beyond the Gauss-Newton matrix (:mod:`lowland.matrices`).
 
     Returns:
         The eigenvalues with residuals and eigenvectors, the trace, and the density if asked for.
@@ -134,6 +140,8 @@ def spectrum(
         ImportError: Without SciPy, ``pip install 'lowland[spectrum]'``, for ``"lanczos"``.
         TypeError: If the data has another form, the criterion returns no tensor, or ``k`` is no
             whole number.
+        UnsupportedModelError: If it is the Fisher matrix of a criterion that has none; or the model
+            is a ``DistributedDataParallel`` module.
         ValueError: If an argument is out of range, ``k`` exceeds the number of parameters, there is
             no trainable parameter, a layer is in training mode and behaves otherwise there, the
             data is empty, not finite, or other in each pass, the loss is not a finite scalar or has
@@ -195,6 +203,7 @@ def spectrum(
         restarts,
         seed,
         adaptive,
+        matrix,
     )
     with _prepared(model, criterion, data, settings) as surface:
         return _measure(surface, settings)
@@ -251,7 +260,8 @@ def layer_spectra(
 def _prepared(
     model: nn.Module, criterion: Callable[..., Any], data: Any, settings: _Settings
 ) -> Iterator[Surface]:
-    surface = replace(survey(model, criterion, data), adaptive=settings.adaptive)
+    surface = survey(model, criterion, data, settings.matrix)
+    surface = replace(surface, adaptive=settings.adaptive)
     with own_randomness(surface.device, settings.seed):
         yield surface
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowland._batches import as_batches, checked, digest, to_device
 from lowland.criteria import check_reduction, is_sum, mass, scalar_loss
 from lowland.errors import UnsupportedModelError
+from lowland.matrices import Matrix
 from lowland.objective import Objective, objective
 from lowland.passes import unsteady
 from lowland.products import hessian_products
@@ -104,7 +105,10 @@ class Surface:
         return total
 
     def operator(self) -> HessianOperator:
-        """``v -> H v`` at the parameters that the model has now; or ``D H D v``."""
+        """``v -> H v`` at the parameters that the model has now; or ``D H D v``.
+
+        ``H`` is the matrix that the objective means.
+        """
         return HessianOperator(self)
 
 
@@ -131,7 +135,12 @@ class HessianOperator:
         return torch.stack([surface.scaled(each) for each in flat], dim=1).view_as(vectors)
 
 
-def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Surface:
+def survey(
+    model: nn.Module,
+    criterion: Callable[..., Any],
+    data: object,
+    matrix: Matrix = "hessian",
+) -> Surface:
     """The surface of a model's loss, after a look at everything that its Hessian depends on.
 
     Raises:
@@ -142,7 +151,7 @@ def survey(model: nn.Module, criterion: Callable[..., Any], data: object) -> Sur
             devices, a layer draws random numbers or updates statistics, the data is empty, not
             finite or other in each pass, or the loss is no finite scalar with a graph.
     """
-    target = objective(model, criterion, None, None)
+    target = objective(model, criterion, None, None, matrix=matrix)
     if target.parallel:
         raise UnsupportedModelError(
             "the model is a DistributedDataParallel module, and each process would measure its own "

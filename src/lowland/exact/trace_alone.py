@@ -19,8 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowland.exact.blocks import multiplicity, pairs_of
-from lowland.exact.terms import Architecture, Data, ForwardPass, Matrices, Vectors, forward
-from lowland.losses import logit_derivatives
+from lowland.exact.terms import (
+    Architecture,
+    Data,
+    ForwardPass,
+    Matrices,
+    Vectors,
+    at_logits,
+    forward,
+)
 
 # A number for each sample.
 Scalars = Float[Tensor, "#networks samples"]
@@ -43,9 +50,7 @@ def _curvature_traces(
     """``Tr B_ll`` of each layer, from the logits down."""
     last = len(weights) - 1
     logits = passed.logits
-    residual, curvature = logit_derivatives(
-        arch.loss, logits.mT, data.y.to(logits.dtype), data.scale
-    )
+    residual, curvature = at_logits(arch, logits, data)
     g, separable = residual.mT, curvature.ndim == residual.ndim
     yield last, (curvature if separable else curvature.diagonal(dim1=-2, dim2=-1)).sum(-1)
     # J_lm by m. That of a neighbour is only formed where a layer further below is made of it.

@@ -9,6 +9,7 @@ from lowland import _moved
 if TYPE_CHECKING:
     from lowland import exact, weakness
     from lowland.auditing import Audit, audit
+    from lowland.diagonal import HessianDiagonal, hessian_diagonal
     from lowland.engines import hessian_moments
     from lowland.errors import UnsupportedModelError
     from lowland.moments import HessianMoments
@@ -24,11 +25,13 @@ _HOMES = {
     "HSR": "penalties",
     "SAM": "optimizers",
     "FlatnessAware": "penalties",
+    "HessianDiagonal": "diagonal",
     "HessianMoments": "moments",
     "HessianTrace": "penalties",
     "Spectrum": "spectra",
     "UnsupportedModelError": "errors",
     "audit": "auditing",
+    "hessian_diagonal": "diagonal",
     "hessian_moments": "engines",
     "layer_spectra": "spectra",
     "permute": "symmetry",
@@ -41,12 +44,14 @@ __all__ = [
     "SAM",
     "Audit",
     "FlatnessAware",
+    "HessianDiagonal",
     "HessianMoments",
     "HessianTrace",
     "Spectrum",
     "UnsupportedModelError",
     "audit",
     "exact",
+    "hessian_diagonal",
     "hessian_moments",
     "layer_spectra",
     "permute",

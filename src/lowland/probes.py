@@ -171,7 +171,7 @@ def loader_moments(
         )
     with frozen_statistics(target.model), target.others_frozen():
         for x, y in loader:
-            count = _count(target.criterion, x, y)
+            count = count_of(target.criterion, x, y)
             samples += count
             if not count:  # all of its targets are ignored
                 continue
@@ -194,7 +194,7 @@ def loader_moments(
     return _moments(target, values[0] * scale, values[1] * scale**2)
 
 
-def _count(criterion: Criterion, x: Any, y: Any) -> float:
+def count_of(criterion: Criterion, x: Any, y: Any) -> float:
     """What a batch counts; of targets that are no tensor nothing but their rows is known."""
     if isinstance(y, Tensor):
         return float(mass(criterion, y))

@@ -18,6 +18,7 @@ __all__ = [
     "OrderChoice",
     "Reduction",
     "Setup",
+    "diagonal",
     "hessian",
     "loss_gradient",
     "moments",
@@ -138,6 +139,38 @@ def trace(
     """
     setup = prepare(weights, x, y, activation, loss, reduction).of(matrix)
     return setup.trace(memory_budget)
+
+
+def diagonal(
+    weights: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    activation: Activations,
+    loss: str | Loss,
+    reduction: Reduction = "mean",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    matrix: ExactMatrix = "hessian",
+) -> tuple[Tensor, ...]:
+    """The exact diagonal of the Hessian, in time linear in samples and parameters alike.
+
+    Arguments and errors are those of :func:`moments`.
+
+    Returns:
+        For each layer what belongs to its weights, ``(*ensemble, inputs + 1, outputs)`` with that
+        of the biases in row 0; without a gradient. All together sum to :func:`trace`.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> x, y = torch.tensor([[-1.0], [2.0]]), torch.tensor([-1.0, 1.0])
+        >>> line = [torch.zeros(2, 1)]  # bias and slope of a linear model
+        >>> exact.diagonal(line, x, y, activation="identity", loss="mse")
+        (tensor([[2.],
+                [5.]]),)
+    """
+    setup = prepare(weights, x, y, activation, loss, reduction).of(matrix)
+    return setup.diagonal(memory_budget)
 
 
 def loss_gradient(

@@ -152,6 +152,14 @@ class Setup:
         first, _ = run_moments(self.trace_problem(memory_budget), self.weights)
         return first.view(self.ensemble)
 
+    def diagonal(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
+        """The diagonal of ``H``, as :func:`lowland.exact.diagonal` gives it."""
+        # The compiled code has its sum alone.
+        problem = replace(self, covered=False).trace_problem(memory_budget)
+        with torch.no_grad():
+            found = problem.on_torch(self.weights, TorchBackend.diagonal)
+        return self.shaped(join_layers(found, self.weights))
+
     def hessian(self) -> Tensor:
         """The matrices ``H``, as :func:`lowland.exact.hessian` gives them."""
         # The result is as large as the matrix; a budget beside it only sets the length of chunks.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lowland
@@ -32,18 +33,12 @@ def jacobian(model, x):
     """``J``, one first gradient for each output, and the outputs."""
     with frozen_statistics(model):
         outputs = model(x)
-    rows = [
-        flat(
-            torch.autograd.grad(
-                each,
-                trainable(model),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+    rows = []
+    for each in outputs.reshape(-1):
+        parts = torch.autograd.grad(
+            each, trainable(model), retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        for each in outputs.reshape(-1)
-    ]
+        rows.append(flat([part.to_dense() if part.is_sparse else part for part in parts]))
     return torch.stack(rows), outputs.detach()
 
 
@@ -561,6 +556,76 @@ def test_differences_where_there_is_no_other_way(generator):
         torch.testing.assert_close(found[0].trace_sq, found[1].trace_sq, rtol=1e-4, atol=1e-5)
         with pytest.raises(RuntimeError, match="products='autograd'"):
             (CROSS_ENTROPY(model(x), y) + found[0].trace).backward()
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x):
+        return self[2](checkpoint(self[1], self[0](x), use_reentrant=False))
+
+
+def masked(x):
+    return x.masked_fill(torch.tensor([False, False, True]), -math.inf)
+
+
+class Lambda(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+WORDS = torch.arange(24).view(8, 3) % 5
+UNUSUAL = {
+    "a second derivative that PyTorch has not": lambda: (
+        nn.Sequential(nn.Linear(4, 6), nn.Hardsigmoid(), nn.Linear(6, 2)), None
+    ),
+    "a second derivative that PyTorch has wrong": lambda: (
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh()), None
+    ),
+    "sparse gradients": lambda: (
+        nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2)), WORDS
+    ),
+    "infinite logits": lambda: (nn.Sequential(nn.Linear(4, 3), Lambda(masked)), None),
+    "checkpoints": lambda: (Checkpointed(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), None),
+    "groups": lambda: (
+        nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.SiLU(), nn.Linear(6, 2)), None
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("method", ["dense", "probes"])
+def test_unusual_models(name, method, generator):
+    torch.manual_seed(0)
+    model, words = UNUSUAL[name]()
+    model.double()
+    x, y = torch.randn(8, 4).double() if words is None else words, torch.arange(8) % 2
+    rows, outputs = jacobian(model, x)
+    inside = torch.func.hessian(lambda z: CROSS_ENTROPY(z, y))(outputs).view(len(rows), -1)
+    expected = rows.T @ inside @ rows
+    with torch.no_grad():
+        found = moments(
+            model, CROSS_ENTROPY, x, y, "ggn", method=method, probes=5, generator=generator
+        )
+    if method == "probes":
+        generator.manual_seed(0)
+        vectors = torch.stack([flat(rademacher(trainable(model), generator)) for _ in range(5)])
+        expected = vectors @ expected
+        torch.testing.assert_close(found.trace, (expected * vectors).sum(1).mean())
+        torch.testing.assert_close(found.trace_sq, expected.square().sum(1).mean())
+        return
+    torch.testing.assert_close(found.trace, expected.trace())
+    torch.testing.assert_close(found.trace_sq, expected.square().sum())
+
+
+def test_outputs_that_the_criterion_does_not_look_at_may_be_anything():
+    torch.manual_seed(0)
+    layer, x, y = nn.Linear(4, 2).double(), torch.randn(8, 4).double(), torch.arange(8) % 2
+    model = nn.Sequential(layer, Lambda(lambda z: {"logits": z, "other": (0 * z).log()}))
+    found = moments(model, lambda out, y: CROSS_ENTROPY(out["logits"], y), x, y, "ggn")
+    torch.testing.assert_close(found.trace, gauss_newton(layer, CROSS_ENTROPY, x, y).trace())
 
 
 # All calls

@@ -14,9 +14,11 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import compress
 from typing import Any, TypeGuard
 
 import torch
@@ -40,7 +42,7 @@ class Split:
 
     Attributes:
         loss: The loss itself, with its graph to the parameters.
-        outputs: All tensors of the model's output that depend on something.
+        outputs: All tensors of the model's output that the criterion depends on.
         nodes: Those of the criterion's own graph, from the outputs on.
 
     Raises:
@@ -54,8 +56,11 @@ class Split:
         self._again = remember_randomness([part.device])
         reader = _Reader(part)
         self.loss = replace(part, criterion=reader).loss()
-        self.outputs = reader.outputs
-        self._slopes = reader.slopes(scale)
+        # Of outputs that the criterion does not look at, nothing may depend on what they are.
+        slopes = reader.slopes(scale)
+        self._used = [slope is not None for slope in slopes]
+        self.outputs = list(compress(reader.outputs, self._used))
+        self._slopes = [slope for slope in slopes if slope is not None]
         self.nodes = reader.nodes
 
     def product(self, direction: Sequence[Tensor], *, wanted: bool) -> list[Tensor]:
@@ -100,12 +105,14 @@ class Split:
         part = self.part
         reader = _Reader(part)
         try:
-            with self._again(), frozen_statistics(part.model), forward_ad.dual_level():
+            with self._again(), frozen_statistics(part.model), _forward_mode():
                 pairs = zip(part.parameters, direction, strict=True)
                 with part.holding([forward_ad.make_dual(p, v) for p, v in pairs]):
-                    x, y = part.batch
-                    reader(part.model(x), y)
-                tangents = [forward_ad.unpack_dual(each).tangent for each in reader.outputs]
+                    reader.read(part.model(part.batch[0]))
+                outputs = compress(reader.outputs, self._used)
+                tangents = [forward_ad.unpack_dual(each).tangent for each in outputs]
+                if all(each is None for each in tangents):
+                    raise RuntimeError("forward mode does not reach the outputs")  # noqa: TRY301
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -133,16 +140,19 @@ class _Reader:
     def __init__(self, part: Objective) -> None:
         self.part = part
 
-    def __call__(self, output: Any, y: Any) -> Tensor:
-        criterion = self.part.criterion
+    def read(self, output: Any) -> Any:
+        """What is handed on in the place of a model's output."""
         leaves, form = _pytree.tree_flatten(output)
         # As outputs of their own: one may be made of another, as logits are of features.
         leaves = [leaf.view_as(leaf) if _is_output(leaf) else leaf for leaf in leaves]
-        self.outputs = [leaf for leaf in leaves if _is_output(leaf)]
-        self._given = leaves, form, y
+        self.outputs = list(filter(_is_output, leaves))
+        self._given = leaves, form
         # A criterion may write over what it gets.
         copies = [leaf.clone() if _is_output(leaf) else leaf for leaf in leaves]
-        output = _pytree.tree_unflatten(copies, form)
+        return _pytree.tree_unflatten(copies, form)
+
+    def __call__(self, output: Any, y: Any) -> Tensor:
+        criterion, output, self._y = self.part.criterion, self.read(output), y
         loss = self.curved = scalar_loss(criterion, output, y)
         if self.part.matrix == "fisher":
             expected: Criterion = likelihood(criterion, y)
@@ -150,8 +160,8 @@ class _Reader:
                 self.curved = expected(output, as_target(criterion, output, y))
         return loss
 
-    def slopes(self, scale: float = 1.0) -> tuple[Tensor, ...]:
-        """The criterion's derivatives in the outputs, with their graph.
+    def slopes(self, scale: float = 1.0) -> tuple[Tensor | None, ...]:
+        """The criterion's derivatives in the outputs, with their graph; None for those not used.
 
         Raises:
             ValueError: If it knows the parameters by another way, or has no curvature.
@@ -162,39 +172,37 @@ class _Reader:
         named = zip(part.names, part.parameters, strict=True)
         if beside := [name for name, p in named if id(p) in variables]:
             raise ValueError(_BESIDE.format(", ".join(beside)))
-        found = grad(
-            scale * self.curved,
-            self.outputs,
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        found = grad(scale * self.curved, self.outputs, create_graph=True, allow_unused=True)
         if part.matrix == "ggn" and self._is_linear(found):
             raise ValueError(_LINEAR.format(name_of(part.criterion)))
         return found
 
-    def _is_linear(self, slopes: Sequence[Tensor]) -> bool:
+    def _is_linear(self, slopes: Sequence[Tensor | None]) -> bool:
         """Whether the criterion is: without curvature here, and of the same slopes far away.
 
         So is not one that is linear in pieces, as HuberLoss far from its targets.
         """
-        bent = [(each, torch.ones_like(each)) for each in slopes if each.requires_grad]
+        bent = [(each, torch.ones_like(each)) for each in slopes if _is_output(each)]
         if any(bool(each.any()) for each in _pulled(bent, self.outputs, wanted=False)):
             return False
-        leaves, form, y = self._given
         far = 1e3 * (1 + max(float(each.detach().abs().max()) for each in self.outputs))
-        for shift in (far, -far):
-            away = [
-                (leaf.detach() + shift).requires_grad_() if _is_output(leaf) else leaf
-                for leaf in leaves
-            ]
-            moved = [leaf for leaf in away if _is_output(leaf)]
-            copies = [leaf.clone() if _is_output(leaf) else leaf for leaf in away]
-            loss = scalar_loss(self.part.criterion, _pytree.tree_unflatten(copies, form), y)
-            there = grad(loss, moved, allow_unused=True, materialize_grads=True)
-            if not all(map(torch.equal, there, slopes)):
-                return False
-        return True
+        again = remember_randomness([self.part.device])
+        return all(
+            _equal(each, other)
+            for shift in (far, -far)
+            for each, other in zip(slopes, self._slopes_at(shift, again), strict=True)
+        )
+
+    def _slopes_at(
+        self, shift: float, again: Callable[[], AbstractContextManager[None]]
+    ) -> tuple[Tensor | None, ...]:
+        """The criterion's derivatives at outputs that are all so much larger."""
+        leaves, form = self._given
+        away = [(p.detach() + shift).requires_grad_() if _is_output(p) else p for p in leaves]
+        copies = [leaf.clone() if _is_output(leaf) else leaf for leaf in away]
+        with again():
+            loss = scalar_loss(self.part.criterion, _pytree.tree_unflatten(copies, form), self._y)
+        return grad(loss, list(filter(_is_output, away)), allow_unused=True)
 
 
 class _Surrogate:
@@ -217,7 +225,7 @@ class _Surrogate:
 
     def __init__(self, part: Objective) -> None:
         self.part, self._reader = part, _Reader(part)
-        self._slopes: list[Tensor] = []
+        self._slopes: list[Tensor | None] = []
 
     def __call__(self, output: Any, y: Any) -> Tensor:
         reader = self._reader
@@ -226,9 +234,9 @@ class _Surrogate:
             return loss
         if not self._slopes:
             self.loss = loss.detach()
-            self._slopes = [each.detach() for each in reader.slopes()]
+            self._slopes = [None if s is None else s.detach() for s in reader.slopes()]
         pairs = zip(self._slopes, reader.outputs, strict=True)
-        linear = torch.stack([(slope * z).sum() for slope, z in pairs]).sum()
+        linear = torch.stack([(slope * z).sum() for slope, z in pairs if slope is not None]).sum()
         return linear if self.part.matrix == "residual" else reader.curved - linear
 
 
@@ -238,9 +246,22 @@ def surrogate(part: Objective) -> tuple[Objective, _Surrogate]:
     return replace(part, criterion=criterion, matrix="hessian"), criterion
 
 
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """Forward mode, within a ``torch.autograd.Function`` too, where PyTorch switches it off."""
+    with forward_ad._set_fwd_grad_enabled(mode=True), forward_ad.dual_level():  # noqa: SLF001
+        yield
+
+
 def _is_output(leaf: object) -> TypeGuard[Tensor]:
     """Whether a part of a model's output is a tensor that depends on something."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 def _first_line(error: RuntimeError) -> str:
@@ -262,7 +283,7 @@ def _pulled(
         allow_unused=True,
         materialize_grads=True,
     )
-    return list(found)
+    return [each.to_dense() if each.is_sparse else each for each in found]
 
 
 _LINEAR = (
@@ -277,12 +298,12 @@ _VALUES_ALONE = (
 )
 _BESIDE = (
     "the criterion knows {} by another way than the tensors of the model's output (a penalty on "
-    "weights, or an output that is neither a tensor nor a tuple, list or dict of tensors), and the "
-    "Gauss-Newton matrix splits a loss at that output: leave it out of the criterion, or let the "
-    "model return tensors"
+    "weights, or an output that is neither a real tensor nor a tuple, list or dict of these), and "
+    "the Gauss-Newton matrix splits a loss at that output: leave it out of the criterion, or let "
+    "the model return tensors"
 )
 _NO_JACOBIAN = (
     "products with the Gauss-Newton matrix need the derivative of the model's outputs in one "
     "direction, by a gradient that can be differentiated or in forward mode, and this model has "
-    "neither: {}; {}\nUse products='differences', which needs gradients alone"
+    "neither: {}; {}\nUse method='probes' with products='differences', which needs gradients alone"
 )

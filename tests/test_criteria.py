@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from any_models import differences, error, flat
+from any_models import differences_of_loss, error, flat
 from cases import OF_ONES_OWN
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,7 +95,7 @@ def by_all_engines(model, criterion, x, y):
 
 
 def agree(model, criterion, x, y, loss_of):
-    matrix = differences(model, loss_of)
+    matrix = differences_of_loss(model, loss_of)
     for name, trace, square in by_all_engines(model, criterion, x, y):
         assert error(trace, matrix.trace()) < 1e-6, name
         assert error(square, matrix.square().sum()) < 1e-6, name

@@ -33,7 +33,7 @@ def test_former_words_mean_the_present_ones(old, new):
     ("settings", "error", "message"),
     [
         ({"probes": 0}, ValueError, "probes must be a whole number of at least 1; got 0"),
-        ({"products": "x"}, ValueError, "unknown products 'x': expected 'autograd' or 'diff"),
+        ({"products": "x"}, ValueError, "unknown products 'x': expected 'auto', 'autograd' or"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator; got 3"),
         ({"memory_budget": "1GB"}, TypeError, "memory_budget must be a number of bytes"),
         ({"memory_budget": float("nan")}, ValueError, "must be a finite number of bytes; got nan"),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lowland.passes import frozen_statistics, remember_randomness
+from lowland.passes import frozen_statistics, remember_randomness, remember_state
 
 KINDS = {
     "batch": lambda: nn.BatchNorm2d(3),
@@ -98,7 +98,7 @@ def test_recomputation_inside_leaves_the_statistics_too(reentrant):
 
 
 @pytest.mark.parametrize("kind", ["batch", "instance"])
-def test_a_compiled_model_is_compiled_once_for_each_way_of_running(kind):
+def test_a_compiled_model_is_compiled_once(kind):
     graphs = []
 
     def backend(graph, inputs):
@@ -113,7 +113,86 @@ def test_a_compiled_model_is_compiled_once_for_each_way_of_running(kind):
         with frozen_statistics(compiled):
             compiled(images(1))
         torch.testing.assert_close(buffers(model), before, rtol=0, atol=0)
-    assert len(graphs) == 2
+    assert len(graphs) == 1
+
+
+class Counting(nn.Module):
+    """Writes to its state in each way that there is: in place, anew, and as a plain number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(()), persistent=False)
+        self.register_buffer("late", None)
+        self.calls = 0
+
+    def forward(self, x):
+        self.steps += 1
+        self.total = self.total + x.detach().sum()
+        self.late = self.total.clone()
+        if not hasattr(self, "cache"):
+            self.register_buffer("cache", x.detach().mean())
+        self.calls += 1
+        return self.scale * x * (self.steps + self.calls)
+
+
+def state_of(model):
+    held = {name: value.clone() for name, value in model.named_buffers()}
+    return held, [module.calls for module in model.modules() if hasattr(module, "calls")]
+
+
+def counting():
+    return nn.Sequential(Counting(), nn.Linear(3, 3))
+
+
+def spectral():
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+
+
+def former_spectral():
+    return nn.utils.spectral_norm(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("make", [counting, spectral, former_spectral])
+def test_whatever_a_forward_pass_writes_to_is_as_before(make):
+    model = make()
+    before = state_of(model)
+    with frozen_statistics(model):
+        first, _ = (model(torch.ones(2, 3)) for _ in range(2))
+    torch.testing.assert_close(state_of(model), before, rtol=0, atol=0)
+    torch.testing.assert_close(model(torch.ones(2, 3)), first, rtol=0, atol=0)
+
+
+def test_a_remembered_state_comes_again_any_number_of_times():
+    model = counting()
+    again = remember_state(model)
+    outputs = [model(torch.ones(2, 3))]
+    model(torch.ones(2, 3))
+    now = state_of(model)
+    for _ in range(2):
+        with again():
+            outputs.append(model(torch.ones(2, 3)))
+    torch.testing.assert_close(state_of(model), now, rtol=0, atol=0)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_a_buffer_under_two_names_stays_one():
+    model = nn.Sequential(Counting(), Counting())
+    model[1].steps = model[0].steps
+    with frozen_statistics(model):
+        model(torch.ones(2))
+        assert model[0].steps is model[1].steps
+        assert int(model[0].steps) == 2
+    assert int(model[0].steps) == 0
+
+
+def test_scripted_modules_are_given_their_values_back():
+    model = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)))
+    before = buffers(model)
+    with frozen_statistics(model):
+        model(torch.randn(4, 3))
+    torch.testing.assert_close(buffers(model), before, rtol=0, atol=0)
 
 
 def test_random_numbers_come_again_any_number_of_times():

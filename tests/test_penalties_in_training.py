@@ -470,7 +470,7 @@ def test_parameters_of_another_model(method):
     ("settings", "message"),
     [
         ({"probes": 0}, "probes must be a whole number of at least 1; got 0"),
-        ({"products": "x"}, "unknown products 'x': expected 'autograd' or 'differences'"),
+        ({"products": "x"}, "unknown products 'x': expected 'auto', 'autograd' or 'differences'"),
         ({"every": 0}, "every must be a whole number of at least 1; got 0"),
         ({"every": 1.5}, "every must be a whole number of at least 1; got 1.5"),
         ({"active": (3, 3)}, r"active must be \(start, stop\).*got \(3, 3\)"),

@@ -199,7 +199,7 @@ def test_settings_that_make_no_sense():
     for probes in (0, -1, 1.5):
         with pytest.raises(ValueError, match="probes must be a whole number of at least 1; got"):
             probe_moments(model, CROSS_ENTROPY, x, y, probes=probes)
-    with pytest.raises(ValueError, match="unknown products 'x': expected 'autograd' or"):
+    with pytest.raises(ValueError, match="unknown products 'x': expected 'auto', 'autograd' or"):
         loader_moments(model, CROSS_ENTROPY, [(x, y)], products="x")
     for parameters in ([nn.Linear(2, 2).weight], []):
         with pytest.raises(ValueError, match="parameters= must be trainable parameters of the mod"):

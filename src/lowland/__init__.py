@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lowland.penalties import HSR, FlatnessAware, HessianTrace
     from lowland.spectra import Spectrum, layer_spectra, spectrum
     from lowland.symmetry import permute, rescale
+    from lowland.verification import unchecked
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _HOMES = {
     "permute": "symmetry",
     "rescale": "symmetry",
     "spectrum": "spectra",
+    "unchecked": "verification",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "permute",
     "rescale",
     "spectrum",
+    "unchecked",
     "weakness",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -128,3 +128,19 @@ def tensors(value: object) -> Iterator[Tensor]:
 
 def _kind(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__name__}"
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A value with another tensor in the place of each that it holds; itself if it holds none."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) is dict:
+        return {key: mapped(function, part) for key, part in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(mapped(function, part) for part in value)
+    return value
+
+
+def head(value: Any, count: int) -> Any:
+    """The first rows of each tensor that a value holds; sparse ones may refuse."""
+    return mapped(lambda tensor: tensor[:count] if tensor.ndim else tensor, value)

@@ -12,10 +12,10 @@ and a row of ``H`` with the row of ``C`` gives one term of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,17 @@ from torch.autograd import Function, grad
 
 from lowland._batches import tensors
 from lowland._limits import DENSE_MEMORY
+from lowland._precision import best_precision
 from lowland.criteria import Criterion
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation
+from lowland.gauss_newton import surrogate
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, may_look, objective
-from lowland.passes import frozen_statistics, remember_randomness
-from lowland.products import Curvature, Vector, curvature_of, dot
+from lowland.passes import remember
+from lowland.products import NO_GRADIENT, Curvature, Vector, curvature_of, dot, relative_step
 from lowland.validation import check_values
+from lowland.verification import routed, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +42,16 @@ class BruteForce:
 
     Attributes:
         target: The loss.
-        settings: Nothing of them matters here but that the samples are all there are.
+        settings: How rows of the matrix are found, by derivatives or by differences of gradients,
+            these in double precision; and that the samples are all there are.
         memory_limit: Bytes that the matrix may take.
+        name: What the moments say that they are found by.
     """
 
     target: Objective
     settings: Estimation
     memory_limit: int = DENSE_MEMORY
-    name: ClassVar[Literal["dense"]] = "dense"
+    name: str = "dense"
 
     def moments(self, count: int = 2) -> HessianMoments:
         """The moments, to rounding; running statistics of normalizations stay as they are.
@@ -55,16 +60,18 @@ class BruteForce:
             UnsupportedModelError: If the data set's moments are to be estimated from a batch.
             ValueError, RuntimeError: As :func:`dense_hessian`.
         """
+        return self._moments(self._frame(), count)
+
+    def _moments(self, frame: _Frame, count: int) -> HessianMoments:
         if self.settings.unbiased:
             raise UnsupportedModelError(
                 "unbiased=True needs the closed form or probes, which see some samples apart "
                 "from others; brute force sees their mean alone"
             )
+        self._check()
         if self.target.data_require_grad:  # only a whole graph leads to them
-            powers = _powers(self.hessian(), count)
+            powers = _powers(frame.matrix(wanted=torch.is_grad_enabled()), count)
         else:
-            self._check()
-            frame = _Frame(self.target)
             powers = _Powers.apply(frame, count, *self.target.parameters)  # type: ignore[no-untyped-call]
         higher = None if count < 4 else (powers[2], powers[3])
         return HessianMoments(
@@ -77,13 +84,23 @@ class BruteForce:
         )
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
-        """The model's own loss beside them."""
-        return self.target.step_loss(), self.moments(count)
+        """The model's own loss beside them, from the same state and random numbers."""
+        frame = self._frame()
+        return self.target.step_loss(), self._moments(frame, count)
 
     def hessian(self) -> Tensor:
         """The matrix, with its graph if gradients are enabled; errors as :func:`dense_hessian`."""
         self._check()
-        return _Frame(self.target).matrix(wanted=torch.is_grad_enabled())
+        return self._frame().matrix(wanted=torch.is_grad_enabled())
+
+    def _frame(self) -> _Frame:
+        frame = _Frame(self.target, routed(self.target, self.settings))
+        if frame.by_differences and self.target.data_require_grad:
+            raise UnsupportedModelError(
+                "x or y asks for gradients, to which differences of gradients in the parameters do "
+                "not lead; use x.detach(), or products='autograd'"
+            )
+        return frame
 
     def _check(self) -> None:
         for label, data in zip("xy", self.target.batch, strict=True):
@@ -105,12 +122,14 @@ class _Frame:
 
     Args:
         target: The loss.
+        settings: How rows of the matrix are found.
     """
 
-    def __init__(self, target: Objective) -> None:
+    def __init__(self, target: Objective, settings: Estimation) -> None:
         self.target = target
+        self.by_differences = settings.products == "differences"
         kind = target.device.type
-        self.same_randomness = remember_randomness([target.device])
+        self.again = remember(target.model, target.device)
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     @contextmanager
@@ -118,9 +137,8 @@ class _Frame:
         """What is multiplied by unit vectors, the same at each call."""
         target, (enabled, dtype) = self.target, self.autocast
         with ExitStack() as stack:
-            stack.enter_context(frozen_statistics(target.model))
+            stack.enter_context(self.again())
             stack.enter_context(target.others_frozen())
-            stack.enter_context(self.same_randomness())
             stack.enter_context(torch.autocast(target.device.type, enabled=enabled, dtype=dtype))
             yield stack.enter_context(curvature_of(target))
 
@@ -139,6 +157,8 @@ class _Frame:
 
     def matrix(self, *, wanted: bool) -> Tensor:
         """``H``."""
+        if self.by_differences:
+            return self._matrix_by_differences()
         with self.curvature() as curvature:
             rows = [_flat(row) for row in self.rows(curvature, wanted=wanted)]
         matrix = torch.stack(rows)
@@ -149,14 +169,14 @@ class _Frame:
 
     def contracted(self, coefficients: Tensor) -> Vector:
         r""":math:`\nabla \langle C, H \rangle`, row by row."""
+        if self.by_differences:
+            return self._contracted_by_differences(coefficients)
         parameters = self.target.parameters
         total = [torch.zeros_like(p) for p in parameters]
-        sizes = [p.numel() for p in parameters]
         with self.curvature() as curvature:
             rows = self.rows(curvature, wanted=True)
             for row, slopes in zip(rows, coefficients, strict=True):
-                parts = [s.view_as(p) for s, p in zip(slopes.split(sizes), parameters, strict=True)]
-                value = dot(row, parts)
+                value = dot(row, _like(parameters, slopes))
                 if value.requires_grad:
                     found = grad(
                         value,
@@ -167,6 +187,53 @@ class _Frame:
                     )
                     torch._foreach_add_(total, list(found))
         return total
+
+    @contextmanager
+    def _gradients(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The gradient as a function of all parameters, flat; in double precision if possible."""
+        target = self.target
+        with self.again(), target.others_frozen(), best_precision(target) as wide:
+            again = remember(wide.model, wide.device)
+            # Of another matrix than the Hessian the first gradient has to be at the parameters.
+            found = wide if wide.matrix == "hessian" else surrogate(wide)[0]
+
+            def gradient(at: Tensor) -> Tensor:
+                with again():
+                    return _flat(found.gradient(_like(wide.parameters, at))[1])
+
+            yield gradient
+
+    def _matrix_by_differences(self) -> Tensor:
+        """``H`` by central differences of gradients."""
+        with self._gradients() as gradient:
+            start = _flat([p.detach() for p in self.target.parameters]).double()
+            steps = relative_step(gradient(start).dtype) / 10 * start.abs().clamp(min=_scale(start))
+            matrix = torch.stack(
+                [
+                    (gradient(start + way) - gradient(start - way)).double() / (2 * step)
+                    for way, step in zip(torch.diag(steps), steps, strict=True)
+                ]
+            )
+        return ((matrix + matrix.T) / 2).to(self.target.parameters[0].dtype)
+
+    def _contracted_by_differences(self, coefficients: Tensor) -> Vector:
+        r""":math:`\nabla \langle C, H \rangle` by second differences along C's eigenvectors."""
+        if self.target.matrix != "hessian":
+            raise RuntimeError(NO_GRADIENT)
+        parameters = self.target.parameters
+        weights, vectors = torch.linalg.eigh(coefficients.double())
+        with self._gradients() as gradient:
+            start = _flat([p.detach() for p in parameters]).double()
+            here = gradient(start)
+            step = torch.finfo(here.dtype).eps ** 0.25 * _scale(start)
+            total = torch.zeros_like(start)
+            for weight, vector in zip(weights, vectors.T, strict=True):
+                way = step * vector
+                bend = gradient(start + way) - 2 * here + gradient(start - way)
+                total += weight * bend.double() / step**2
+        return [
+            part.to(p.dtype) for part, p in zip(_like(parameters, total), parameters, strict=True)
+        ]
 
 
 class _Powers(Function):
@@ -184,10 +251,13 @@ class _Powers(Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         matrix, *_ = ctx.saved_tensors
         parameters = ctx.frame.target.parameters
-        if torch.is_grad_enabled():  # of the gradient, too, there shall be a gradient
+        # Of the gradient, too, there shall be a gradient.
+        if torch.is_grad_enabled() and not ctx.frame.by_differences:
             powers = _powers(ctx.frame.matrix(wanted=True), ctx.count)
             found = grad(powers, parameters, slopes, create_graph=True, materialize_grads=True)
             return None, None, *found
+        if not ctx.frame.by_differences:
+            verify(ctx.frame.target, 3)
         coefficients = 2 * slopes[1] * matrix
         coefficients.diagonal().add_(slopes[0])
         if ctx.count > 2:
@@ -224,6 +294,16 @@ def _check_symmetric(matrix: Tensor) -> None:
 
 def _flat(parts: Vector) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _like(parts: Sequence[Tensor], flat: Tensor) -> Vector:
+    split = flat.split([part.numel() for part in parts])
+    return [new.view_as(part).to(part.dtype) for new, part in zip(split, parts, strict=True)]
+
+
+def _scale(parameters: Tensor) -> float:
+    """The usual size of a parameter; 1 where all are zero."""
+    return float(parameters.square().mean().sqrt()) or 1.0
 
 
 def dense_hessian(

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,13 +28,14 @@ from lowland.estimation import Estimation, Products
 from lowland.exact.engine import ExactEngine
 from lowland.matrices import Matrix
 from lowland.objective import Objective, objective
-from lowland.passes import frozen_statistics, remember_randomness, unsteady
+from lowland.passes import remember, unsteady
 from lowland.probes import count_of, rademacher
-from lowland.products import Vector, curvature_of, hessian_products
+from lowland.products import Vector, hessian_products
+from lowland.verification import is_random, routed
 
 Method = Literal["auto", "exact", "dense", "probes"]
 
-_AT_ONCE = 8  # directions whose products by differences share the gradient at the parameters
+_AT_ONCE = 8  # directions whose products share one graph, and which are held at a time
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class HessianDiagonal:
             single direction; None where the values are exact.
         trace_stderr: The standard error of :attr:`trace`, None where it is exact. It is no sum of
             the others, since a direction's errors go together.
-        method: The engine that found them: ``"exact"``, ``"dense"`` or ``"probes"``.
+        method: The engine that found them: ``"exact"``, ``"dense"`` or ``"probes"``, or these
+            with ``", differences"`` behind them where there were no derivatives.
         matrix: Which matrix it is the diagonal of (:mod:`lowland.matrices`).
 
     Example:
@@ -97,7 +97,7 @@ def hessian_diagonal(
     method: Method = "auto",
     *,
     probes: int = DEFAULT_PROBES,
-    products: Products = "autograd",
+    products: Products = "auto",
     generator: Generator | None = None,
     parameters: Iterable[Tensor] | None = None,
     matrix: Matrix = "hessian",
@@ -118,7 +118,8 @@ def hessian_diagonal(
             covers the model, brute force up to a few thousand parameters, and probes beyond.
         probes: How many, for ``"probes"``. Standard errors fall with their square root. Each batch
             of a loader draws its own.
-        products: For ``"probes"``, ``"autograd"`` or ``"differences"`` of gradients.
+        products: Where there is no closed form, ``"autograd"``, ``"differences"`` of gradients, or
+            ``"auto"``, as for :func:`lowland.hessian_moments`.
         generator: Of the probes' signs; without one PyTorch's own is used.
         parameters: Those that are meant, if not all that are trainable.
         matrix: ``"hessian"``, or ``"ggn"``, ``"fisher"`` or ``"residual"`` in its place
@@ -168,10 +169,11 @@ def hessian_diagonal(
             "data; give model.module and the whole data set in one process"
         )
     batches = [(1.0, target)] if y is not None else _counted(target, x)
-    find: _Way | None = None
+    find, name = None, ""
     total, counted = _Found([torch.zeros_like(p) for p in target.parameters]), 0.0
     for count, part in batches:
-        find = find or _choose(part, method, settings)
+        if find is None:
+            find, settings, name = _choose(part, method, settings)
         total.add(find(part, settings), count)
         counted += count
     if find is None:
@@ -180,7 +182,7 @@ def hessian_diagonal(
             "that counts; an iterator, which can be gone through once, may be used up"
         )
     scale = 1 if y is None and is_sum(criterion) else 1 / counted
-    return total.result(target, _NAMES[find], scale)
+    return total.result(target, name, scale)
 
 
 class _Found:
@@ -237,17 +239,24 @@ def _counted(target: Objective, loader: Any) -> Iterator[tuple[float, Objective]
             yield count, target.on(there)
 
 
-def _choose(part: Objective, method: Method, settings: Estimation) -> _Way:
-    """How the diagonal is found, by a look at the first batch."""
-    if method == "auto":
+def _choose(part: Objective, method: Method, settings: Estimation) -> tuple[_Way, Estimation, str]:
+    """How the diagonal is found, with which settings, and what that is called; by one batch."""
+    if method in ("auto", "exact"):
         try:
             ExactEngine.read(part, settings)
         except UnsupportedModelError:
-            # Of layers that are others in each call a matrix would be of one draw.
-            steady = not any(map(unsteady, part.model.modules()))
-            return _by_matrix if steady and part.dim <= DENSE_LIMIT else _by_probes
-        return _by_closed_form
-    return next(way for way, name in _NAMES.items() if name == method)
+            if method == "exact":
+                raise
+        else:
+            return _by_closed_form, settings, "exact"
+    chosen = routed(part, settings)
+    fell_through = settings.products == "auto" and chosen.products == "differences"
+    suffix = ", differences" if fell_through else ""
+    # Of layers that are others in each call a matrix would be of one draw.
+    small = part.dim <= DENSE_LIMIT and not any(map(unsteady, part.model.modules()))
+    if method == "dense" or (method == "auto" and small and not is_random(part)):
+        return _by_matrix, chosen, f"dense{suffix}"
+    return _by_probes, chosen, f"probes{suffix}"
 
 
 def _by_closed_form(part: Objective, settings: Estimation) -> _Found:
@@ -269,24 +278,21 @@ def _by_matrix(part: Objective, settings: Estimation) -> _Found:
 
 
 def _by_probes(part: Objective, settings: Estimation) -> _Found:
-    drawn = (
-        rademacher(part.parameters, settings.generator, part.outer) for _ in range(settings.probes)
-    )
-    average = _Average(part)
-    with frozen_statistics(part.model), part.others_frozen():
-        if settings.products == "autograd":
-            with curvature_of(part) as curvature:
-                for direction in drawn:
-                    average.add(direction, curvature.product(direction, wanted=False))
-            return average.found()
-        again = None  # for the same masks of dropout, of other random numbers than the signs
-        while some := list(islice(drawn, _AT_ONCE)):
-            same = again() if again else nullcontext()
-            again = again or remember_randomness([part.device])
-            with same:
-                products = hessian_products(part, some, settings.products)
-            for direction, product in zip(some, products, strict=True):
-                average.add(direction, product)
+    generator = settings.generator
+    if generator is None:  # one of its own: the model's passes all start from the same numbers
+        generator = Generator().manual_seed(int(torch.randint(1 << 62, ())))
+    again = remember(part.model, part.device)
+    average, seen = _Average(part), 0
+    while seen < settings.probes:
+        some = [
+            rademacher(part.parameters, generator, part.outer)
+            for _ in range(min(_AT_ONCE, settings.probes - seen))
+        ]
+        seen += len(some)
+        with again(), part.others_frozen():
+            products = hessian_products(part, some, settings.products)
+        for direction, product in zip(some, products, strict=True):
+            average.add(direction, product)
     return average.found()
 
 
@@ -319,10 +325,3 @@ class _Average:
             return _Found(self.mean, unknown, torch.full_like(traces[0], math.nan))
         variances = list(torch._foreach_div(self.apart, (count - 1) * count))  # noqa: SLF001
         return _Found(self.mean, variances, traces.var() / count)
-
-
-_NAMES: dict[_Way, str] = {
-    _by_closed_form: "exact",
-    _by_matrix: "dense",
-    _by_probes: "probes",
-}

@@ -25,6 +25,7 @@ from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, objective
 from lowland.passes import unsteady
 from lowland.probes import Estimate, loader_moments
+from lowland.verification import Order, is_random, routed
 
 
 @runtime_checkable
@@ -62,7 +63,7 @@ def hessian_moments(
     method: Method = "auto",
     *,
     probes: int = DEFAULT_PROBES,
-    products: Products = "autograd",
+    products: Products = "auto",
     generator: Generator | None = None,
     parameters: Iterable[Tensor] | None = None,
     matrix: Matrix = "hessian",
@@ -88,9 +89,13 @@ def hessian_moments(
             force by automatic differentiation. ``"auto"`` takes the closed form where it covers the
             model, ``x`` and ``y`` ask for no gradients, and it is not dearer than the probes; else
             brute force up to a few thousand parameters, and probes beyond. The result says which
-            it was. Or what makes an engine of your own: see :class:`Engine`.
+            it
+            was, with ``", differences"`` behind it where there were no derivatives. Or what makes
+            an engine of your own: see :class:`Engine`.
         probes: How many, for ``"probes"``. Standard errors fall with their square root.
-        products: For ``"probes"``, ``"autograd"`` or ``"differences"`` of gradients.
+        products: Of a matrix that is not known in closed form: ``"autograd"``, ``"differences"`` of
+            gradients, or ``"auto"``, which takes the former where PyTorch's derivatives are right.
+            These are compared with differences once (:mod:`lowland.verification`).
         generator: Of the probes' signs; without one PyTorch's own is used.
         parameters: Those whose Hessian is meant, if not all that are trainable.
         matrix: ``"hessian"``; or one beside it, for which ``H`` stands in all that is said here:
@@ -176,6 +181,7 @@ def choose(
     *,
     count: int = 2,
     dense_limit: int = DENSE_LIMIT,
+    order: Order = 2,
 ) -> Engine:
     """The engine for a method; a model that the closed form may cover is read once, here.
 
@@ -185,6 +191,7 @@ def choose(
         settings: What the engine may spend.
         count: How many moments are wanted: ``Tr H`` alone, 1, the closed form has in linear time.
         dense_limit: Up to how many parameters ``"auto"`` may use brute force.
+        order: 3 if the moments' gradient is wanted for sure.
 
     Raises:
         UnsupportedModelError: If the closed form is asked for and does not cover the model; or any
@@ -205,17 +212,20 @@ def choose(
                 f"method={method!r} would take each process's samples for all of them: Tr H^2 of a "
                 "DistributedDataParallel model needs method='probes'"
             )
-        return Estimate(target, settings)
+        return Estimate(target, routed(target, settings, order))
     if method in ("auto", "exact"):
         exact = _read(target, settings, required=method == "exact")
         price = GRADIENTS_A_PROBE * max(settings.probes, PROBES_WORTH)
         if exact and (method == "exact" or exact.relative_cost(count) <= price):
             return exact
+    chosen = routed(target, settings, order)
+    fell_through = settings.products == "auto" and chosen.products == "differences"
+    suffix = ", differences" if fell_through else ""
     # Of layers that are others in each call a matrix would be of one draw.
-    steady = target.dim <= dense_limit and not any(map(unsteady, target.model.modules()))
-    if method == "dense" or (method == "auto" and steady):
-        return BruteForce(target, settings)
-    return Estimate(target, settings)
+    small = target.dim <= dense_limit and not any(map(unsteady, target.model.modules()))
+    if method == "dense" or (method == "auto" and small and not is_random(target)):
+        return BruteForce(target, chosen, name=f"dense{suffix}")
+    return Estimate(target, chosen, name=f"probes{suffix}")
 
 
 def _read(target: Objective, settings: Estimation, *, required: bool) -> ExactEngine | None:

@@ -10,7 +10,7 @@ from torch import Generator
 from lowland._limits import DEFAULT_MEMORY_BUDGET, DEFAULT_PROBES
 from lowland.validation import check_budget
 
-Products = Literal["autograd", "differences", "exact", "finite"]
+Products = Literal["auto", "autograd", "differences", "exact", "finite"]
 
 # Before there was an engine "exact" with which it is confused.
 _FORMER = {"exact": "autograd", "finite": "differences"}
@@ -23,10 +23,12 @@ class Estimation:
     Attributes:
         probes: Random directions, for estimates.
         products: How these are multiplied with the Hessian: ``"autograd"`` differentiates the
-            gradient, ``"differences"`` takes differences of gradients.
+            gradient, ``"differences"`` takes differences of gradients, ``"auto"`` the former where
+            PyTorch has it right.
         generator: Of the directions' signs; None for PyTorch's own.
         unbiased: Whether the samples are a batch of a larger data set, whose ``Tr H^2`` is meant.
         memory_budget: Bytes of temporaries of the closed form.
+        step: Of differences: how much longer than usual their steps are.
 
     Raises:
         TypeError: If the generator is none, or the budget no number.
@@ -39,17 +41,18 @@ class Estimation:
     """
 
     probes: int = DEFAULT_PROBES
-    products: Products = "autograd"
+    products: Products = "auto"
     generator: Generator | None = None
     unbiased: bool = False
     memory_budget: int = DEFAULT_MEMORY_BUDGET
+    step: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.probes, int) or self.probes < 1:
             raise ValueError(f"probes must be a whole number of at least 1; got {self.probes!r}")
         if self.products not in get_args(Products):
             raise ValueError(
-                f"unknown products {self.products!r}: expected 'autograd' or 'differences'"
+                f"unknown products {self.products!r}: expected 'auto', 'autograd' or 'differences'"
             )
         if not (self.generator is None or isinstance(self.generator, Generator)):
             raise TypeError(f"generator must be a torch.Generator; got {self.generator!r}")

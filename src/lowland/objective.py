@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.jit import ScriptModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
-from lowland._batches import Batch, any_requires_grad, to_device
+from lowland._batches import Batch, any_requires_grad, mapped, to_device
 from lowland.criteria import Criterion, check_callable, check_splits_evenly, mass, scalar_loss
+from lowland.errors import UnsupportedModelError
 from lowland.matrices import Matrix, check_matrix
 from lowland.torch_fixes import is_ordinary
 from lowland.validation import check_initialized
@@ -103,19 +105,19 @@ class Objective:
             TypeError: If it is no tensor.
             ValueError: If it is no scalar, not finite, or has no graph.
         """
-        return self._checked(self._loss())
+        return self._checked(self.value())
 
     def step_loss(self) -> Tensor:
         """What a step of training without us would have computed: by the model as it is wrapped."""
         x, y = self.batch
         return scalar_loss(self.criterion, self.outer(x), y)
 
-    def _loss(self) -> Tensor:
+    def value(self) -> Tensor:
+        """:meth:`loss`, whatever it is: NaN too, and what has no graph."""
         if self.total is None:
-            x, y = self.batch
+            x, y = mapped(_ordinary, self.batch)
             return scalar_loss(self.criterion, self.model(x), y)
-        losses = [part._loss() * share for share, part in self.parts()]  # noqa: SLF001 - its own
-        return torch.stack(losses).sum()
+        return torch.stack([part.value() * share for share, part in self.parts()]).sum()
 
     @property
     def data_require_grad(self) -> bool:
@@ -141,9 +143,9 @@ class Objective:
         """
         values = [v.detach().requires_grad_() for v in at or self.parameters]
 
-        with torch.enable_grad(), not_compiled(), self.holding(values):
+        with differentiating(), not_compiled(), self.holding(values):
             # Elsewhere than at the parameters NaN is an answer: of a step that a scaler leaves out.
-            loss = self.loss() if at is None else self._loss()
+            loss = self.loss() if at is None else self.value()
             # In here, as activation checkpointing runs the model again during the backward pass.
             parts = grad(loss, values, allow_unused=True)
         return loss.detach(), self.complete(parts, loss)
@@ -159,24 +161,26 @@ class Objective:
 
     def _put(self, values: Sequence[Tensor]) -> None:
         by_parameter = {id(p): value for p, value in zip(self.parameters, values, strict=True)}
-        for module, name, parameter in self.places:
-            module._parameters[name] = by_parameter[id(parameter)]  # type: ignore[assignment]  # noqa: SLF001
-            if isinstance(module, nn.RNNBase):  # it keeps a list of its own
-                module._flat_weights = [  # noqa: SLF001
-                    getattr(module, weight)
-                    for weight in module._flat_weights_names  # noqa: SLF001
-                ]
+        for holder, name, parameter in self.places:
+            holder[name] = by_parameter[id(parameter)]
 
     @cached_property
-    def places(self) -> list[tuple[nn.Module, str, Tensor]]:
-        """Where the model holds the parameters, a tied one more than once: module and name."""
-        chosen = {id(p) for p in self.parameters}
-        return [
-            (module, name, p)
-            for module in self.model.modules()
-            for name, p in module._parameters.items()  # noqa: SLF001
-            if p is not None and id(p) in chosen
-        ]
+    def places(self) -> list[Place]:
+        """Where the model holds the parameters, some more than once.
+
+        Raises:
+            UnsupportedModelError: If one cannot be replaced by another tensor.
+        """
+        places = places_of(self.model, self.parameters)
+        found = {id(parameter) for _, _, parameter in places}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if id(parameter) not in found:
+                raise UnsupportedModelError(
+                    f"differences of gradients replace the model's parameters by others, and "
+                    f"{name!r} belongs to a scripted or traced module, which does not part with "
+                    "it: use products='autograd', or the module that was scripted"
+                )
+        return places
 
     def complete(self, parts: Sequence[Tensor | None], loss: Tensor) -> list[Tensor]:
         """The parts of a gradient; zero where the loss does not depend on a parameter.
@@ -195,7 +199,7 @@ class Objective:
                 "checkpoint(..., use_reentrant=False)"
             )
         return [
-            torch.zeros_like(p) if part is None else part
+            torch.zeros_like(p) if part is None else part.to_dense() if part.is_sparse else part
             for p, part in zip(self.parameters, parts, strict=True)
         ]
 
@@ -255,6 +259,11 @@ def objective(
     check_matrix(matrix)
     check_callable(criterion)
     inside = unwrap(model)
+    if any(p.is_inference() for p in inside.parameters()):
+        raise ValueError(
+            "the model's parameters were made within torch.inference_mode(), where there are no "
+            "derivatives of them, ever; make the model outside of it"
+        )
     check_initialized(inside)
     named, others = trainable(inside), []
     if parameters is not None:
@@ -271,6 +280,45 @@ def objective(
         others,
         matrix=matrix,
     )
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Itself, or a copy that a graph may hold: what inference mode has made none may."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+# What holds a tensor, by which name or number, and the tensor.
+Place = tuple[Any, Any, Tensor]
+
+
+def places_of(model: nn.Module, wanted: Iterable[Tensor]) -> list[Place]:
+    """Where a model's modules hold tensors: as parameters, buffers, attributes, or in lists.
+
+    Recurrent layers hold theirs in a list too, and some models a parameter of another module.
+    """
+    chosen, seen = {id(tensor) for tensor in wanted}, set()
+    places: list[Place] = []
+
+    def look(holder: dict[Any, Any] | list[Any]) -> None:
+        if id(holder) in seen:
+            return
+        seen.add(id(holder))
+        for name, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+            if isinstance(value, Tensor):
+                if id(value) in chosen:
+                    places.append((holder, name, value))
+            elif isinstance(value, dict | list):
+                look(value)
+
+    for module in model.modules():
+        if not isinstance(module, ScriptModule):
+            look(vars(module))
+    return places
+
+
+def is_scripted(model: nn.Module) -> bool:
+    """Whether a part of it is scripted or traced, which does not part with its parameters."""
+    return any(isinstance(module, ScriptModule) for module in model.modules())
 
 
 def graph(*values: Tensor, until: Iterable[Any] = ()) -> Iterator[Any]:
@@ -342,6 +390,27 @@ def _unwrapping(model: nn.Module) -> Iterator[nn.Module]:
         yield inside
         compiled = getattr(inside, "_orig_mod", None)
         inside = inside.module if isinstance(inside, DistributedDataParallel) else compiled
+
+
+@contextmanager
+def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Run no hooks on gradients: they belong to a step of training, and not to the loss."""
+    hooks = [h for p in parameters if (h := p._backward_hooks)]  # noqa: SLF001 - no public name
+    held = [dict(each) for each in hooks]
+    try:
+        for each in hooks:
+            each.clear()
+        yield
+    finally:
+        for each, before in zip(hooks, held, strict=True):
+            each.update(before)
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Record a graph, whatever the caller has switched off."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
 
 
 @contextmanager

@@ -1,35 +1,36 @@
-"""Extra forward passes that leave no trace: running statistics stay, random numbers come again."""
+"""Extra forward passes that leave no trace: all state stays, random numbers come again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.jit import ScriptModule
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.instancenorm import _InstanceNorm
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
 def frozen_statistics(*models: nn.Module) -> Iterator[None]:
-    """Let forward passes in training mode leave the running statistics of normalizations alone.
+    """Let forward passes leave everything alone that modules keep beside their parameters.
 
-    Activations are normalized by their batch as before, so the loss and its gradient do not change.
+    Inside, each module writes to a copy of its buffers: running statistics of normalizations, the
+    vectors of spectral normalization, counters. The loss and its gradient do not change, and
+    afterwards all is as before, bit for bit.
 
     Args:
-        *models: Modules whose batch and instance normalizations, of any kind and at any depth, keep
-            ``running_mean``, ``running_var`` and ``num_batches_tracked``. Those in evaluation mode
-            update nothing anyway and go on using them.
+        *models: Modules whose buffers, at any depth, are kept, and their attributes that are plain
+            numbers. What other attributes hold is not looked at.
 
     Notes:
-        Nothing is written to the statistics, not even their own values, so a backward pass that is
-        still to come finds what it saved. With activation checkpointing the backward pass runs the
-        forward pass again and belongs inside too. Inside, a ``state_dict()`` may lack the
-        statistics of instance normalizations.
+        Nothing is written to the buffers themselves, not even their own values, so a backward pass
+        that is still to come finds what it saved. With activation checkpointing the backward pass
+        runs the forward pass again and belongs inside too.
 
     Example:
         >>> import torch
@@ -41,34 +42,107 @@ def frozen_statistics(*models: nn.Module) -> Iterator[None]:
         >>> model.running_mean
         tensor([0., 0., 0.])
     """
-    tracking = {
-        module
-        for model in models
-        for module in model.modules()
-        if isinstance(module, _BatchNorm | _InstanceNorm)
-        and module.training
-        and module.track_running_stats
-    }
-    # Batch normalization leaves out its buffers where it does not track; instance normalization
-    # would go on updating the ones it has.
-    hidden = {
-        module: {name: getattr(module, name) for name in _STATISTICS}
-        for module in tracking
-        if isinstance(module, _InstanceNorm)
-    }
+    with _running_from(_states_of(models)):
+        yield
+
+
+def remember_state(*models: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Remember what modules keep beside their parameters, to run them from there again later.
+
+    Args:
+        *models: As for :func:`frozen_statistics`.
+
+    Returns:
+        A function that gives a context, any number of times, in which the modules' state is what it
+        was at this call. Outside of it they go on as if it had not been there.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowland.passes import remember_state
+        >>> model = nn.BatchNorm1d(3)
+        >>> again = remember_state(model)
+        >>> _ = model(torch.randn(8, 3))
+        >>> with again():
+        ...     print(int(model.num_batches_tracked))
+        0
+        >>> int(model.num_batches_tracked)
+        1
+    """
+    # Copies already, since whatever runs next may write to the buffers.
+    remembered = _copies(_states_of(models))
+    return lambda: _running_from(remembered)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What one module keeps beside its parameters and the modules within it."""
+
+    module: nn.Module
+    buffers: dict[str, Tensor | None]
+    numbers: dict[str, float]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _State:
+        attributes = vars(module).items()
+        numbers = {name: value for name, value in attributes if type(value) in _COUNTERS}
+        return cls(module, dict(module._buffers.items()), numbers)  # noqa: SLF001
+
+    def put(self) -> None:
+        """Give it to the module."""
+        vars(self.module).update(self.numbers)
+        buffers = self.module._buffers  # noqa: SLF001
+        if isinstance(self.module, ScriptModule):  # it does not part with them
+            for name, value in self.buffers.items():
+                if isinstance(value, Tensor):
+                    buffers[name].copy_(value)  # type: ignore[union-attr]
+            return
+        for name in buffers.keys() - self.buffers.keys():
+            del buffers[name]
+        buffers.update(self.buffers)
+
+
+_COUNTERS = (bool, int, float)
+
+
+def _states_of(models: Iterable[nn.Module]) -> list[_State]:
+    modules = {module: None for model in models for module in model.modules()}
+    # The wrapper's own numbers say how far its communication has come.
+    return [_State.of(m) for m in modules if not isinstance(m, DistributedDataParallel)]
+
+
+def _copies(states: Iterable[_State]) -> list[_State]:
+    """The same with other tensors of the same values; one for each, however often it occurs."""
+    copied: dict[int, Tensor] = {}
+
+    def copy(buffer: Tensor | None) -> Tensor | None:
+        if buffer is None or is_lazy(buffer):
+            return buffer
+        if id(buffer) not in copied:
+            copied[id(buffer)] = buffer.detach().clone()
+        return copied[id(buffer)]
+
+    return [
+        replace(state, buffers={name: copy(buffer) for name, buffer in state.buffers.items()})
+        for state in states
+    ]
+
+
+@contextmanager
+def _running_from(remembered: Sequence[_State]) -> Iterator[None]:
+    """Run modules from copies of a state, and give them back the one that they have now."""
+    now = [_State.of(state.module) for state in remembered]
+    if any(isinstance(state.module, ScriptModule) for state in now):
+        now = _copies(now)
+    with torch.no_grad():
+        for state in _copies(remembered):
+            state.put()
     try:
-        for module in tracking:
-            module.track_running_stats = False
-        for module, buffers in hidden.items():
-            for name in buffers:
-                setattr(module, name, None)
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
-        for module, buffers in hidden.items():
-            for name, buffer in buffers.items():
-                setattr(module, name, buffer)
+        with torch.no_grad():
+            for state in now:
+                state.put()
 
 
 def unsteady(module: nn.Module) -> str | None:
@@ -113,12 +187,12 @@ def remember_randomness(
         ...     print(torch.equal(torch.rand(2), first))
         True
     """
-    accelerators = {torch.device(device) for device in devices} - {torch.device("cpu")}
-    remembered = _states(accelerators)
+    devices = list(devices)
+    remembered = random_states(devices)
 
     @contextmanager
     def again() -> Iterator[None]:
-        interrupted = _states(accelerators)
+        interrupted = random_states(devices)
         _restore(remembered)
         try:
             yield
@@ -128,7 +202,40 @@ def remember_randomness(
     return again
 
 
-def _states(accelerators: Iterable[torch.device]) -> dict[torch.device, Tensor]:
+def remember(model: nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Both: :func:`remember_state` of a model, and :func:`remember_randomness` where it runs.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowland.passes import remember
+        >>> model, x = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3)), torch.randn(8, 3)
+        >>> again = remember(model, x.device)
+        >>> first = model(x)
+        >>> with again():
+        ...     print(torch.equal(model(x), first))
+        True
+    """
+    state, randomness = remember_state(model), remember_randomness([device])
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with state(), randomness():
+            yield
+
+    return again
+
+
+def random_states(devices: Iterable[torch.device | str]) -> dict[torch.device, Tensor]:
+    """Where the random numbers of devices stand, and always the CPU's.
+
+    Example:
+        >>> import torch
+        >>> from lowland.passes import random_states
+        >>> list(random_states([]))
+        [device(type='cpu')]
+    """
+    accelerators = {torch.device(device) for device in devices} - {torch.device("cpu")}
     states = {torch.device("cpu"): torch.get_rng_state()}
     for device in accelerators:
         states[device] = torch.get_device_module(device).get_rng_state(*_index(device))

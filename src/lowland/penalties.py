@@ -44,7 +44,8 @@ class CurvaturePenalty(nn.Module, ABC):
             :class:`lowland.engines.Engine`.
         probes: Random directions in a step, for ``"probes"``. One is enough in training: the
             gradients of both traces are right on average.
-        products: ``"autograd"`` or ``"differences"``, see :func:`lowland.probes.probe_moments`.
+        products: ``"auto"``, ``"autograd"`` or ``"differences"``, see
+            :func:`lowland.probes.probe_moments`.
         generator: Of the probes' signs; without one PyTorch's own is used.
         unbiased: For training by mini-batches: penalize an unbiased estimate of the data set's
             ``Tr H^2`` rather than the batch's own, see :func:`lowland.hessian_moments`. Where the
@@ -80,7 +81,7 @@ class CurvaturePenalty(nn.Module, ABC):
         *,
         method: Method = "auto",
         probes: int = 1,
-        products: Products = "autograd",
+        products: Products = "auto",
         generator: Generator | None = None,
         unbiased: bool = False,
         parameters: Iterable[Tensor] | None = None,
@@ -165,7 +166,7 @@ class CurvaturePenalty(nn.Module, ABC):
         """The settings, for ``print(penalty)``."""
         settings = {
             "probes": (self.estimation.probes, 1),
-            "products": (self.estimation.products, "autograd"),
+            "products": (self.estimation.products, "auto"),
             "unbiased": (self.estimation.unbiased, False),
             "every": (self.every, 1),
             "active": (self.active, (0, math.inf)),
@@ -187,7 +188,14 @@ class CurvaturePenalty(nn.Module, ABC):
     def _engine(self, target: Objective) -> Engine:
         # Of four moments brute force alone knows the gradient; of two it is never worth its price.
         method: Method = "dense" if self.count > 2 and self.method == "auto" else self.method
-        engine = choose(target, method, self.estimation, count=self.count, dense_limit=0)
+        engine = choose(
+            target,
+            method,
+            self.estimation,
+            count=self.count,
+            dense_limit=0,
+            order=3 if torch.is_grad_enabled() else 2,
+        )
         self.used = engine.name
         return engine
 

@@ -7,9 +7,9 @@ With a random direction ``v`` of independent signs, :math:`E[v^T H v] = \mathrm{
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.distributed
@@ -21,7 +21,7 @@ from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.moments import HessianMoments
 from lowland.objective import Objective, data_parallel, objective
-from lowland.passes import frozen_statistics
+from lowland.passes import remember, remember_state
 from lowland.products import (
     Average,
     Vector,
@@ -30,6 +30,7 @@ from lowland.products import (
     quadratic_forms,
     warn_of_kinks,
 )
+from lowland.verification import routed, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +40,12 @@ class Estimate:
     Attributes:
         target: The loss.
         settings: How many products, and of which kind.
+        name: What the moments say that they are found by.
     """
 
     target: Objective
     settings: Estimation
-    name: ClassVar[Literal["probes"]] = "probes"
+    name: str = "probes"
 
     def moments(self, count: int = 2) -> HessianMoments:
         """Estimates with standard errors; running statistics stay as they are.
@@ -56,8 +58,11 @@ class Estimate:
                 "moments=4 needs the closed form or brute force: probes estimate two moments; use "
                 "method='exact' or method='dense'"
             )
-        with frozen_statistics(self.target.model), self.target.others_frozen():
-            return self._estimate()[1]
+        target = self.target
+        directions = _draw(target, self.settings)
+        # What the model draws, and what it writes to its state, is put back; not so the directions.
+        with remember(target.model, target.device)(), target.others_frozen():
+            return self._estimate(directions)[1]
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
         """Both from one forward pass, which counts as that of a step of training.
@@ -68,20 +73,26 @@ class Estimate:
         """
         target = self.target
         if target.others or target.parallel or self.settings.unbiased:
-            return target.step_loss(), self.moments(count)
-        return self._estimate()
+            again = remember_state(target.model)
+            loss = target.step_loss()
+            with again():
+                return loss, self.moments(count)
+        return self._estimate(_draw(target, self.settings))
 
-    def _estimate(self) -> tuple[Tensor, HessianMoments]:
-        target, settings = self.target, self.settings
+    def _estimate(self, directions: list[Vector]) -> tuple[Tensor, HessianMoments]:
+        target, settings = self.target, routed(self.target, self.settings)
         if settings.products == "differences":
             warn_of_kinks(target.model)
-        directions = _draw(target, settings)
         parts = target.halves() if settings.unbiased else [target]
         average = _average_over_processes(target.outer)
         loss, traces, squares = quadratic_forms(
-            parts, directions, settings.products, average, disposable=True
+            parts, directions, settings.products, average, disposable=True, step=settings.step
         )
-        return loss, _moments(target, traces, squares)
+        if traces.requires_grad and settings.products == "autograd":
+            # Who only looks at the moments need not wait for a look at their gradients.
+            for forms in (traces, squares):
+                forms.register_hook(lambda _: verify(target, 3))
+        return loss, replace(_moments(target, traces, squares), method=self.name)
 
 
 def probe_moments(
@@ -91,7 +102,7 @@ def probe_moments(
     y: Any,
     *,
     probes: int = 1,
-    products: Products = "autograd",
+    products: Products = "auto",
     generator: Generator | None = None,
     unbiased: bool = False,
     parameters: Iterable[Tensor] | None = None,
@@ -107,7 +118,9 @@ def probe_moments(
         x: Whatever the model takes.
         y: Whatever the criterion takes.
         probes: How many directions, at least 1.
-        products: ``"autograd"`` differentiates the gradient; ``"differences"`` takes differences of
+        products: ``"autograd"`` differentiates the gradient, and ``"auto"`` does so where PyTorch
+            has its derivatives right, which is looked at once; ``"differences"``, to which it goes
+            elsewhere, takes differences of
             it, in less memory and through anything that has a gradient, activation checkpointing
             included (:mod:`lowland.products`). With smooth activations and pooling the gradient of
             ``Tr H^2`` from one probe is then within some percent of the exact one in single
@@ -163,19 +176,21 @@ def loader_moments(
     """
     directions = _draw(target, settings)
     totals = [[torch.zeros_like(p) for p in target.parameters] for _ in directions]
-    samples = 0.0
+    samples, looked_at = 0.0, False
     if isinstance(loader, Tensor):
         raise TypeError(
             "without targets y, a loader of batches (x, y) is expected; got a tensor of shape "
             f"{tuple(loader.shape)}"
         )
-    with frozen_statistics(target.model), target.others_frozen():
+    with target.others_frozen():
         for x, y in loader:
             count = count_of(target.criterion, x, y)
             samples += count
             if not count:  # all of its targets are ignored
                 continue
             part = target.on((to_device(x, target.device), to_device(y, target.device)))
+            if not looked_at:
+                settings, looked_at = routed(part, settings), True
             found = hessian_products(part, directions, settings.products)
             for total, product in zip(totals, found, strict=True):
                 torch._foreach_add_(total, product, alpha=count)
@@ -219,7 +234,7 @@ def _moments(target: Objective, traces: Tensor, squares: Tensor) -> HessianMomen
         traces.mean(),
         squares.mean(),
         stderr=(_standard_error(traces), _standard_error(squares)),
-        method=Estimate.name,
+        method="probes",
         matrix=target.matrix,
     )
 

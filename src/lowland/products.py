@@ -28,9 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import CheckpointError
 
 from lowland._batches import tensors
 from lowland._once import any_once
+from lowland._precision import best_precision
 from lowland.activations import has_kinks
 from lowland.estimation import Products
 from lowland.gauss_newton import Split, surrogate
@@ -38,12 +40,14 @@ from lowland.objective import (
     Gradient,
     Objective,
     check_finite,
+    differentiating,
     graph,
     half_autocast,
     may_look,
     not_compiled,
+    without_hooks,
 )
-from lowland.passes import frozen_statistics, remember_randomness
+from lowland.passes import frozen_statistics, remember
 from lowland.torch_fixes import differentiable_operations
 
 # A vector in the space of the parameters: one tensor for each.
@@ -67,6 +71,17 @@ _NOT_TWICE = (
 )
 
 
+NO_GRADIENT = (
+    "products='differences' gives the moments of the Hessian alone with gradients: of another "
+    "matrix use products='autograd', or torch.no_grad() for values"
+)
+_CHECKPOINTED = (
+    "activation checkpointing runs layers again, and where lowland writes some out, whose "
+    "derivatives PyTorch has wrong, such as LayerNorm, they are others then. Use "
+    "products='differences', or switch checkpointing off"
+)
+
+
 def quadratic_forms(
     halves: Sequence[Objective],
     directions: Sequence[Vector],
@@ -74,6 +89,7 @@ def quadratic_forms(
     average: Average | None = None,
     *,
     disposable: bool = False,
+    step: float = 1.0,
 ) -> Forms:
     r"""A loss and the Hessian's quadratic forms in some directions.
 
@@ -84,6 +100,7 @@ def quadratic_forms(
         products: ``"autograd"`` or ``"differences"``.
         average: Over the processes of data-parallel training.
         disposable: The directions may be written over, which saves their memory once.
+        step: Of differences: how much longer than usual their steps are.
 
     Returns:
         The loss; of each direction :math:`v^T H v` and :math:`\lVert Hv \rVert^2`. All three carry
@@ -99,8 +116,8 @@ def quadratic_forms(
         if not disposable:
             directions = [_copies(direction) for direction in directions]
         if halves[0].matrix != "hessian":
-            return _by_surrogates(halves, directions, average)
-        run = _Differences(halves, directions, average)
+            return _by_surrogates(halves, directions, average, step)
+        run = _Differences(halves, directions, average, step)
         result: Forms = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
         return result
     return _by_autograd(halves, directions, average)
@@ -114,7 +131,8 @@ def hessian_products(
     Args:
         target: The loss.
         directions: Each with one tensor a parameter.
-        products: ``"autograd"`` or ``"differences"``.
+        products: ``"autograd"``; or ``"differences"``, which are taken in double precision where
+            the model goes along with it.
 
     Returns:
         As many products, each with one tensor a parameter.
@@ -124,7 +142,8 @@ def hessian_products(
     """
     totals: list[Vector] = []
     for share, part in target.parts():
-        found = _products_of_batch(part, directions, products)
+        with frozen_statistics(part.model):
+            found = _products_of_batch(part, directions, products)
         if target.total is None:
             return found
         totals = totals or [[torch.zeros_like(each) for each in product] for product in found]
@@ -137,19 +156,33 @@ def _products_of_batch(
     part: Objective, directions: Sequence[Vector], products: Products
 ) -> list[Vector]:
     if products == "differences":
-        if part.matrix != "hessian":
-            part, _ = surrogate(part)
-        run = _Differences([part], directions, None)
-        _, gradient = run.first_gradient(part)
-        shift, found = run.shift(), []
-        for direction in directions:
-            step = shift / norm(direction)
-            near = run.gradient(0, plus(run.parameters, direction, step))
-            found.append(times(near, 1 / step))
-            plus_(found[-1], gradient, -1 / step)
-        return found
+        with best_precision(part) as wide:
+            beside = wide.matrix != "hessian"
+            there = surrogate(wide)[0] if beside else wide
+            run = _Differences([there], [_typed(each, wide) for each in directions], None)
+            run.again.append(remember(wide.model, wide.device))
+            if beside:  # whose Hessian is the matrix where it is looked at first
+                run.gradient(0, run.parameters)
+            return [_typed(run.central(direction), part) for direction in run.directions]
     with curvature_of(part) as curvature:
         return [curvature.product(direction, wanted=False) for direction in directions]
+
+
+def differences(part: Objective, directions: Sequence[Vector], factor: float = 1.0) -> list[Vector]:
+    """``H v`` for each direction by differences of gradients, in the parameters' own precision."""
+    run = _Differences([part], directions, None, factor)
+    _, gradient = run.first_gradient(part)
+    found = []
+    for direction in directions:
+        step = run.shift() / norm(direction)
+        near = run.gradient(0, plus(run.parameters, direction, step))
+        found.append(times(near, 1 / step))
+        plus_(found[-1], gradient, -1 / step)
+    return found
+
+
+def _typed(parts: Vector, like: Objective) -> Vector:
+    return [part.to(p.dtype) for part, p in zip(parts, like.parameters, strict=True)]
 
 
 class Curvature:
@@ -206,12 +239,15 @@ class Curvature:
 @contextmanager
 def curvature_of(part: Objective) -> Iterator[Curvature]:
     """The matrix of a loss, where it can be multiplied; errors as :class:`Curvature`."""
-    with torch.enable_grad(), not_compiled(), _operations(part):
+    with differentiating(), not_compiled(), _operations(part), without_hooks(part.parameters):
         yield Curvature(part)
 
 
 def _by_surrogates(
-    halves: Sequence[Objective], directions: Sequence[Vector], average: Average | None
+    halves: Sequence[Objective],
+    directions: Sequence[Vector],
+    average: Average | None,
+    step: float,
 ) -> Forms:
     """By differences of the gradients of losses whose Hessians are the matrices that are meant.
 
@@ -219,7 +255,7 @@ def _by_surrogates(
     """
     parts, criterions = zip(*map(surrogate, halves), strict=True)
     with torch.no_grad():
-        run = _Differences(parts, directions, average)
+        run = _Differences(parts, directions, average, step)
         _, *forms = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
         loss = torch.stack([each.loss for each in criterions]).mean()
     parameters = halves[0].parameters
@@ -236,10 +272,7 @@ class _Constant(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        raise RuntimeError(
-            "products='differences' gives the moments of the Hessian alone with gradients: of "
-            "another matrix use products='autograd', or torch.no_grad() for values"
-        )
+        raise RuntimeError(NO_GRADIENT)
 
 
 @contextmanager
@@ -250,7 +283,7 @@ def gradient_graph(part: Objective) -> Iterator[Vector]:
         ValueError: As :meth:`Objective.loss`.
         RuntimeError: If something in it can be differentiated once only.
     """
-    with torch.enable_grad(), not_compiled(), _operations(part):
+    with differentiating(), not_compiled(), _operations(part), without_hooks(part.parameters):
         yield _gradient(part, part.loss())
 
 
@@ -258,8 +291,9 @@ def _by_autograd(
     halves: Sequence[Objective], directions: Sequence[Vector], average: Average | None
 ) -> Forms:
     wanted = torch.is_grad_enabled()
-    scale = _loss_scale(halves[0].parameters[0].device)
-    with torch.enable_grad(), not_compiled(), _operations(halves[0]):
+    scale = _loss_scale(halves[0].device)
+    first = halves[0]
+    with differentiating(), not_compiled(), _operations(first), without_hooks(first.parameters):
         curvatures = [Curvature(part, scale) for part in halves]
         losses = [each.loss for each in curvatures]
         forms = []
@@ -307,7 +341,14 @@ def _operations(part: Objective) -> AbstractContextManager[None]:
 def _gradient(part: Objective, loss: Tensor) -> Vector:
     if not part.is_ordinary:
         _check_differentiable(graph(loss))
-    found = grad(loss, part.parameters, create_graph=True, allow_unused=True)
+    try:
+        found = grad(loss, part.parameters, create_graph=True, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except CheckpointError as error:
+        raise RuntimeError(_CHECKPOINTED) from error
+    except RuntimeError as error:
+        raise RuntimeError(_NOT_TWICE.format(error)) from error
     gradient = part.complete(found, loss)
     if not part.is_ordinary:
         _check_differentiable(graph(*gradient))
@@ -335,6 +376,8 @@ def product(part: Objective, gradient: Vector, direction: Vector, *, wanted: boo
             allow_unused=True,
             materialize_grads=True,
         )
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # NotImplementedError is one
         raise RuntimeError(_NOT_TWICE.format(error)) from error
     _check_product(part, result)
@@ -358,31 +401,50 @@ class _Differences:
         halves: Sequence[Objective],
         directions: Sequence[Vector],
         average: Average | None,
+        factor: float = 1.0,
     ) -> None:
         self.halves, self.directions, self.average = halves, directions, average
+        self.factor = factor
         self.parameters = halves[0].parameters
         self.device = self.parameters[0].device
-        self.same_randomness: list[Callable[[], AbstractContextManager[None]]] = []
+        self.again: list[Callable[[], AbstractContextManager[None]]] = []
 
     def first_gradient(self, part: Objective) -> Gradient:
-        """The gradient at the parameters themselves; it may draw new random numbers."""
-        self.same_randomness.append(remember_randomness([self.device]))
+        """The gradient at the parameters themselves, of a pass that counts as one."""
+        self.again.append(remember(part.model, self.device))
         with self._full_precision():
             return part.gradient()
 
     def gradient(self, number: int, at: Vector) -> Vector:
-        """The gradient of a part elsewhere, under the same random numbers."""
+        """The gradient of a part elsewhere, from the same state and random numbers."""
         part = self.halves[number]
-        with self.same_randomness[number](), self._full_precision(), frozen_statistics(part.model):
+        with self.again[number](), self._full_precision():
             return part.gradient(at)[1]
+
+    def central(self, direction: Vector) -> Vector:
+        """``H v`` from the gradients on both sides."""
+        step = self.shift() / norm(direction)
+        one, other = (
+            self.gradient(0, plus(self.parameters, direction, sign * step)) for sign in (1, -1)
+        )
+        return [(a - b) / (2 * step) for a, b in zip(one, other, strict=True)]
 
     def _full_precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)
 
     def shift(self) -> Tensor:
-        """How long the differences' steps are: a small part of the parameters' own norm."""
+        """How long the differences' steps are: a small part of the parameters' own norm.
+
+        Of some of a model's parameters, which may be small or zero yet, as much as it is on average
+        of all of them.
+        """
         length = norm(self.parameters)
-        return relative_step(length.dtype) * torch.where(length > 0, length, 1)
+        everything = [p for p in self.halves[0].model.parameters() if p.is_floating_point()]
+        if len(everything) > len(self.parameters):
+            count, total = (sum(p.numel() for p in each) for each in (self.parameters, everything))
+            usual = norm([p.to(length.device) for p in everything]) * (count / total) ** 0.5
+            length = torch.maximum(length, usual.to(length.dtype))
+        return self.factor * relative_step(length.dtype) * torch.where(length > 0, length, 1)
 
 
 class _Finite(Function):
@@ -516,20 +578,22 @@ def relative_step(dtype: torch.dtype) -> float:
 
 
 def warn_of_kinks(model: nn.Module) -> None:
-    """Warn where differences of gradients say little: at kinks the gradient itself jumps.
+    """Warn where differences of gradients say little: at kinks the gradient itself jumps."""
+    if (layer := kinked_layer(model)) is not None:
+        warnings.warn(
+            f"products='differences' with {layer}: the gradient jumps at its kinks, and "
+            "differences across them can be many times what the Hessian is; use "
+            "products='autograd', or smooth layers (GELU, SiLU, average pooling)",
+            stacklevel=4,
+        )
 
-    Functions called in a ``forward`` are not seen.
-    """
+
+def kinked_layer(model: nn.Module) -> str | None:
+    """The first layer with kinks, in words; functions called in a ``forward`` are not seen."""
     for name, module in model.named_modules():
         if isinstance(module, _KINKED_POOLS) or has_kinks(module):
-            warnings.warn(
-                f"products='differences' with layer {name!r}, {type(module).__name__}: the "
-                "gradient jumps at its kinks, and differences across them can be many times what "
-                "the Hessian is; use products='autograd', or smooth layers (GELU, SiLU, average "
-                "pooling)",
-                stacklevel=4,
-            )
-            return
+            return f"layer {name!r}, {type(module).__name__}"
+    return None
 
 
 _KINKED_POOLS = (

@@ -96,13 +96,15 @@ def error(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
 
-def differences(model, loss_of):
-    """The Hessian by central differences of first gradients, of a loss written by hand."""
+def differences_of_loss(model, loss_of):
+    """:func:`differences` of a loss written by hand."""
     parameters = list(model.parameters())
+    return differences(model, lambda: torch.autograd.grad(loss_of(), parameters))
 
-    def gradient():
-        return flat(torch.autograd.grad(loss_of(), parameters))
 
+def differences(model, gradient):
+    """The Hessian by central differences of first gradients, lists with a part a parameter."""
+    parameters = list(model.parameters())
     columns = []
     for parameter in parameters:
         for entry in parameter.data.view(-1):
@@ -110,7 +112,7 @@ def differences(model, loss_of):
             sides = []
             for sign in (1, -1):
                 entry.copy_(start + sign * step)
-                sides.append(gradient())
+                sides.append(flat(gradient()))
             entry.copy_(start)
             columns.append((sides[0] - sides[1]) / (2 * step))
     return torch.stack(columns)

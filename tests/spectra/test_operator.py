@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from any_models import MODELS, build, differences, error
+from any_models import MODELS, build, differences_of_loss, error
 from torch import nn
 
 import lowland
@@ -55,7 +55,7 @@ def test_determinants_and_solves_have_their_own_second_derivatives(grad_mode):
     """PyTorch's derivative of them is another one where gradients are off, and symmetric too."""
     torch.manual_seed(2)
     model, x, y = Flow().double(), torch.randn(20, 3).double(), torch.zeros(20)
-    matrix = differences(model, lambda: unlikelihood(model(x), y))
+    matrix = differences_of_loss(model, lambda: unlikelihood(model(x), y))
     with torch.set_grad_enabled(grad_mode):
         exact = lowland.spectrum(model, unlikelihood, (x, y), k=None)
         found = lowland.spectrum(model, unlikelihood, (x, y), k=2, method="lanczos")
@@ -76,7 +76,7 @@ def test_layers_without_forward_mode_have_a_spectrum(layer):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 3)).double()
     x, y = torch.randn(12, 3).double(), torch.arange(12) % 3
-    matrix = differences(model, lambda: CE(model(x), y))
+    matrix = differences_of_loss(model, lambda: CE(model(x), y))
     values = lowland.spectrum(model, CE, (x, y), k=None).eigenvalues
     assert error(values, torch.linalg.eigvalsh(matrix).flip(0)) < 1e-6
     blocks = lowland.layer_spectra(model, CE, (x, y), k=None)

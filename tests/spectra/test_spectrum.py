@@ -602,7 +602,7 @@ class Skewed(torch.autograd.Function):
 def test_derivatives_that_are_wrong_are_found(method):
     fails(
         RuntimeError,
-        r"products with the Hessian are not symmetric: u'Hv = .* and v'Hu = ",
+        "the gradient of this loss is not its derivative",
         Broken(Skewed.apply),
         k=1,
         method=method,

@@ -278,7 +278,8 @@ def _measure(surface: Surface, settings: _Settings) -> Spectrum:
     dim = surface.dim
     method = _method(dim, settings)
     operator = surface.operator()
-    check_products(operator, settings.seed)
+    if surface.products == "autograd":  # differences are symmetric to their own precision alone
+        check_products(operator, settings.seed)
     k = dim if settings.k is None else settings.k
     curve = None
     if method == "dense":

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from lowland._batches import as_batches, checked, digest, to_device
 from lowland.criteria import check_reduction, is_sum, mass, scalar_loss
 from lowland.errors import UnsupportedModelError
+from lowland.estimation import Estimation, Products
 from lowland.matrices import Matrix
-from lowland.objective import Objective, objective
-from lowland.passes import unsteady
+from lowland.objective import Objective, differentiating, objective
+from lowland.passes import frozen_statistics, unsteady
 from lowland.products import hessian_products
+from lowland.verification import routed
 
 NamedVector = dict[str, Tensor]
 """One tensor for each parameter, by its name in the model and of its shape."""
@@ -38,11 +40,14 @@ class Surface:
         objective: The loss over all batches.
         state: All parameters and buffers as they were.
         adaptive: Whether curvature is measured in steps relative to the parameters.
+        products: How the Hessian is multiplied: by automatic differentiation, or differences of
+            gradients where PyTorch's derivatives are missing or wrong.
     """
 
     objective: Objective
     state: NamedVector
     adaptive: bool = False
+    products: Products = "autograd"
 
     @property
     def names(self) -> list[str]:
@@ -99,7 +104,8 @@ class Surface:
         with _untouched(model), torch.random.fork_rng(_cuda(self.device)):
             for share, part in self.objective.parts():
                 x, y = part.batch
-                values = {**self.state, **parts}
+                buffers = {name: self.state[name].clone() for name, _ in model.named_buffers()}
+                values = {**self.state, **buffers, **parts}
                 output = torch.func.functional_call(model, values, (x,), strict=False)
                 total += share * float(scalar_loss(criterion, output, y))
         return total
@@ -130,7 +136,7 @@ class HessianOperator:
         directions = [
             list(surface.unflatten(surface.scaled(column)).values()) for column in columns.T
         ]
-        products = hessian_products(surface.objective, directions)
+        products = hessian_products(surface.objective, directions, surface.products)
         flat = [torch.cat([part.reshape(-1) for part in product]) for product in products]
         return torch.stack([surface.scaled(each) for each in flat], dim=1).view_as(vectors)
 
@@ -147,6 +153,8 @@ def survey(
         UnsupportedModelError: If the model is trained by several processes, of which each has its
             own data.
         TypeError: If the data has another form, or the loss is no tensor.
+        RuntimeError: If PyTorch's derivatives of the loss are wrong, or missing, and differences of
+            gradients cannot stand for them.
         ValueError: If there is no trainable parameter, the parameters are of several types or
             devices, a layer draws random numbers or updates statistics, the data is empty, not
             finite or other in each pass, or the loss is no finite scalar with a graph.
@@ -165,9 +173,10 @@ def survey(
     def one(x: Any, y: Tensor) -> float:
         if not mass(criterion, y):  # all of its targets are ignored, and their mean is no number
             return 0.0
-        return float(target.on((to_device(x, device), y.to(device))).loss().detach())
+        with frozen_statistics(target.model):
+            return float(target.on((to_device(x, device), y.to(device))).loss().detach())
 
-    with torch.enable_grad(), torch.random.fork_rng(_cuda(device)):
+    with differentiating(), torch.random.fork_rng(_cuda(device)):
         seen = [(digest((x, y)), one(x, y), mass(criterion, y)) for x, y in checked(batches)]
         index = -1
         for index, (x, y) in enumerate(batches):
@@ -182,7 +191,7 @@ def survey(
                 )
         if index + 1 < len(seen):
             raise ValueError(_OTHER_BATCHES.format(index + 1))
-    total = 1.0 if is_sum(criterion) else float(sum(part for _, _, part in seen))
+    total = 1.0 if is_sum(criterion) else float(sum(each for _, _, each in seen))
     if not total:
         raise ValueError(
             "every sample has weight zero, by the criterion's class weights or ignore_index, so "
@@ -190,7 +199,11 @@ def survey(
         )
     state = {**dict(target.model.named_parameters()), **dict(target.model.named_buffers())}
     kept = {name: part.detach().clone() for name, part in state.items()}
-    return Surface(replace(target, batches=batches, total=total), kept)
+    over_all = replace(target, batches=batches, total=total)
+    with torch.random.fork_rng(_cuda(device)):  # from which a loader draws, too
+        _, part = next(over_all.parts())
+        products = routed(part, Estimation()).products
+    return Surface(over_all, kept, products=products)
 
 
 _OTHER_BATCHES = (

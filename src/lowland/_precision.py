@@ -1,0 +1,71 @@
+"""A loss in double precision, whatever the precision of its model, while its model stays itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lowland._batches import mapped
+from lowland.errors import UnsupportedModelError
+from lowland.objective import Objective, is_scripted, places_of
+from lowland.passes import remember
+
+
+@contextmanager
+def in_double(target: Objective) -> Iterator[Objective]:
+    """The same loss in double precision, without autocast.
+
+    Meanwhile the model and the criterion hold copies of all their floating-point numbers; what a
+    ``forward`` casts to another type by itself is of that type still.
+
+    Args:
+        target: A loss on one batch.
+
+    Raises:
+        UnsupportedModelError: If the model is scripted, and so keeps the parameters that it has.
+        TypeError: If the device has no such numbers.
+    """
+    modules = [m for m in (target.model, target.criterion) if isinstance(m, nn.Module)]
+    if any(map(is_scripted, modules)):
+        raise UnsupportedModelError("scripted modules keep the parameters that they have")
+    held = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
+    wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in held}
+    places = [place for m in modules for place in places_of(m, held)]
+    x, y = target.batch
+    try:
+        for holder, name, tensor in places:
+            holder[name] = wide[id(tensor)]
+        with torch.autocast(target.device.type, enabled=False):
+            yield replace(
+                target,
+                batches=((mapped(_doubled, x), mapped(_doubled, y)),),
+                parameters=[wide[id(p)] for p in target.parameters],
+                others=[wide[id(p)] for p in target.others],
+            )
+    finally:
+        for holder, name, tensor in places:
+            holder[name] = tensor
+
+
+@contextmanager
+def best_precision(target: Objective) -> Iterator[Objective]:
+    """:func:`in_double` where the model goes along with it, else the loss as it is."""
+    with ExitStack() as stack:
+        wide = target
+        if any(p.dtype != torch.float64 for p in target.parameters):
+            try:
+                wide = stack.enter_context(in_double(target))
+                with remember(wide.model, wide.device)():
+                    wide.gradient()
+            except (RuntimeError, TypeError, ValueError):  # something within is of another type
+                stack.close()
+                wide = target
+        yield wide
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.detach().double() if tensor.is_floating_point() else tensor

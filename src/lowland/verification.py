@@ -1,0 +1,614 @@
+r"""Whether PyTorch's derivatives of a loss are right: each is compared with differences, once.
+
+Before a product with the Hessian is trusted, it is compared with the difference of two gradients,
+
+.. math:: H v \approx \frac{g(\theta + \epsilon v) - g(\theta - \epsilon v)}{2 \epsilon},
+
+these with the difference of two losses, and a third derivative, where one is wanted, with the
+difference of two products. That is done for the first call of a model, a criterion and a mode, on a
+few samples and in double precision, where ``eps`` is so small that hardly a kink lies between; two
+steps of different length tell what rounding and kinks leave of a difference. Of a difference that
+says nothing, each layer of the model is looked at alone.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MethodType
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from lowland._batches import head, mapped, tensors
+from lowland._precision import best_precision
+from lowland.criteria import scalar_loss
+from lowland.estimation import Estimation
+from lowland.objective import (
+    Objective,
+    differentiating,
+    is_scripted,
+    not_compiled,
+    objective,
+    without_hooks,
+)
+from lowland.passes import frozen_statistics, random_states, remember, remember_randomness
+from lowland.products import (
+    Vector,
+    differences,
+    dot,
+    gradient_graph,
+    kinked_layer,
+    norm,
+    plus,
+    product,
+)
+from lowland.torch_fixes import is_ordinary
+
+Order = Literal[2, 3]
+
+_ROWS = 4  # samples that are looked at
+_AGREED = 1e-3  # of two differences that say the same
+_UNCLEAR = 0.1  # of two that say nothing
+_OFF = 0.01  # of a derivative that is wrong
+
+# Relative to the parameters. Longer ones help where something within is of single precision.
+_STEPS = {
+    torch.float64: (1e-7, 1e-8, 1e-9, 1e-6, 1e-5, 1e-4, 1e-3),
+    torch.float32: (1e-2, 3e-3, 1e-3, 3e-2),
+}
+
+_checking = ContextVar("checking", default=True)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Trust PyTorch's derivatives without a look at them.
+
+    For models whose gradients are meant to be others than the loss's, as those of quantization by
+    straight-through estimators, and for who counts each millisecond of a first call.
+
+    Example:
+        >>> import torch, lowland
+        >>> from torch import nn
+        >>> model, x, y = nn.Linear(2, 1), torch.randn(8, 2), torch.randn(8, 1)
+        >>> with lowland.unchecked():
+        ...     moments = lowland.hessian_moments(model, nn.MSELoss(), x, y, method="dense")
+    """
+    token = _checking.set(False)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison says.
+
+    Attributes:
+        what: ``"gradient"``, ``"product"`` or ``"third"``: the first derivative that is wrong;
+            ``"none"`` where PyTorch has no second one. None if all are right.
+        reason: In words, for who is told; with the layer if one is known.
+        clear: Whether the differences said anything.
+    """
+
+    what: Literal["gradient", "product", "third", "none"] | None = None
+    reason: str = ""
+    clear: bool = True
+
+
+def is_random(target: Objective) -> bool:
+    """Whether a pass of the model draws random numbers, of layers of PyTorch or of others."""
+    known = _random.setdefault(target.model, {})
+    key = _circumstances(target)
+    if key not in known:
+        known[key] = _draws(target)
+    return known[key]
+
+
+_random: WeakKeyDictionary[nn.Module, dict[object, bool]] = WeakKeyDictionary()
+
+
+def _draws(target: Objective) -> bool:
+    with differentiating(), remember(target.model, target.device)():
+        before = random_states([target.device])
+        target.value()
+        after = random_states([target.device])
+    return not all(torch.equal(state, after[device]) for device, state in before.items())
+
+
+def routed(target: Objective, settings: Estimation, order: Order = 2) -> Estimation:
+    """How to come to products with the Hessian of a loss: the settings, with that decided.
+
+    Args:
+        target: The loss, on one batch.
+        settings: With ``products="auto"``, automatic differentiation where it is right, and
+            differences of gradients elsewhere.
+        order: As for :func:`verify`.
+
+    Raises:
+        RuntimeError: If neither way leads there.
+    """
+    found = verdict(target, order)
+    if target.matrix in ("ggn", "fisher") and found.what != "gradient":
+        # No second derivative of the model is in their products; what is wrong in their gradients
+        # is looked at by who takes these.
+        chosen = "autograd" if settings.products == "auto" else settings.products
+        step = step_of(target) if chosen == "differences" else 1.0
+        return replace(settings, products=chosen, step=settings.step * step)
+    if found.what == "gradient" or (settings.products == "autograd" and found.what is not None):
+        raise RuntimeError(found.reason)
+    if settings.products != "differences" and found.what is None:
+        return replace(settings, products="autograd")
+    if settings.products == "auto":
+        obstacle = kinked_layer(target.model)
+        if obstacle or is_scripted(target.model):
+            why = (
+                f"has kinks, where gradients jump: {obstacle}"
+                if obstacle
+                else "is scripted, and keeps its parameters; measure the module that was scripted"
+            )
+            raise RuntimeError(
+                f"{found.reason}\nDifferences of gradients are no way here, though: the model {why}"
+            )
+    return replace(settings, products="differences", step=settings.step * step_of(target))
+
+
+def step_of(target: Objective) -> float:
+    """How much longer than usual the steps of differences are best; found once.
+
+    Of several steps the one is taken whose difference, in the model's own precision, is closest to
+    one in double precision: what rounding is in a model, single precision within double as well,
+    is seen there.
+    """
+    if not _checking.get():
+        return 1.0
+    target = replace(target, matrix="hessian")  # the step depends on the gradient alone
+    known = _steps.setdefault(target.model, {})
+    # Where the parameters grow or shrink, rounding is another.
+    size = round(math.log2(float(norm(target.parameters)) or 1.0))
+    key = size, _circumstances(target)
+    if key not in known:
+        known[key] = _calibrated(_on_few_samples(target))
+    return known[key]
+
+
+_steps: WeakKeyDictionary[nn.Module, dict[object, float]] = WeakKeyDictionary()
+_FACTORS = (1.0, 10.0, 0.1, 100.0, 0.01, 1000.0)
+_NEAR = 0.01  # of a difference that needs no better step
+_DROWNED = 0.3  # of one that is mostly rounding
+
+
+_verdicts: WeakKeyDictionary[nn.Module, dict[object, Verdict]] = WeakKeyDictionary()
+
+
+def verify(target: Objective, order: Order = 2) -> None:
+    """Require derivatives of a loss that are right; looked at once.
+
+    Args:
+        target: The loss, on one batch.
+        order: 2 for products with the Hessian, 3 for their gradients too.
+
+    Raises:
+        RuntimeError: If a derivative is wrong or missing, with the layer that it comes from.
+    """
+    found = verdict(target, order)
+    if found.what is not None:
+        raise RuntimeError(found.reason)
+
+
+def verdict(target: Objective, order: Order = 2) -> Verdict:
+    """:func:`verify` in a value."""
+    if not _checking.get():
+        return Verdict()
+    known = _verdicts.setdefault(target.model, {})
+    circumstances = _circumstances(target)
+    of_third = known.get((3, circumstances))
+    if of_third and order == 2 and of_third.what != "third":
+        return of_third
+    if (order, circumstances) not in known:
+        known[order, circumstances] = _look(target, order)
+    return known[order, circumstances]
+
+
+def _circumstances(target: Objective) -> object:
+    """What a verdict holds for."""
+    layers = hash(tuple((type(module), module.training) for module in target.model.modules()))
+    return layers, tuple(target.names), _identity(target.criterion)
+
+
+def _identity(criterion: Any) -> object:
+    """The same for functions that are made anew for each call."""
+    if isinstance(criterion, partial):
+        return _identity(criterion.func)
+    if isinstance(criterion, MethodType):
+        return _identity(criterion.__func__)
+    if isinstance(criterion, nn.Module):
+        return ref(criterion)
+    return getattr(criterion, "__code__", type(criterion))
+
+
+def _look(target: Objective, order: Order) -> Verdict:
+    before = [p.detach().clone() for p in target.parameters]
+    small = _on_few_samples(target)
+    _check_untouched(target, before)
+    found = _compared(small, order)
+    if found.what is None and found.clear:
+        return found
+    # What PyTorch's plain layers compute is right, unless something is known to be wrong.
+    suspects = {
+        name: module
+        for name, module in small.model.named_modules()
+        if name and (found.what is not None or not is_ordinary(module))
+    }
+    name, alone = _culprit(small, suspects, order) or ("the model's own forward", found)
+    # Where the whole says nothing, what is wrong with a layer alone is wrong.
+    verdict = alone if found.what is None else found
+    return replace(verdict, reason=verdict.reason.replace(_WHERE, name))
+
+
+def _check_untouched(target: Objective, before: Vector) -> None:
+    """Refuse a model whose forward pass has written to its parameters, and put them back.
+
+    Raises:
+        ValueError: If it has.
+    """
+    named = zip(target.names, target.parameters, before, strict=True)
+    written = [(name, p, value) for name, p, value in named if not torch.equal(p, value)]
+    if written:
+        with torch.no_grad():
+            for _, p, value in written:
+                p.copy_(value)
+        raise ValueError(
+            f"the model's forward pass writes to its parameter {written[0][0]!r}, as layers do "
+            "that choose their parameters by the first data that they see, so there is no one loss "
+            "to differentiate: call model(x) once before"
+        )
+
+
+def _on_few_samples(target: Objective) -> Objective:
+    """The loss on the first rows of the batch, where that is a loss too."""
+    x, y = target.batch
+    try:
+        few = target.on((head(x, _ROWS), head(y, _ROWS)))
+        with differentiating(), remember(target.model, target.device)():
+            usable = bool(few.value().isfinite())
+    except Exception:  # noqa: BLE001 - whatever a model says of half a batch
+        usable = False
+    return few if usable else target
+
+
+def _compared(target: Objective, order: Order) -> Verdict:
+    with best_precision(target) as wide:
+        return _compare(wide, order)
+
+
+def _compare(target: Objective, order: Order) -> Verdict:
+    run = _Comparison(target)
+    with (
+        differentiating(),
+        not_compiled(),
+        without_hooks(target.parameters),
+        torch.autocast(target.device.type, enabled=False),
+    ):
+        try:
+            return run.of_gradient() or run.of_products(order)
+        except torch.OutOfMemoryError:
+            raise
+        except ValueError:
+            # There is no finite one, here or nearby; whoever wants it will be told.
+            return Verdict(clear=False)
+
+
+class _Comparison:
+    """One loss, at its parameters and a little way off along a random direction."""
+
+    def __init__(self, target: Objective, along: Vector | None = None) -> None:
+        self.target = target
+        self.again = remember(target.model, target.device)
+        self.before = [p.detach().clone() for p in target.parameters]
+        self.along = along or _direction(self.before)
+        double = all(p.dtype == torch.float64 for p in self.before)
+        self.steps = _STEPS[torch.float64 if double else torch.float32]
+        self.known: dict[float, tuple[Tensor, Vector]] = {}
+
+    def of_gradient(self) -> Verdict | None:
+        """Whether the gradient is the loss's."""
+        loss, gradient = self._first(0.0)
+        told = float(dot(gradient, self.along))
+        seen = _slope(
+            lambda step: [self._first(step)[0].reshape(1)],
+            self.steps,
+            self._visible(told, float(loss)),
+        )
+        change = float(seen.parts[0])
+        size = float(norm(gradient) * norm(self.along)) / math.sqrt(self.target.dim)
+        room = _OFF * max(abs(told), abs(change), size) + 10 * float(seen.noise[0])
+        if seen.clear and abs(told - change) > room:
+            return Verdict("gradient", _NO_GRADIENT.format(change, told, _WHERE))
+        return None
+
+    def of_products(self, order: Order) -> Verdict:
+        """Whether the products are the gradient's, and their gradient is theirs."""
+        try:
+            found, third = self._products(order)
+        except RuntimeError as error:
+            return Verdict("none", f"{error}\nThat comes from {_WHERE}")
+        size = float(norm(self._first(0.0)[1]))
+        of_gradients = self.of_gradients(self._visible(float(norm(found)), size))
+        off = of_gradients.apart_from(found)
+        if off > _OFF:
+            return Verdict("product", _WRONG.format("second", off, "gradients", _WHERE))
+        if order == 2:
+            return Verdict(clear=of_gradients.clear)
+        visible = self._visible(float(norm(third)), float(norm(found)))
+        of_products = _slope(self._second, self.steps, visible)
+        off = of_products.apart_from(third)
+        if off > _OFF:
+            return Verdict("third", _WRONG.format("third", off, "products", _WHERE))
+        return Verdict(clear=of_gradients.clear and of_products.clear)
+
+    def of_gradients(self, visible: float = 0.0) -> _Slope:
+        """``H v`` by differences; ``visible`` as for :func:`_slope`."""
+        return _slope(lambda step: self._first(step)[1], self.steps, visible)
+
+    @staticmethod
+    def _visible(change: float, size: float) -> float:
+        """From which step on a change would be seen, were something within of single precision."""
+        return 100 * torch.finfo(torch.float32).eps * size / abs(change) if change else math.inf
+
+    def _products(self, order: Order) -> tuple[Vector, Vector]:
+        """``H v``, and the gradient of ``v' H v`` if it is wanted."""
+        with self.again(), gradient_graph(self.target) as gradient:
+            found = product(self.target, gradient, self.along, wanted=order > 2)
+            third = _gradient_of(dot(self.along, found), self.target.parameters)
+        return [part.detach() for part in found], third
+
+    def _first(self, step: float) -> tuple[Tensor, Vector]:
+        """The loss and its gradient elsewhere."""
+        if step not in self.known:
+            with self._at(step) as there:
+                loss = there.loss()
+                found = grad(loss, there.parameters, allow_unused=True)
+                self.known[step] = loss.detach(), there.complete(found, loss)
+        return self.known[step]
+
+    def _second(self, step: float) -> Vector:
+        """``H v`` elsewhere."""
+        with self._at(step) as there, gradient_graph(there) as gradient:
+            return product(there, gradient, self.along, wanted=False)
+
+    @contextmanager
+    def _at(self, step: float) -> Iterator[Objective]:
+        """The loss with other values of its parameters."""
+        target = self.target
+        values = plus(self.before, self.along, self.before[0].new_tensor(step))
+        with self.again():
+            if not is_scripted(target.model):
+                leaves = [value.requires_grad_() for value in values]
+                with target.holding(leaves):
+                    yield replace(target, parameters=leaves)
+                return
+            # They cannot be replaced, but hold other numbers for a while.
+            held = [p.data for p in target.parameters]
+            try:
+                for p, value in zip(target.parameters, values, strict=True):
+                    p.data = value
+                yield target
+            finally:
+                for p, data in zip(target.parameters, held, strict=True):
+                    p.data = data
+
+
+def _calibrated(target: Objective) -> float:
+    signs = [torch.sign(part) for part in _direction(target.parameters)]
+    with differentiating(), without_hooks(target.parameters):
+        truth = _true_product(target, signs)
+    if truth is None:  # kinks, of which there is a warning already
+        return 1.0
+    errors: dict[float, float] = {}
+    for factor in _FACTORS:
+        with frozen_statistics(target.model), remember_randomness([target.device])():
+            (found,) = differences(target, [signs], factor)
+        errors[factor] = float(norm([a - b for a, b in zip(found, truth, strict=True)]))
+        if errors[factor] <= _NEAR * float(norm(truth)):
+            break
+    best = min(errors, key=errors.__getitem__)
+    if errors[best] <= _DROWNED * float(norm(truth)):
+        return best
+    if kinked_layer(target.model) is None:  # of which there is a warning already
+        warnings.warn(
+            "products='differences' are no Hessian here: with each of several steps, the best of "
+            f"them too, they are {errors[best] / float(norm(truth)):.2g} of their size off, by "
+            "rounding, or by kinks in the model's own forward; use products='autograd', or "
+            "model.double()",
+            stacklevel=5,
+        )
+    return 1.0
+
+
+def _true_product(target: Objective, along: Vector) -> Vector | None:
+    """``H v`` by differences in double precision, in the model's own; None if they say nothing."""
+    size = float(norm(target.parameters) / norm(along)) or 1.0
+    scaled = [part.double() * size for part in along]
+    with best_precision(target) as wide:
+        steps = [part.to(p.dtype) for part, p in zip(scaled, wide.parameters, strict=True)]
+        slope = _Comparison(wide, steps).of_gradients()
+    if not slope.clear:
+        return None
+    return [part.to(p.dtype) / size for part, p in zip(slope.parts, target.parameters, strict=True)]
+
+
+def _gradient_of(form: Tensor, parameters: Sequence[Tensor]) -> Vector:
+    if not form.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    return list(grad(form, parameters, allow_unused=True, materialize_grads=True))
+
+
+_WHERE = "<where>"
+_NO_GRADIENT = (
+    "the gradient of this loss is not its derivative: along a random direction the loss changes by "
+    "{:.4g}, and by the gradient it would be {:.4g}. That comes from {}, whose gradient is another "
+    "than that of what it computes, as with straight-through estimators and gradient reversal; "
+    "such a loss has no Hessian. Leave it out, or take the derivatives as they are, within "
+    "lowland.unchecked()"
+)
+_WRONG = (
+    "PyTorch's {} derivatives of this loss are wrong: some are {:.2g} of their size off the "
+    "difference of two {}. They come from {}; write that out in plain operations, or use "
+    "products='differences', which takes gradients alone"
+)
+
+
+def _direction(parameters: Sequence[Tensor]) -> Vector:
+    """A random one, in proportion to the parameters' sizes, so that relative steps suit it."""
+    sizes = [float(p.detach().double().square().mean().sqrt()) for p in parameters]
+    generator = torch.Generator().manual_seed(0)
+    least = 0.01 * max(sizes) or 0.1
+    return [
+        torch.randn(p.shape, generator=generator).to(p) * max(size, least)
+        for p, size in zip(parameters, sizes, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Slope:
+    """A difference quotient, how much two of them differ, and whether it says anything."""
+
+    parts: Vector
+    noise: Vector
+    clear: bool
+
+    def apart_from(self, found: Vector) -> float:
+        """How far the worst part of a derivative is off, of its own size; 0 if nothing is clear."""
+        if not self.clear:
+            return 0.0
+        least = 1e-6 * float(norm(self.parts))
+        worst = 0.0
+        for one, other, unsure in zip(found, self.parts, self.noise, strict=True):
+            apart = float((one - other).detach().norm()) - 10 * float(unsure.norm()) - least
+            size = max(float(one.detach().norm()), float(other.norm()))
+            worst = max(worst, apart / size if size else 0.0)
+        return worst
+
+
+def _slope(function: Callable[[float], Vector], steps: Sequence[float], visible: float) -> _Slope:
+    """The central difference of a function at zero, by the two steps that agree best.
+
+    Of steps shorter than ``visible`` a difference of nothing says nothing: rounding hides it.
+    """
+    found: dict[float, Vector] = {}
+    best: tuple[Vector, Vector] | None = None
+    least = math.inf
+    for step in steps:
+        one, other = function(step), function(-step)
+        quotient = [(a - b) / (2 * step) for a, b in zip(one, other, strict=True)]
+        if step < visible and not any(map(torch.any, quotient)):
+            continue
+        for parts in found.values():
+            noise = [(a - b).abs() for a, b in zip(quotient, parts, strict=True)]
+            apart = float(norm(noise))
+            apart = apart / float(norm(parts)) if apart else 0.0
+            if apart < least:
+                best, least = (quotient, noise), apart
+        if least < _AGREED:
+            break
+        found[step] = quotient
+    if best is None:  # it is clear if there was nothing, at no step
+        return _Slope(quotient, quotient, clear=not any(map(torch.any, quotient)))
+    return _Slope(*best, clear=least < _UNCLEAR)
+
+
+# Which layer it is
+
+
+def _culprit(
+    target: Objective, suspects: Mapping[str, nn.Module], order: Order
+) -> tuple[str, Verdict] | None:
+    """The innermost layer whose own derivatives are wrong, in words, and what is wrong."""
+    inputs, output = _inputs(target, suspects)
+    # The inner ones first: if a layer is wrong, so is each that holds it.
+    for name in sorted(inputs, key=lambda name: -name.count(".")):
+        found = _alone(suspects[name], *inputs[name], order)
+        if found.what is not None:
+            return f"layer {name!r}, {type(suspects[name]).__name__}", found
+    criterion, (_, y) = target.criterion, target.batch
+    found = _alone(lambda output: scalar_loss(criterion, output, y), (output,), {}, order)
+    if found.what is not None:
+        return f"the criterion, {getattr(criterion, '__name__', type(criterion).__name__)}", found
+    return None
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _inputs(
+    target: Objective, suspects: Mapping[str, nn.Module]
+) -> tuple[dict[str, Arguments], Any]:
+    """What each layer is called with at first, and what the criterion is."""
+    inputs: dict[str, Arguments] = {}
+
+    def remember_them(name: str, _: nn.Module, args: tuple[Any, ...], options: Any) -> None:
+        inputs.setdefault(name, mapped(Tensor.detach, (args, options)))
+
+    with ExitStack() as stack:
+        stack.enter_context(remember(target.model, target.device)())
+        stack.enter_context(not_compiled())
+        for name, module in suspects.items():
+            if not is_scripted(module):
+                hook = module.register_forward_pre_hook(
+                    partial(remember_them, name), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+        with differentiating():
+            x, _ = target.batch
+            output = target.model(x)
+    return inputs, mapped(Tensor.detach, output)
+
+
+def _alone(
+    call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], order: Order
+) -> Verdict:
+    """:func:`_compared` of one layer, as a function of its parameters and its inputs."""
+    layer = _Alone(call, args, options)
+    try:
+        return _compared(objective(layer, _weighed, None, None), order)
+    except (RuntimeError, TypeError, ValueError):  # of it alone there is nothing to be said
+        return Verdict(clear=False)
+
+
+class _Alone(nn.Module):
+    """A layer whose floating-point inputs are parameters."""
+
+    def __init__(
+        self, call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.call, self.given = call, (args, options)
+        self.inputs = nn.ParameterList(
+            nn.Parameter(t.clone()) for t in tensors(self.given) if t.is_floating_point()
+        )
+
+    def forward(self, _: Any) -> Any:
+        values = iter(self.inputs)
+        args, options = mapped(lambda t: next(values) if t.is_floating_point() else t, self.given)
+        return self.call(*args, **options)
+
+
+def _weighed(output: Any, _: Any) -> Tensor:
+    """A smooth function of all that a layer gives."""
+    parts = [t for t in tensors(output) if t.is_floating_point()]
+    total: Tensor = sum(part.sum() * 0 for part in parts)  # type: ignore[assignment]
+    for part in parts:
+        weights = torch.linspace(-1, 1.5, part.numel(), dtype=part.dtype, device=part.device)
+        total = total + (part * (weights.view_as(part) + part / 2)).mean()
+    return total

@@ -1,0 +1,347 @@
+"""What PyTorch has wrong, or a model says wrongly of itself, is told before there is a number."""
+
+import pytest
+import torch
+from helpers.any_models import CROSS_ENTROPY, build, differences, flat
+from torch import nn
+
+import lowland
+from lowland.objective import objective
+from lowland.verification import step_of, verdict
+
+
+def cube(wrong=None):
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a):
+            ctx.save_for_backward(a)
+            return a**3 / 10
+
+        @staticmethod
+        def backward(ctx, slope):
+            (a,) = ctx.saved_tensors
+            if wrong == "gradient":
+                return slope
+            if wrong == "product":
+                return slope * 3 * a.detach() ** 2 / 10
+            if wrong == "third":
+                return slope * (3 * a.detach() ** 2 + 6 * a.detach() * (a - a.detach())) / 10
+            return slope * 3 * a**2 / 10
+
+    return Cube.apply
+
+
+class Between(nn.Module):
+    """A function between two linear layers, in a module of its own."""
+
+    class Layer(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return self.function(x)
+
+    def __init__(self, function, activation=nn.Tanh):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.activation, self.odd = activation(), self.Layer(function)
+
+    def forward(self, x):
+        return self.last(self.activation(self.odd(self.first(x))))
+
+
+def case(function, activation=nn.Tanh, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = Between(function, activation).to(dtype)
+    return model, torch.randn(8, 4, dtype=dtype), torch.arange(8) % 2
+
+
+def by_differences(model, x, y):
+    parameters = list(model.parameters())
+    return differences(model, lambda: torch.autograd.grad(CROSS_ENTROPY(model(x), y), parameters))
+
+
+DTYPES = (torch.float32, torch.float64)
+WRONG = ("gradient", "product", "third")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize("wrong", [None, *WRONG])
+def test_each_derivative_is_compared_and_its_layer_named(wrong, activation, dtype):
+    model, x, y = case(cube(wrong), activation, dtype)
+    found = verdict(objective(model, CROSS_ENTROPY, x, y), 3)
+    assert found.what == wrong
+    assert found.clear
+    assert wrong is None or "layer 'odd', Layer" in found.reason
+    order_two = verdict(objective(model, CROSS_ENTROPY, x, y), 2).what
+    assert order_two == (None if wrong == "third" else wrong)
+
+
+def test_a_layer_is_named_at_any_depth_and_the_criterion_too():
+    model, x, y = case(cube("product"))
+    outer = nn.Sequential(nn.Linear(4, 4), nn.Sequential(model))
+    found = verdict(objective(outer.double(), CROSS_ENTROPY, x, y))
+    assert "layer '1.0.odd', Layer" in found.reason
+    model, x, y = build("mlp")
+    odd = cube("product")
+
+    def criterion(output, y):
+        return CROSS_ENTROPY(odd(output), y)
+
+    assert "the criterion, criterion" in verdict(objective(model, criterion, x, y)).reason
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "probes"])
+def test_no_engine_trusts_what_is_wrong(method):
+    model, x, y = case(cube("gradient"))
+    message = r"gradient of this loss is not its derivative.*'odd'.*lowland.unchecked\(\)"
+    with pytest.raises(RuntimeError, match=message):
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y, method)
+    with pytest.raises(RuntimeError, match=message):
+        lowland.spectrum(model, CROSS_ENTROPY, (x, y), k=1)
+    with pytest.raises(RuntimeError, match=message):
+        lowland.hessian_moments(model, CROSS_ENTROPY, [(x, y)])
+    with pytest.raises(RuntimeError, match=message):
+        lowland.HSR(CROSS_ENTROPY, 0.1).loss(model, x, y)
+    model, x, y = case(cube("product"))
+    message = r"PyTorch's second derivatives of this loss are wrong.*layer 'odd'"
+    with pytest.raises(RuntimeError, match=message):
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y, method, products="autograd")
+
+
+def test_auto_goes_on_with_differences_and_says_so():
+    model, x, y = case(cube("product"))
+    expected = by_differences(model, x, y)
+    moments = lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    assert moments.method == "dense, differences"
+    torch.testing.assert_close(moments.trace, expected.trace(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moments.trace_sq, expected.square().sum(), rtol=1e-6, atol=1e-6)
+    spectrum = lowland.spectrum(model, CROSS_ENTROPY, (x, y), k=None)
+    eigenvalues = torch.linalg.eigvalsh(expected).flip(0)
+    torch.testing.assert_close(spectrum.eigenvalues, eigenvalues, rtol=1e-6, atol=1e-6)
+    estimate = lowland.hessian_moments(model, CROSS_ENTROPY, x, y, "probes", probes=400)
+    assert estimate.method == "probes, differences"
+    assert abs(estimate.trace - expected.trace()) < 4 * estimate.stderr[0]
+    penalty = lowland.HSR(CROSS_ENTROPY, 0.1)
+    penalty.loss(model, x, y).backward()
+    assert penalty.used == "probes, differences"
+
+
+@pytest.mark.parametrize("power", range(4))
+def test_the_gradient_of_moments_by_differences(power):
+    right, x, y = case(cube())
+    wrong, _, _ = case(cube("third"))
+    slopes = torch.zeros(4).double()
+    slopes[power] = 1.0
+
+    def gradient(model, products):
+        moments = lowland.hessian_moments(
+            model, CROSS_ENTROPY, x, y, "dense", moments=4, products=products
+        )
+        values = torch.stack([moments.trace, moments.trace_sq, *moments.higher])
+        return flat(torch.autograd.grad(slopes @ values, list(model.parameters())))
+
+    expected = gradient(right, "autograd")
+    found = gradient(wrong, "differences")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_wrong_third_derivative_stops_a_gradient_and_not_a_value():
+    model, x, y = case(cube("third"))
+    expected = by_differences(model, x, y)
+    for settings in ({"method": "dense"}, {"method": "probes"}):
+        moments = lowland.hessian_moments(model, CROSS_ENTROPY, x, y, **settings)
+        with pytest.raises(RuntimeError, match="PyTorch's third derivatives of this loss are wron"):
+            moments.trace_sq.backward()
+        if settings["method"] == "dense":
+            torch.testing.assert_close(moments.trace, expected.trace(), rtol=1e-6, atol=1e-6)
+
+
+def test_kinks_leave_no_way_but_an_error():
+    model, x, y = case(cube("product"), nn.ReLU)
+    message = r"second derivatives.*wrong[\s\S]*Differences.*no way here.*kinks.*'activation', ReLU"
+    with pytest.raises(RuntimeError, match=message):
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+
+
+def straight_through(a):
+    return a + ((4 * a).round() / 4 - a).detach()
+
+
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a):
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return -slope
+
+
+def hooked(a):
+    a.register_hook(lambda slope: 2 * slope)
+    return a
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [straight_through, Reversal.apply, hooked])
+def test_gradients_that_are_meant_to_be_others_can_be_taken_as_they_are(function, dtype):
+    model, x, y = case(function, dtype=dtype)
+    with pytest.raises(RuntimeError, match="the gradient of this loss is not its derivative"):
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    with lowland.unchecked():
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y, "probes")
+
+
+def test_hooks_on_parameters_are_no_part_of_the_loss():
+    model, x, y = case(torch.sin)
+    expected = by_differences(model, x, y)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda slope: 2 * slope)
+    moments = lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    torch.testing.assert_close(moments.trace_sq, expected.square().sum())
+    lowland.HessianTrace(CROSS_ENTROPY, 1.0, method="probes").loss(model, x, y).backward()
+    assert all(len(p._backward_hooks) == 1 for p in model.parameters())
+
+
+class Mixed(nn.Module):
+    """Single precision within double."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        inside = self.first(x)
+        return self.last(nn.functional.rms_norm(inside.float(), (3,)).to(inside.dtype).tanh())
+
+
+def test_single_precision_within_double_is_no_fault_and_differences_see_it():
+    torch.manual_seed(0)
+    model = Mixed().double()
+    x, y = torch.randn(8, 4).double(), torch.arange(8) % 2
+    expected = lowland.hessian_moments(model, CROSS_ENTROPY, x, y, "dense")
+    assert expected.method == "dense"
+    found = lowland.hessian_moments(
+        model, CROSS_ENTROPY, x, y, "probes", products="differences", probes=300
+    )
+    assert abs(found.trace - expected.trace) < 4 * found.stderr[0]
+    assert abs(found.trace_sq - expected.trace_sq) < 4 * found.stderr[1]
+    assert step_of(objective(model, CROSS_ENTROPY, x, y)) > 1
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-6, 0.0])
+def test_steps_of_differences_suit_a_head_of_any_size(size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 2))
+    with torch.no_grad():
+        model[2].weight.mul_(size)
+        model[2].bias.mul_(size)
+    x, y = torch.randn(40, 4), torch.arange(40) % 2
+    model.get_submodule("0").requires_grad_(requires_grad=False)
+    head = {"generator": torch.Generator().manual_seed(0), "probes": 3}
+    expected, found = (
+        lowland.hessian_moments(
+            model,
+            CROSS_ENTROPY,
+            x,
+            y,
+            "probes",
+            products=products,
+            **head | {"generator": torch.Generator().manual_seed(0)},
+        )
+        for products in ("autograd", "differences")
+    )
+    torch.testing.assert_close(found.trace, expected.trace, rtol=0.01, atol=0)
+    torch.testing.assert_close(found.trace_sq, expected.trace_sq, rtol=0.01, atol=0)
+
+
+class Chosen(nn.Module):
+    """Sets its parameter by the first data that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.last = nn.Parameter(torch.zeros(4)), nn.Linear(4, 2)
+        self.register_buffer("ready", torch.tensor(0))
+
+    def forward(self, x):
+        if not self.ready:
+            self.shift.data.copy_(-x.mean(0))
+            self.ready.fill_(1)
+        return self.last((x + self.shift).tanh())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_forward_pass_that_writes_to_parameters_is_refused_until_it_has(dtype):
+    model, x, y = Chosen().to(dtype), torch.randn(8, 4, dtype=dtype) + 1, torch.arange(8) % 2
+    with pytest.raises(ValueError, match=r"writes to its parameter 'shift'.*call model\(x\) once"):
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    assert not model.shift.any()
+    assert not model.ready
+    model(x)
+    assert lowland.hessian_moments(model, CROSS_ENTROPY, x, y).method == "dense"
+
+
+def test_one_look_for_a_model_a_criterion_and_a_mode():
+    passes = []
+    model, x, y = case(torch.sin)
+    model.register_forward_hook(lambda *_: passes.append(1))
+
+    def measured(criterion=CROSS_ENTROPY):
+        passes.clear()
+        lowland.hessian_moments(model, criterion, x, y, "probes", probes=1)
+        return len(passes)
+
+    first, again = measured(), measured()
+    assert first > again == 1
+    fresh = [(lambda s, t: CROSS_ENTROPY(s, t) / 2) for _ in range(2)]
+    assert measured(fresh[0]) > measured(fresh[1]) == 1
+    model.eval()
+    assert measured() > measured() == 1
+    with lowland.unchecked():
+        model.train()
+        model.odd.eval()
+        assert measured() == 1
+
+
+def test_scripted_models_are_looked_at_too():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Tanh(), nn.Linear(3, 2))
+    model, x, y = torch.jit.script(plain), torch.randn(8, 4), torch.arange(8) % 2
+    expected = lowland.hessian_moments(plain, CROSS_ENTROPY, x, y, "dense")
+    found = lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    torch.testing.assert_close(found.trace_sq, expected.trace_sq)
+    message = r"third derivatives of this loss are wrong[\s\S]*measure the module that was scripted"
+    with pytest.raises(RuntimeError, match=message):
+        lowland.HSR(CROSS_ENTROPY, 0.1).loss(model, x, y)
+    with pytest.raises(lowland.UnsupportedModelError, match="belongs to a scripted or traced modu"):
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y, "probes", products="differences")
+
+
+def test_exported_programs_are_right():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Hardsigmoid(), nn.Linear(3, 2))
+    x, y = torch.randn(8, 4), torch.arange(8) % 2
+    model = torch.export.export(plain, (x,)).module()
+
+    def gradient(model):
+        penalty = lowland.FlatnessAware(CROSS_ENTROPY, 1.0, method="dense")
+        return flat(torch.autograd.grad(penalty(model, x, y), list(model.parameters())))
+
+    torch.testing.assert_close(gradient(model), gradient(plain))
+
+
+def test_within_inference_mode():
+    model, x, y = case(torch.sin)
+    expected = lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    with torch.inference_mode():
+        inside, labels = x * 1, y * 1
+        found = lowland.hessian_moments(model, CROSS_ENTROPY, inside, labels)
+        spectrum = lowland.spectrum(model, CROSS_ENTROPY, (inside, labels), k=None)
+        never = nn.Linear(4, 2)
+    torch.testing.assert_close(found.trace_sq, expected.trace_sq)
+    assert spectrum.trace == pytest.approx(float(expected.trace))
+    with pytest.raises(ValueError, match=r"made within torch.inference_mode\(\)"):
+        lowland.hessian_moments(never, CROSS_ENTROPY, x.float(), y, "dense")

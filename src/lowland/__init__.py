@@ -9,6 +9,7 @@ from lowland import _moved
 if TYPE_CHECKING:
     from lowland import exact, weakness
     from lowland.auditing import Audit, audit
+    from lowland.diagonal import HessianDiagonal, hessian_diagonal
     from lowland.engines import hessian_moments
     from lowland.errors import UnsupportedModelError
     from lowland.landscape import LossSurface, surface
@@ -33,6 +34,7 @@ _HOMES = {
     "HSR": "penalties",
     "SAM": "optimizers",
     "FlatnessAware": "penalties",
+    "HessianDiagonal": "diagonal",
     "HessianMoments": "moments",
     "HessianTrace": "penalties",
     "LossSurface": "landscape",
@@ -40,6 +42,7 @@ _HOMES = {
     "UnsupportedModelError": "errors",
     "audit": "auditing",
     "eigenvalues_over": "spectra",
+    "hessian_diagonal": "diagonal",
     "hessian_moments": "engines",
     "layer_spectra": "spectra",
     "permute": "symmetry",
@@ -55,6 +58,7 @@ __all__ = [
     "Audit",
     "EigenvalueHistory",
     "FlatnessAware",
+    "HessianDiagonal",
     "HessianMoments",
     "HessianTrace",
     "LossSurface",
@@ -63,6 +67,7 @@ __all__ = [
     "audit",
     "eigenvalues_over",
     "exact",
+    "hessian_diagonal",
     "hessian_moments",
     "layer_spectra",
     "permute",

@@ -617,6 +617,17 @@ def _is_any(criterion: object, kinds: Collection[type[nn.Module]]) -> bool:
     return any(criterion is _KNOWN[kind] for kind in kinds)
 
 
+def is_any(criterion: object, *kinds: type[nn.Module]) -> bool:
+    """Whether it computes what one of these criteria of PyTorch does, and no hook changes that."""
+    modules = (each for each in _layers(criterion) if isinstance(each, nn.Module))
+    return _is_any(criterion, kinds) and not any(map(has_hooks, modules))
+
+
+def setting(criterion: object, name: str, default: Any) -> Any:
+    """A criterion's setting, whether it is a module or a function within ``functools.partial``."""
+    return _setting(criterion, name, default)
+
+
 def _layers(criterion: object) -> Iterator[object]:
     """A criterion, and what it is within ``functools.partial`` and ``torch.compile``."""
     inside: Any = criterion

@@ -27,10 +27,11 @@ from lowland._precision import best_precision
 from lowland.criteria import Criterion
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation
+from lowland.gauss_newton import surrogate
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, may_look, objective
 from lowland.passes import remember
-from lowland.products import Vector, dot, gradient_graph, product, relative_step
+from lowland.products import NO_GRADIENT, Curvature, Vector, curvature_of, dot, relative_step
 from lowland.validation import check_values
 from lowland.verification import routed, verify
 
@@ -74,7 +75,12 @@ class BruteForce:
             powers = _Powers.apply(frame, count, *self.target.parameters)  # type: ignore[no-untyped-call]
         higher = None if count < 4 else (powers[2], powers[3])
         return HessianMoments(
-            self.target.dim, powers[0], powers[1], higher=higher, method=self.name
+            self.target.dim,
+            powers[0],
+            powers[1],
+            higher=higher,
+            method=self.name,
+            matrix=self.target.matrix,
         )
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
@@ -127,31 +133,34 @@ class _Frame:
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     @contextmanager
-    def gradient(self) -> Iterator[Vector]:
-        """The gradient of the loss with its graph, the same at each call."""
+    def curvature(self) -> Iterator[Curvature]:
+        """What is multiplied by unit vectors, the same at each call."""
         target, (enabled, dtype) = self.target, self.autocast
         with ExitStack() as stack:
             stack.enter_context(self.again())
             stack.enter_context(target.others_frozen())
             stack.enter_context(torch.autocast(target.device.type, enabled=enabled, dtype=dtype))
-            yield stack.enter_context(gradient_graph(target))
+            yield stack.enter_context(curvature_of(target))
 
-    def rows(self, gradient: Vector, *, wanted: bool) -> Iterator[Vector]:
+    def rows(self, curvature: Curvature, *, wanted: bool) -> Iterator[Vector]:
         """The rows of ``H`` one after another, each with its own graph if wanted."""
-        for part in gradient:
-            unit = part.new_zeros(part.shape)  # in one piece, whatever the gradient is
+        parameters = self.target.parameters
+        for place, part in enumerate(parameters):
+            direction: list[Tensor | None] = [None] * len(parameters)
+            unit = part.new_zeros(part.shape)  # in one piece, whatever the parameter is
             entries = unit.view(-1)
             for index in range(part.numel()):
                 entries[index] = 1
-                yield product(self.target, [part], [unit.clone()], wanted=wanted)
+                direction[place] = unit.clone()
+                yield curvature.product(direction, wanted=wanted)
                 entries[index] = 0
 
     def matrix(self, *, wanted: bool) -> Tensor:
         """``H``."""
         if self.by_differences:
             return self._matrix_by_differences()
-        with self.gradient() as gradient:
-            rows = [_flat(row) for row in self.rows(gradient, wanted=wanted)]
+        with self.curvature() as curvature:
+            rows = [_flat(row) for row in self.rows(curvature, wanted=wanted)]
         matrix = torch.stack(rows)
         _check_symmetric(matrix.detach())
         if wanted and not matrix.requires_grad:  # a constant, whose gradient is zero
@@ -164,8 +173,8 @@ class _Frame:
             return self._contracted_by_differences(coefficients)
         parameters = self.target.parameters
         total = [torch.zeros_like(p) for p in parameters]
-        with self.gradient() as gradient:
-            rows = self.rows(gradient, wanted=True)
+        with self.curvature() as curvature:
+            rows = self.rows(curvature, wanted=True)
             for row, slopes in zip(rows, coefficients, strict=True):
                 value = dot(row, _like(parameters, slopes))
                 if value.requires_grad:
@@ -185,10 +194,12 @@ class _Frame:
         target = self.target
         with self.again(), target.others_frozen(), best_precision(target) as wide:
             again = remember(wide.model, wide.device)
+            # Of another matrix than the Hessian the first gradient has to be at the parameters.
+            found = wide if wide.matrix == "hessian" else surrogate(wide)[0]
 
             def gradient(at: Tensor) -> Tensor:
                 with again():
-                    return _flat(wide.gradient(_like(wide.parameters, at))[1])
+                    return _flat(found.gradient(_like(wide.parameters, at))[1])
 
             yield gradient
 
@@ -207,6 +218,8 @@ class _Frame:
 
     def _contracted_by_differences(self, coefficients: Tensor) -> Vector:
         r""":math:`\nabla \langle C, H \rangle` by second differences along C's eigenvectors."""
+        if self.target.matrix != "hessian":
+            raise RuntimeError(NO_GRADIENT)
         parameters = self.target.parameters
         weights, vectors = torch.linalg.eigh(coefficients.double())
         with self._gradients() as gradient:

@@ -21,6 +21,7 @@ from lowland.dense import BruteForce
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.exact.engine import ExactEngine
+from lowland.matrices import Matrix
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, objective, over
 from lowland.passes import unsteady
@@ -66,6 +67,7 @@ def hessian_moments(
     products: Products = "auto",
     generator: Generator | None = None,
     parameters: Iterable[Tensor] | None = None,
+    matrix: Matrix = "hessian",
     unbiased: bool = False,
     moments: Literal[2, 4] = 2,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -101,6 +103,10 @@ def hessian_moments(
             These are compared with differences once (:mod:`lowland.verification`).
         generator: Of the probes' signs; without one PyTorch's own is used.
         parameters: Those whose Hessian is meant, if not all that are trainable.
+        matrix: ``"hessian"``; or one beside it, for which ``H`` stands in all that is said here:
+            ``"ggn"``, the generalized Gauss-Newton matrix; ``"residual"``, what the Hessian has
+            beyond it, so that their traces add up to the Hessian's; ``"fisher"``, the Fisher matrix
+            of the model's own predictive distribution. :mod:`lowland.matrices` defines them.
         unbiased: Take the samples for a batch of a larger data set, whose ``Tr H^2`` is to be
             estimated: a batch's own is too large on average, since it holds each sample's pair with
             itself. For ``"exact"``, and for ``"probes"``, which splits the batch in two. The
@@ -124,7 +130,9 @@ def hessian_moments(
     Raises:
         UnsupportedModelError: If the engine asked for cannot do what is asked.
         TypeError, ValueError: As :func:`lowland.exact.moments`; if data or criterion have another
-            form; or if what a batch counts is neither known nor given, and cannot be measured.
+            form; or if what a batch counts is neither known nor given, and cannot be measured. Of
+            the Gauss-Newton matrix also if the criterion is linear in the model's outputs
+            (``nn.NLLLoss``), or knows the parameters in another way.
 
     Example:
         >>> import torch, lowland
@@ -134,6 +142,12 @@ def hessian_moments(
         >>> moments = lowland.hessian_moments(model, nn.CrossEntropyLoss(), x, y)
         >>> moments.dim, bool(moments.lower <= moments.upper)
         (26, True)
+        >>> parts = [
+        ...     lowland.hessian_moments(model, nn.CrossEntropyLoss(), x, y, matrix=matrix).trace
+        ...     for matrix in ("ggn", "residual")
+        ... ]
+        >>> torch.allclose(moments.trace, sum(parts), rtol=1e-4)
+        True
     """
     check_number(moments)
     check_method(method)
@@ -146,10 +160,18 @@ def hessian_moments(
                 "the moments over a data loader are estimated: use method='probes', moments=2 and "
                 "unbiased=False; or pass all samples as tensors x and y"
             )
-        return loader_moments(over(model, criterion, (), parameters), x, settings, count)
-    target = objective(model, criterion, *batch, parameters)
+        target = over(model, criterion, (), parameters, matrix=matrix)
+        return loader_moments(target, x, settings, count)
+    target = objective(model, criterion, *batch, parameters, matrix=matrix)
     limit = 0 if unbiased else DENSE_LIMIT
-    return choose(target, method, settings, count=moments, dense_limit=limit).moments(moments)
+    engine = choose(target, method, settings, count=moments, dense_limit=limit)
+    found = engine.moments(moments)
+    if found.matrix != matrix:
+        raise UnsupportedModelError(
+            f"the engine {engine.name!r} gave moments of matrix={found.matrix!r} for those of "
+            f"{matrix!r}: let it look at the matrix of its objective"
+        )
+    return found
 
 
 def check_method(method: Method | str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowland.brackets import four_moment_bracket
+from lowland.matrices import Matrix
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class HessianMoments:
             direction, None where the traces are exact.
         higher: ``(Tr H^3, Tr H^4)``, each of shape ``(*ensemble)``, where they were asked for.
         method: The engine that computed them, where :func:`lowland.hessian_moments` chose it.
+        matrix: Which matrix ``H`` stands for, the Hessian or one beside it
+            (:mod:`lowland.matrices`).
 
     Raises:
         ValueError: If ``dim`` is not positive or the traces differ in shape.
@@ -62,6 +65,7 @@ class HessianMoments:
     stderr: tuple[Tensor, Tensor] | None = None
     higher: tuple[Tensor, Tensor] | None = None
     method: str | None = None
+    matrix: Matrix = "hessian"
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -87,6 +91,8 @@ class HessianMoments:
             shown.append(f"stderr=({', '.join(map(_short, self.stderr))})")
         if self.method is not None:
             shown.append(f"method={self.method!r}")
+        if self.matrix != "hessian":
+            shown.append(f"matrix={self.matrix!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @property

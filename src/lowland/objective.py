@@ -28,6 +28,7 @@ from lowland.criteria import (
     scalar_loss,
 )
 from lowland.errors import UnsupportedModelError
+from lowland.matrices import Matrix, check_matrix
 from lowland.passes import remember
 from lowland.torch_fixes import is_ordinary
 from lowland.validation import check_parameters, check_types
@@ -53,6 +54,7 @@ class Objective:
         parameters: What the loss is a function of.
         others: Trainable parameters that are constants here.
         shares: ``m_b / m`` of each batch; None where there is one, whose loss is meant as it is.
+        matrix: Which matrix of curvature is meant (:mod:`lowland.matrices`).
     """
 
     outer: nn.Module
@@ -63,6 +65,7 @@ class Objective:
     parameters: list[Tensor]
     others: list[Tensor] = field(default_factory=list)
     shares: Sequence[float] | None = None
+    matrix: Matrix = "hessian"
 
     @property
     def dim(self) -> int:
@@ -258,6 +261,8 @@ def objective(
     x: Any,
     y: Any,
     parameters: Iterable[Tensor] | None = None,
+    *,
+    matrix: Matrix = "hessian",
 ) -> Objective:
     """The loss on one batch, as a function of the given parameters, or of all that are trainable.
 
@@ -265,12 +270,12 @@ def objective(
 
     Raises:
         TypeError: If the criterion cannot be called, or the data are several batches.
-        ValueError: As :func:`trainable` and :func:`check_subset`; or if a lazy layer has seen no
-            data.
+        ValueError: As :func:`trainable` and :func:`check_subset`; if a lazy layer has seen no data,
+            or there is no such matrix.
         UnsupportedModelError: If the parameters are sharded.
         TypeError: If they are of half precision.
     """
-    return over(model, criterion, (one_batch(x, y),), parameters)
+    return over(model, criterion, (one_batch(x, y),), parameters, matrix=matrix)
 
 
 def over(
@@ -278,8 +283,11 @@ def over(
     criterion: Criterion,
     batches: Iterable[Batch],
     parameters: Iterable[Tensor] | None = None,
+    *,
+    matrix: Matrix = "hessian",
 ) -> Objective:
     """:func:`objective` of any data, whose shares in the loss are still to be found."""
+    check_matrix(matrix)
     check_callable(criterion)
     inside = unwrap(model)
     check_parameters(inside)
@@ -294,7 +302,16 @@ def over(
         others = [p for p in named.values() if id(p) not in wanted]
         named = {name: p for name, p in named.items() if id(p) in wanted}
     check_types(named)
-    return Objective(model, inside, criterion, batches, list(named), list(named.values()), others)
+    return Objective(
+        model,
+        inside,
+        criterion,
+        batches,
+        list(named),
+        list(named.values()),
+        others,
+        matrix=matrix,
+    )
 
 
 def _ordinary(batch: Batch) -> Batch:
@@ -338,9 +355,9 @@ def is_scripted(model: nn.Module) -> bool:
     return any(isinstance(module, ScriptModule) for module in model.modules())
 
 
-def graph(*values: Tensor) -> Iterator[Any]:
-    """The nodes of the graphs that lead to values, each once."""
-    ahead, seen = [value.grad_fn for value in values], set()
+def graph(*values: Tensor, until: Iterable[Any] = ()) -> Iterator[Any]:
+    """The nodes of the graphs that lead to values, each once; not beyond some of them."""
+    ahead, seen = [value.grad_fn for value in values], set(until)
     while ahead:
         node = ahead.pop()
         if node is not None and node not in seen:

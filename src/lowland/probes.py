@@ -93,7 +93,7 @@ class Estimate:
             # Who only looks at the moments need not wait for a look at their gradients.
             for forms in (traces, squares):
                 forms.register_hook(lambda _: verify(target, 3))
-        return loss, replace(_moments(target.dim, traces, squares), method=self.name)
+        return loss, replace(_moments(target, traces, squares), method=self.name)
 
 
 def probe_moments(
@@ -200,7 +200,7 @@ def loader_moments(
         weigh.sum = float(counted)
     scale = 1 / weigh.total
     values = [torch.stack(each) for each in zip(*map(_forms, totals, directions), strict=True)]
-    return _moments(target.dim, values[0] * scale, values[1] * scale**2)
+    return _moments(target, values[0] * scale, values[1] * scale**2)
 
 
 def _draw(target: Objective, settings: Estimation) -> list[Vector]:
@@ -215,9 +215,15 @@ def _forms(product: Vector, direction: Vector) -> tuple[Tensor, Tensor]:
     return dot(product, direction), dot(product, product)
 
 
-def _moments(dim: int, traces: Tensor, squares: Tensor) -> HessianMoments:
-    errors = (_standard_error(traces), _standard_error(squares))
-    return HessianMoments(dim, traces.mean(), squares.mean(), stderr=errors, method="probes")
+def _moments(target: Objective, traces: Tensor, squares: Tensor) -> HessianMoments:
+    return HessianMoments(
+        target.dim,
+        traces.mean(),
+        squares.mean(),
+        stderr=(_standard_error(traces), _standard_error(squares)),
+        method="probes",
+        matrix=target.matrix,
+    )
 
 
 def _standard_error(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ function's slopes ``a`` and ``b``. There are two ways to it:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -31,15 +31,16 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointError
 
 from lowland._batches import tensors
+from lowland._once import any_once
 from lowland._precision import best_precision
 from lowland.activations import has_kinks
 from lowland.estimation import Products
+from lowland.gauss_newton import Split, surrogate
 from lowland.objective import (
     Gradient,
     Objective,
     check_finite,
     differentiating,
-    function_of,
     graph,
     half_autocast,
     may_look,
@@ -70,6 +71,10 @@ _NOT_TWICE = (
 )
 
 
+NO_GRADIENT = (
+    "products='differences' gives the moments of the Hessian alone with gradients: of another "
+    "matrix use products='autograd', or torch.no_grad() for values"
+)
 _CHECKPOINTED = (
     "activation checkpointing runs layers again, and where lowland writes some out, whose "
     "derivatives PyTorch has wrong, such as LayerNorm, they are others then. Use "
@@ -110,6 +115,8 @@ def quadratic_forms(
     if products == "differences":
         if not disposable:
             directions = [_copies(direction) for direction in directions]
+        if halves[0].matrix != "hessian":
+            return _by_surrogates(halves, directions, average, step)
         run = _Differences(halves, directions, average, step)
         result: Forms = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
         return result
@@ -150,11 +157,15 @@ def _products_of_batch(
 ) -> list[Vector]:
     if products == "differences":
         with best_precision(part) as wide:
-            run = _Differences([wide], [_typed(each, wide) for each in directions], None)
+            beside = wide.matrix != "hessian"
+            there = surrogate(wide)[0] if beside else wide
+            run = _Differences([there], [_typed(each, wide) for each in directions], None)
             run.again.append(remember(wide.model, wide.device))
+            if beside:  # whose Hessian is the matrix where it is looked at first
+                run.gradient(0, run.parameters)
             return [_typed(run.central(direction), part) for direction in run.directions]
-    with gradient_graph(part) as gradient:
-        return [product(part, gradient, direction, wanted=False) for direction in directions]
+    with curvature_of(part) as curvature:
+        return [curvature.product(direction, wanted=False) for direction in directions]
 
 
 def differences(part: Objective, directions: Sequence[Vector], factor: float = 1.0) -> list[Vector]:
@@ -172,6 +183,96 @@ def differences(part: Objective, directions: Sequence[Vector], factor: float = 1
 
 def _typed(parts: Vector, like: Objective) -> Vector:
     return [part.to(p.dtype) for part, p in zip(parts, like.parameters, strict=True)]
+
+
+class Curvature:
+    """The matrix of one batch's loss, whichever is meant, to be multiplied with directions.
+
+    Args:
+        part: The loss.
+        scale: What the products are multiplied by.
+
+    Attributes:
+        loss: The loss itself, with its graph.
+
+    Raises:
+        UnsupportedModelError, ValueError: As :meth:`Objective.loss`, and as
+            :class:`lowland.gauss_newton.Split`.
+        RuntimeError: If something in the loss can be differentiated once only.
+    """
+
+    def __init__(self, part: Objective, scale: float = 1.0) -> None:
+        self.part, self._split, self._gradient = part, None, None
+        if part.matrix == "hessian":
+            self.loss = part.loss()
+        else:
+            self._split = Split(part, scale)
+            self.loss = self._split.loss
+            _check_differentiable(self._split.nodes)
+        if part.matrix in ("hessian", "residual"):
+            self._gradient = _gradient(part, scale * self.loss)
+
+    def product(self, direction: Sequence[Tensor | None], *, wanted: bool) -> Vector:
+        """The product with a direction, None for parts that are zero; with its graph if wanted.
+
+        Raises:
+            ValueError: If it is not finite.
+            RuntimeError: If something in it cannot be differentiated.
+        """
+        result: Vector | None = None
+        if self._gradient is not None:
+            used = [(g, v) for g, v in zip(self._gradient, direction, strict=True) if v is not None]
+            gradient, parts = [g for g, _ in used], [v for _, v in used]
+            result = product(self.part, gradient, parts, wanted=wanted)
+        if self._split is None:
+            return result or []
+        pairs = zip(self.part.parameters, direction, strict=True)
+        found = self._split.product(
+            [torch.zeros_like(p) if v is None else v for p, v in pairs], wanted=wanted
+        )
+        if result is not None:
+            found = list(torch._foreach_sub(result, found))  # noqa: SLF001
+        _check_product(self.part, found)
+        return found
+
+
+@contextmanager
+def curvature_of(part: Objective) -> Iterator[Curvature]:
+    """The matrix of a loss, where it can be multiplied; errors as :class:`Curvature`."""
+    with differentiating(), not_compiled(), _operations(part), without_hooks(part.parameters):
+        yield Curvature(part)
+
+
+def _by_surrogates(
+    halves: Sequence[Objective],
+    directions: Sequence[Vector],
+    average: Average | None,
+    step: float,
+) -> Forms:
+    """By differences of the gradients of losses whose Hessians are the matrices that are meant.
+
+    These are the same here alone, so there is no way on to the gradients of the forms.
+    """
+    parts, criterions = zip(*map(surrogate, halves), strict=True)
+    with torch.no_grad():
+        run = _Differences(parts, directions, average, step)
+        _, *forms = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
+        loss = torch.stack([each.loss for each in criterions]).mean()
+    parameters = halves[0].parameters
+    first, second = (_Constant.apply(form, *parameters) for form in forms)  # type: ignore[no-untyped-call]
+    return loss, first, second
+
+
+class _Constant(Function):
+    # Without it a sum with something that has a gradient would leave this one out, silently.
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:  # noqa: ARG004
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
+        raise RuntimeError(NO_GRADIENT)
 
 
 @contextmanager
@@ -193,16 +294,11 @@ def _by_autograd(
     scale = _loss_scale(halves[0].device)
     first = halves[0]
     with differentiating(), not_compiled(), _operations(first), without_hooks(first.parameters):
-        losses = [part.loss() for part in halves]
-        gradients = [
-            _gradient(part, scale * loss) for part, loss in zip(halves, losses, strict=True)
-        ]
+        curvatures = [Curvature(part, scale) for part in halves]
+        losses = [each.loss for each in curvatures]
         forms = []
         for direction in directions:
-            products = [
-                product(part, gradient, direction, wanted=wanted)
-                for part, gradient in zip(halves, gradients, strict=True)
-            ]
+            products = [each.product(direction, wanted=wanted) for each in curvatures]
             if scale != 1:
                 products = [[each / scale for each in one] for one in products]
             values = [[each.detach() for each in one] for one in products]
@@ -244,7 +340,7 @@ def _operations(part: Objective) -> AbstractContextManager[None]:
 
 def _gradient(part: Objective, loss: Tensor) -> Vector:
     if not part.is_ordinary:
-        _check_differentiable([loss])
+        _check_differentiable(graph(loss))
     try:
         found = grad(loss, part.parameters, create_graph=True, allow_unused=True)
     except torch.OutOfMemoryError:
@@ -255,34 +351,14 @@ def _gradient(part: Objective, loss: Tensor) -> Vector:
         raise RuntimeError(_NOT_TWICE.format(error)) from error
     gradient = part.complete(found, loss)
     if not part.is_ordinary:
-        _check_differentiable(gradient)
+        _check_differentiable(graph(*gradient))
     return gradient
 
 
-# The code of every backward pass that is marked so.
-_ONCE = once_differentiable(print).__code__
-
-
-def _check_differentiable(values: Vector) -> None:
-    """Refuse functions that are ``once_differentiable``, in the graph of a loss or a gradient.
-
-    Their gradient has no way back to the parameters, so PyTorch leaves it out of the product rather
-    than run into the error at its end; and where they are handed a constant, as at the end of a
-    loss, there is not even that error in the gradient's graph.
-    """
-    for node in graph(*values):
-        if _is_once(function_of(node)) or node.name() == "torch::autograd::Error":
-            raise RuntimeError(
-                _NOT_TWICE.format("a function in it is marked as once_differentiable")
-            )
-
-
-def _is_once(function: Any) -> bool:
-    """Whether a function's backward pass is marked so, also beneath other decorators."""
-    backward = getattr(function, "backward", None)
-    while backward is not None and getattr(backward, "__code__", None) is not _ONCE:
-        backward = getattr(backward, "__wrapped__", None)
-    return backward is not None
+def _check_differentiable(nodes: Iterable[Any]) -> None:
+    """Refuse functions that are ``once_differentiable``: a product would leave them out."""
+    if any_once(nodes):
+        raise RuntimeError(_NOT_TWICE.format("a function in it is marked as once_differentiable"))
 
 
 def product(part: Objective, gradient: Vector, direction: Vector, *, wanted: bool) -> Vector:
@@ -304,10 +380,14 @@ def product(part: Objective, gradient: Vector, direction: Vector, *, wanted: boo
         raise
     except RuntimeError as error:  # NotImplementedError is one
         raise RuntimeError(_NOT_TWICE.format(error)) from error
+    _check_product(part, result)
+    return list(result)
+
+
+def _check_product(part: Objective, result: Tensors) -> None:
     if may_look(result[0].device) and not norm(result).isfinite():
         for name, each in zip(part.names, result, strict=True):
             check_finite(each.detach(), f"the Hessian's product with a direction, in {name},")
-    return list(result)
 
 
 class _Differences:

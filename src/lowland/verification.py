@@ -140,6 +140,12 @@ def routed(target: Objective, settings: Estimation, order: Order = 2) -> Estimat
         RuntimeError: If neither way leads there.
     """
     found = verdict(target, order)
+    if target.matrix in ("ggn", "fisher") and found.what != "gradient":
+        # No second derivative of the model is in their products; what is wrong in their gradients
+        # is looked at by who takes these.
+        chosen = "autograd" if settings.products == "auto" else settings.products
+        step = step_of(target) if chosen == "differences" else 1.0
+        return replace(settings, products=chosen, step=settings.step * step)
     if found.what == "gradient" or (settings.products == "autograd" and found.what is not None):
         raise RuntimeError(found.reason)
     if settings.products != "differences" and found.what is None:
@@ -167,6 +173,7 @@ def step_of(target: Objective) -> float:
     """
     if not _checking.get():
         return 1.0
+    target = replace(target, matrix="hessian")  # the step depends on the gradient alone
     known = _steps.setdefault(target.model, {})
     # Where the parameters grow or shrink, rounding is another.
     size = round(math.log2(float(norm(target.parameters)) or 1.0))

@@ -76,11 +76,13 @@ def make(size, **options):
     return cases.make(network, samples, ensemble=ensemble, **options)
 
 
-def peak(case, order, budget, *, path="pytorch", unbiased=False):
+def peak(case, order, budget, *, path="pytorch", unbiased=False, matrix="hessian"):
     """Bytes of temporaries of both passes."""
     case = case.with_gradients()
-    problem = cases.prepare(case).problem(
-        order, budget, compiled=path == "compiled", unbiased=unbiased
+    problem = (
+        cases.prepare(case)
+        .of(matrix)
+        .problem(order, budget, compiled=path == "compiled", unbiased=unbiased)
     )
     assert problem.plan.compiled == (path == "compiled")
     weights = cases.prepare(case).weights
@@ -99,6 +101,8 @@ def test_no_budget_is_exceeded(size, order):
     for generosity in (1, 3, 40):
         assert peak(case, order, generosity * smallest) <= generosity * smallest
     assert peak(case, order, 3 * smallest, unbiased=True) <= 3 * smallest
+    for matrix in ("ggn", "residual"):
+        assert peak(case, order, 3 * smallest, matrix=matrix) <= 3 * smallest
 
 
 ALONE = {
@@ -113,7 +117,9 @@ ALONE = {
 
 
 @pytest.mark.parametrize("size", ALONE)
-def test_no_budget_is_exceeded_by_the_trace_and_the_gradient_of_the_loss(size, monkeypatch):
+def test_no_budget_is_exceeded_by_the_trace_the_diagonal_and_the_gradient_of_the_loss(
+    size, monkeypatch
+):
     monkeypatch.setattr(c_backend, "is_available", lambda: False)
     network, samples, ensemble = ALONE[size]
     case = cases.make(network, samples, ensemble=ensemble).with_gradients()
@@ -128,9 +134,10 @@ def test_no_budget_is_exceeded_by_the_trace_and_the_gradient_of_the_loss(size, m
         with Peak() as measured:
             torch.autograd.grad(setup.trace(budget).sum(), case.weights)
         assert measured.bytes <= budget + results
-        with Peak() as measured:
-            setup.loss_gradient(budget)
-        assert measured.bytes <= budget + results
+        for compute in (setup.loss_gradient, setup.diagonal, setup.of("residual").diagonal):
+            with Peak() as measured:
+                compute(budget)
+            assert measured.bytes <= budget + results
 
 
 GROWING = {

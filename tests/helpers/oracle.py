@@ -117,9 +117,12 @@ class Network:
 
     def losses(self, flat, x, y):
         """Of each sample, or of each of its outputs."""
+        return self.losses_at(self.logits(flat, x), y)
+
+    def losses_at(self, logits, y):
         if self.loss == "ce" and y.ndim < 2:
             y = functional.one_hot(y.long(), self.outputs)
-        logits, y = self.logits(flat, x), y.to(x.dtype)
+        y = y.to(logits.dtype)
         if self.loss == "distance" and self.outputs == 1:
             logits, y = logits.unsqueeze(-1), y.unsqueeze(-1)
         return {**LOSSES, **OF_ONES_OWN}[self.loss](logits, y)
@@ -130,6 +133,25 @@ class Network:
 
     def hessian(self, flat, x, y):
         return torch.func.hessian(self.loss_of)(flat, x, y)
+
+    def gauss_newton(self, flat, x, y):
+        """``J^T Q J`` of the logits' Jacobian and the loss's Hessian in them."""
+
+        def loss(logits):
+            losses = self.losses_at(logits, y)
+            return losses.mean() if self.reduction == "mean" else losses.sum()
+
+        logits = self.logits(flat, x)
+        rows = torch.func.jacrev(self.logits)(flat, x).reshape(logits.numel(), -1)
+        inside = torch.func.hessian(loss)(logits).reshape(len(rows), -1)
+        return rows.T @ inside @ rows
+
+    def matrix(self, name, flat, x, y):
+        """The Hessian, or one of its two parts."""
+        if name == "ggn":
+            return self.gauss_newton(flat, x, y)
+        hessian = self.hessian(flat, x, y)
+        return hessian if name == "hessian" else hessian - self.gauss_newton(flat, x, y)
 
     def sample_hessians(self, flat, x, y):
         """``H_i`` of each sample's own loss, so that ``H`` is their mean or their sum."""

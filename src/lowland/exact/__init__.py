@@ -2,7 +2,7 @@
 
 from lowland.activations import register_activation
 from lowland.criteria import register_criterion
-from lowland.exact.api import hessian, loss_gradient, moments, trace
+from lowland.exact.api import diagonal, hessian, loss_gradient, moments, trace
 from lowland.exact.attribution import (
     Direction,
     direction,
@@ -14,6 +14,7 @@ from lowland.exact.plan import OrderChoice
 __all__ = [
     "Direction",
     "OrderChoice",
+    "diagonal",
     "direction",
     "hessian",
     "loss_gradient",

@@ -10,6 +10,7 @@ from torch import Tensor
 from lowland._limits import DEFAULT_MEMORY_BUDGET
 from lowland.exact.plan import OrderChoice
 from lowland.exact.setup import Activations, Reduction, Setup, prepare
+from lowland.exact.terms import ExactMatrix
 from lowland.losses import Loss
 from lowland.moments import HessianMoments, check_number
 
@@ -17,6 +18,7 @@ __all__ = [
     "OrderChoice",
     "Reduction",
     "Setup",
+    "diagonal",
     "hessian",
     "loss_gradient",
     "moments",
@@ -37,6 +39,7 @@ def moments(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     unbiased: bool = False,
     moments: Literal[2, 4] = 2,
+    matrix: ExactMatrix = "hessian",
 ) -> HessianMoments:
     r"""Exact ``Tr H`` and ``Tr H^2`` of multilayer perceptrons.
 
@@ -69,6 +72,9 @@ def moments(
             smaller than any spectrum of that trace has it: see :class:`~lowland.HessianMoments`.
         moments: 4 for ``Tr H^3`` and ``Tr H^4`` as well, which narrow the brackets of eigenvalues;
             they cost some products of ``P x P`` matrices and carry no gradient.
+        matrix: ``"hessian"``; or in its place ``"ggn"``, the Gauss-Newton matrix, which is the
+            Fisher matrix, too, for ``"bce"``, ``"ce"`` and ``"mse"``; or ``"residual"``, what the
+            Hessian has beyond it (:mod:`lowland.matrices`). The compiled code is for the Hessian.
 
     Returns:
         Moments whose fields have the shape ``(*ensemble)``.
@@ -101,7 +107,7 @@ def moments(
         torch.Size([1000, 3, 4])
     """
     check_number(moments)
-    setup = prepare(weights, x, y, activation, loss, reduction)
+    setup = prepare(weights, x, y, activation, loss, reduction).of(matrix)
     return setup.moments(order, memory_budget, unbiased=unbiased, moments=moments)
 
 
@@ -114,6 +120,7 @@ def trace(
     loss: str | Loss,
     reduction: Reduction = "mean",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    matrix: ExactMatrix = "hessian",
 ) -> Tensor:
     """Exact ``Tr H`` alone, in time linear in samples and parameters alike.
 
@@ -130,7 +137,40 @@ def trace(
         >>> exact.trace(line, x, y, activation="identity", loss="mse")
         tensor(4.)
     """
-    return prepare(weights, x, y, activation, loss, reduction).trace(memory_budget)
+    setup = prepare(weights, x, y, activation, loss, reduction).of(matrix)
+    return setup.trace(memory_budget)
+
+
+def diagonal(
+    weights: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    activation: Activations,
+    loss: str | Loss,
+    reduction: Reduction = "mean",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    matrix: ExactMatrix = "hessian",
+) -> tuple[Tensor, ...]:
+    """The exact diagonal of the Hessian, in time linear in samples and parameters alike.
+
+    Arguments and errors are those of :func:`moments`.
+
+    Returns:
+        For each layer what belongs to its weights, ``(*ensemble, inputs + 1, outputs)`` with that
+        of the biases in row 0; without a gradient. All together sum to :func:`trace`.
+
+    Example:
+        >>> import torch
+        >>> from lowland import exact
+        >>> x, y = torch.tensor([[-1.0], [2.0]]), torch.tensor([-1.0, 1.0])
+        >>> line = [torch.zeros(2, 1)]  # bias and slope of a linear model
+        >>> exact.diagonal(line, x, y, activation="identity", loss="mse")
+        (tensor([[2.],
+                [5.]]),)
+    """
+    setup = prepare(weights, x, y, activation, loss, reduction).of(matrix)
+    return setup.diagonal(memory_budget)
 
 
 def loss_gradient(
@@ -171,6 +211,7 @@ def hessian(
     activation: Activations,
     loss: str | Loss,
     reduction: Reduction = "mean",
+    matrix: ExactMatrix = "hessian",
 ) -> Tensor:
     """The Hessian itself, from the closed form.
 
@@ -189,4 +230,4 @@ def hessian(
         tensor([[2., 0.],
                 [0., 2.]])
     """
-    return prepare(weights, x, y, activation, loss, reduction).hessian()
+    return prepare(weights, x, y, activation, loss, reduction).of(matrix).hessian()

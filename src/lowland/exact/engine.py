@@ -9,9 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowland.criteria import name_of
+from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.estimation import Estimation
 from lowland.exact.modules import read
 from lowland.exact.setup import Setup
+from lowland.likelihoods import likelihood
 from lowland.moments import HessianMoments
 from lowland.objective import Objective
 
@@ -40,7 +43,15 @@ class ExactEngine:
         """
         x, y = target.batch
         with target.others_frozen():
-            return cls(target, read(target.model, target.criterion, x, y), settings)
+            setup = read(target.model, target.criterion, x, y)
+        if target.matrix != "fisher":
+            return cls(target, setup.of(target.matrix), settings)
+        if likelihood(target.criterion, y) is not target.criterion:
+            raise UnsupportedModelError(
+                "the closed form gives the Fisher matrix of criteria of natural parameters, where "
+                f"it is the Gauss-Newton matrix; for {name_of(target.criterion)} {ANY_MODULE}"
+            )
+        return cls(target, setup.of("ggn"), settings)
 
     def relative_cost(self, count: int) -> float:
         """What so many moments and their gradient are predicted to cost, in gradients.
@@ -55,9 +66,11 @@ class ExactEngine:
         if count == 1:
             trace = self.setup.trace(budget)
             unknown = torch.full_like(trace, math.nan)
-            return HessianMoments(self.setup.size.dim, trace, unknown, method=self.name)
+            return HessianMoments(
+                self.setup.size.dim, trace, unknown, method=self.name, matrix=self.target.matrix
+            )
         found = self.setup.moments(memory_budget=budget, unbiased=unbiased, moments=count)
-        return replace(found, method=self.name)
+        return replace(found, method=self.name, matrix=self.target.matrix)
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
         """The model's own loss beside them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from lowland.exact.plan import (
 )
 from lowland.exact.problem import Backend, Problem, join_layers, run_moments
 from lowland.exact.size import Size
-from lowland.exact.terms import Architecture, Data, Quantity
+from lowland.exact.terms import Architecture, Data, ExactMatrix, Quantity
 from lowland.exact.torch_backend import TorchBackend
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments
@@ -76,6 +76,22 @@ class Setup:
         shaped = zip(weights, self.weights, strict=True)
         return replace(self, weights=tuple(new.reshape(old.shape) for new, old in shaped))
 
+    def of(self, matrix: ExactMatrix) -> Setup:
+        """The same networks and data for another matrix than the Hessian.
+
+        Raises:
+            ValueError: If it is none that the closed form knows.
+        """
+        if matrix not in get_args(ExactMatrix):
+            known = ", ".join(map(repr, get_args(ExactMatrix)))
+            raise ValueError(
+                f"unknown matrix {matrix!r}: the closed form on tensors gives one of {known}; of "
+                "'bce', 'ce' and 'mse' the Fisher matrix is 'ggn'"
+            )
+        # The compiled code has the Hessian alone.
+        covered = self.covered and matrix == "hessian"
+        return replace(self, arch=replace(self.arch, matrix=matrix), covered=covered)
+
     def moments(
         self,
         order: OrderChoice = "auto",
@@ -89,7 +105,11 @@ class Setup:
         first, second = run_moments(problem, self.weights)
         higher = self._higher(memory_budget, unbiased=unbiased) if moments != 2 else None
         return HessianMoments(
-            self.size.dim, first.view(self.ensemble), second.view(self.ensemble), higher=higher
+            self.size.dim,
+            first.view(self.ensemble),
+            second.view(self.ensemble),
+            higher=higher,
+            matrix=self.arch.matrix,
         )
 
     def _higher(self, memory_budget: int, *, unbiased: bool) -> tuple[Tensor, Tensor]:
@@ -131,6 +151,14 @@ class Setup:
         """``Tr H`` alone, as :func:`lowland.exact.trace` gives it."""
         first, _ = run_moments(self.trace_problem(memory_budget), self.weights)
         return first.view(self.ensemble)
+
+    def diagonal(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
+        """The diagonal of ``H``, as :func:`lowland.exact.diagonal` gives it."""
+        # The compiled code has its sum alone.
+        problem = replace(self, covered=False).trace_problem(memory_budget)
+        with torch.no_grad():
+            found = problem.on_torch(self.weights, TorchBackend.diagonal)
+        return self.shaped(join_layers(found, self.weights))
 
     def hessian(self) -> Tensor:
         """The matrices ``H``, as :func:`lowland.exact.hessian` gives them."""

@@ -43,6 +43,10 @@ Matrices = Float[Tensor, "networks _ _ samples"]
 # A term by its symbol and its layer or pair of layers: ("g", 1), ("B", (0, 2)).
 Name = tuple[str, int | tuple[int, int]]
 
+# The Gauss-Newton matrix is linear in the loss's second derivatives in the logits, what the Hessian
+# has beyond it in the first: either is the Hessian of a loss without the other ones.
+ExactMatrix = Literal["hessian", "ggn", "residual"]
+
 # What is wanted of a network: both traces, Tr H alone, or only the loss's own gradient.
 Quantity = Literal["moments", "trace", "loss"]
 
@@ -100,11 +104,13 @@ class Architecture:
         loss: Of the logits.
         rows: The trained rows of each layer's weights; row 0 holds the biases. The Hessian is that
             of the trained rows alone.
+        matrix: The Hessian, or one of the two that it is the sum of.
     """
 
     activations: tuple[Activation, ...]
     loss: Loss
     rows: tuple[slice, ...]
+    matrix: ExactMatrix = "hessian"
 
     def trains(self, layer: int) -> bool:
         """Whether any row of a layer is trained."""
@@ -258,11 +264,24 @@ def _augment(z: Vectors) -> Vectors:
     return torch.cat([z.new_ones(z.shape[0], 1, z.shape[2]), z], dim=1)
 
 
-def _at_logits(arch: Architecture, logits: Vectors, data: Data) -> tuple[Vectors, Matrices]:
-    """``g`` and ``B`` of the last layer: the loss's derivatives in the logits."""
+def at_logits(arch: Architecture, logits: Vectors, data: Data) -> tuple[Tensor, Tensor]:
+    """The loss's derivatives in the logits, as far as the matrix is made of them.
+
+    As :func:`lowland.losses.logit_derivatives` gives them; zeros for the others.
+    """
     residual, curvature = logit_derivatives(
         arch.loss, logits.mT, data.y.to(logits.dtype), data.scale
     )
+    if arch.matrix == "ggn":
+        residual = torch.zeros_like(residual)
+    if arch.matrix == "residual":
+        curvature = torch.zeros_like(curvature)
+    return residual, curvature
+
+
+def _at_logits(arch: Architecture, logits: Vectors, data: Data) -> tuple[Vectors, Matrices]:
+    """``g`` and ``B`` of the last layer."""
+    residual, curvature = at_logits(arch, logits, data)
     if curvature.ndim == residual.ndim:
         return residual.mT, torch.diag_embed(curvature).permute(0, 2, 3, 1)
     return residual.mT, curvature.permute(0, 2, 3, 1)

@@ -13,6 +13,7 @@ from torch.autograd import grad
 from lowland.exact import by_parameters, by_samples, trace_alone
 from lowland.exact.blocks import dense
 from lowland.exact.by_parameters import Adjoints, Tiles
+from lowland.exact.diagonals import diagonal
 from lowland.exact.plan import Plan
 from lowland.exact.size import Size
 from lowland.exact.terms import (
@@ -329,10 +330,20 @@ class TorchBackend:
 
     def loss_gradient(self) -> list[Tensor]:
         """The gradient of the loss itself in the weights."""
+        return self._over_chunks(loss_gradient)
+
+    def diagonal(self) -> list[Tensor]:
+        """The diagonal of ``H``, as large as the weights."""
+        return self._over_chunks(diagonal)
+
+    def _over_chunks(
+        self, compute: Callable[[Architecture, Sequence[Tensor], Data], list[Tensor]]
+    ) -> list[Tensor]:
+        """The sum of what each chunk of samples gives for each layer's weights."""
         total = [torch.zeros_like(weight) for weight in self.weights]
         for chunk in self.chunks:
-            gradients = loss_gradient(self.arch, self.weights, self.data.of_samples(chunk))
-            for whole, part in zip(total, gradients, strict=True):
+            found = compute(self.arch, self.weights, self.data.of_samples(chunk))
+            for whole, part in zip(total, found, strict=True):
                 whole.add_(part)
         return total
 

@@ -14,6 +14,7 @@ from torch import nn
 from lowland._lanczos import need_scipy
 from lowland._limits import DENSE_LIMIT, DENSE_MEMORY
 from lowland._weights import Count
+from lowland.matrices import Matrix
 from lowland.spectra.result import Spectrum
 from lowland.spectra.solve import (
     Which,
@@ -50,6 +51,7 @@ class _Settings:
     seed: int = 0
     adaptive: bool = False
     count: Count | None = None
+    matrix: Matrix = "hessian"
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -98,6 +100,7 @@ def spectrum(
     seed: int = 0,
     adaptive: bool = False,
     count: Count | None = None,
+    matrix: Matrix = "hessian",
 ) -> Spectrum:
     r"""The spectrum of the Hessian of a trained model's loss, in its trainable parameters.
 
@@ -133,6 +136,9 @@ def spectrum(
             curvature in steps relative to each parameter (see the notes).
         count: What the criterion's mean over a batch divides by, as for
             :func:`lowland.hessian_moments`.
+        matrix: ``"hessian"``; or ``"ggn"``, ``"fisher"`` or ``"residual"`` in its place, the
+            Gauss-Newton matrix, the Fisher matrix of the model's own predictive distribution, and
+            what the Hessian has beyond the Gauss-Newton matrix (:mod:`lowland.matrices`).
 
     Returns:
         The eigenvalues with residuals and eigenvectors, the trace, and the density if asked for.
@@ -141,6 +147,8 @@ def spectrum(
         ImportError: Without SciPy, ``pip install 'lowland[spectrum]'``, for ``"lanczos"``.
         TypeError: If the data has another form, the criterion returns no tensor, or ``k`` is no
             whole number.
+        UnsupportedModelError: If it is the Fisher matrix of a criterion that has none; or the model
+            is a ``DistributedDataParallel`` module.
         ValueError: If an argument is out of range, ``k`` exceeds the number of parameters, there is
             no trainable parameter, a layer is in training mode and behaves otherwise there, the
             data is empty, not finite, or other in each pass, the loss is not a finite scalar or has
@@ -203,6 +211,7 @@ def spectrum(
         seed,
         adaptive,
         count,
+        matrix,
     )
     with _prepared(model, criterion, data, settings) as surface:
         return _measure(surface, settings)
@@ -259,7 +268,8 @@ def layer_spectra(
 def _prepared(
     model: nn.Module, criterion: Callable[..., Any], data: Any, settings: _Settings
 ) -> Iterator[Surface]:
-    surface = replace(survey(model, criterion, data, settings.count), adaptive=settings.adaptive)
+    surface = survey(model, criterion, data, settings.count, settings.matrix)
+    surface = replace(surface, adaptive=settings.adaptive)
     with own_randomness(surface.device, settings.seed):
         yield surface
 

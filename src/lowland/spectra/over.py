@@ -37,7 +37,6 @@ def eigenvalues_over(
     count: Count | None = None,
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] | None = None,
-    count: Count | None = None,
 ) -> EigenvalueHistory:
     r"""The largest eigenvalues of the Hessian at checkpoints of training.
 
@@ -61,7 +60,6 @@ def eigenvalues_over(
         count: What the criterion's mean over a batch divides by, as for :func:`lowland.spectrum`.
         seed: Of the random vectors. No global generator is touched.
         on_progress: Called with a title and how many checkpoints are done and in all.
-        count: As for :func:`lowland.hessian_moments`.
 
     Returns:
         Eigenvalues with residuals, losses and the number of products, for each checkpoint.

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowland.display import DataFrame, frame
+from lowland.matrices import SYMBOLS, Matrix
 from lowland.spectra.figure import draw
 from lowland.spectra.solve import Density
 from lowland.spectra.surface import NamedVector, Surface
@@ -71,6 +72,11 @@ class Spectrum:
     def adaptive(self) -> bool:
         """Whether it is the spectrum of ``D H D`` with ``D = diag(|theta|)``."""
         return self.surface.adaptive
+
+    @property
+    def matrix(self) -> Matrix:
+        """Which matrix it is the spectrum of (:mod:`lowland.matrices`)."""
+        return self.surface.objective.matrix
 
     def along(
         self,
@@ -134,7 +140,9 @@ class Spectrum:
             ImportError: Without matplotlib, ``pip install 'lowland[cli]'``.
         """
         error = "" if self.method == "dense" else f" ± {self.trace_stderr:.2g}"
-        matrix = r"|\theta|\,H\,|\theta|" if self.adaptive else "H"
+        matrix = SYMBOLS[self.matrix]
+        if self.adaptive:
+            matrix = rf"|\theta|\,{matrix}\,|\theta|"
         trace = rf"$\mathrm{{Tr}}\,{matrix}$ = {self.trace:.4g}{error}"
         return draw(
             self.eigenvalues,

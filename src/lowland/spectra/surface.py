@@ -19,6 +19,7 @@ from lowland._weights import Count, Weights
 from lowland.criteria import check_reduction, scalar_loss
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
+from lowland.matrices import Matrix
 from lowland.objective import Objective, differentiating, over
 from lowland.passes import frozen_statistics, unsteady
 from lowland.products import hessian_products
@@ -115,7 +116,10 @@ class Surface:
         return total
 
     def operator(self) -> HessianOperator:
-        """``v -> H v`` at the parameters that the model has now; or ``D H D v``."""
+        """``v -> H v`` at the parameters that the model has now; or ``D H D v``.
+
+        ``H`` is the matrix that the objective means.
+        """
         return HessianOperator(self)
 
 
@@ -143,7 +147,11 @@ class HessianOperator:
 
 
 def survey(
-    model: nn.Module, criterion: Callable[..., Any], data: object, count: Count | None = None
+    model: nn.Module,
+    criterion: Callable[..., Any],
+    data: object,
+    count: Count | None = None,
+    matrix: Matrix = "hessian",
 ) -> Surface:
     """The surface of a model's loss, after a look at everything that its Hessian depends on.
 
@@ -157,7 +165,7 @@ def survey(
             devices, a layer draws random numbers or updates statistics, the data is empty, not
             finite or other in each pass, or the loss is no finite scalar with a graph.
     """
-    target = over(model, criterion, ())
+    target = over(model, criterion, (), matrix=matrix)
     if target.parallel:
         raise UnsupportedModelError(
             "the model is a DistributedDataParallel module, and each process would measure its own "

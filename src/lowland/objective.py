@@ -282,12 +282,12 @@ def over(
     """:func:`objective` of any data, whose shares in the loss are still to be found."""
     check_callable(criterion)
     inside = unwrap(model)
+    check_parameters(inside)
     if any(p.is_inference() for p in inside.parameters()):
         raise ValueError(
             "the model's parameters were made within torch.inference_mode(), where there are no "
             "derivatives of them, ever; make the model outside of it"
         )
-    check_parameters(inside)
     named, others = trainable(inside), []
     if parameters is not None:
         wanted = check_subset(inside, parameters)

@@ -545,7 +545,7 @@ def test_differences_where_there_is_no_other_way(generator):
     x, y = torch.randn(5, 4).double(), torch.arange(5) % 2
     model = Through(_Cube.apply).double()
     with pytest.raises(RuntimeError, match="products='differences'"):
-        moments(model, CROSS_ENTROPY, x, y, "ggn", method="probes")
+        moments(model, CROSS_ENTROPY, x, y, "ggn", method="probes", products="autograd")
     plain = Through(lambda a: a**3).double()
     plain.load_state_dict(model.state_dict())
     for matrix in ("ggn", "residual"):
@@ -559,6 +559,9 @@ def test_differences_where_there_is_no_other_way(generator):
                 )
             )  # fmt: skip
         torch.testing.assert_close(found[0].trace, found[1].trace, rtol=1e-4, atol=1e-5)
+        for method in ("dense", "probes"):  # which is what happens by itself
+            by_itself = moments(model, CROSS_ENTROPY, x, y, matrix, method=method)
+            assert by_itself.method == f"{method}, differences"
         torch.testing.assert_close(found[0].trace_sq, found[1].trace_sq, rtol=1e-4, atol=1e-5)
         with pytest.raises(RuntimeError, match="products='autograd'"):
             (CROSS_ENTROPY(model(x), y) + found[0].trace).backward()

@@ -44,6 +44,7 @@ from lowland.objective import (
 from lowland.passes import frozen_statistics, random_states, remember, remember_randomness
 from lowland.products import (
     Vector,
+    curvature_of,
     differences,
     dot,
     gradient_graph,
@@ -140,12 +141,8 @@ def routed(target: Objective, settings: Estimation, order: Order = 2) -> Estimat
         RuntimeError: If neither way leads there.
     """
     found = verdict(target, order)
-    if target.matrix in ("ggn", "fisher") and found.what != "gradient":
-        # No second derivative of the model is in their products; what is wrong in their gradients
-        # is looked at by who takes these.
-        chosen = "autograd" if settings.products == "auto" else settings.products
-        step = step_of(target) if chosen == "differences" else 1.0
-        return replace(settings, products=chosen, step=settings.step * step)
+    if target.matrix in ("ggn", "fisher") and found.what in ("product", "third", "none"):
+        found = _without_second_derivatives(target)
     if found.what == "gradient" or (settings.products == "autograd" and found.what is not None):
         raise RuntimeError(found.reason)
     if settings.products != "differences" and found.what is None:
@@ -162,6 +159,25 @@ def routed(target: Objective, settings: Estimation, order: Order = 2) -> Estimat
                 f"{found.reason}\nDifferences of gradients are no way here, though: the model {why}"
             )
     return replace(settings, products="differences", step=settings.step * step_of(target))
+
+
+def _without_second_derivatives(target: Objective) -> Verdict:
+    """Of products that hold no second derivative of the model: whether there are any.
+
+    What is wrong with their gradients, which do, is looked at by who takes these.
+    """
+    try:
+        with (
+            remember(target.model, target.device)(),
+            target.others_frozen(),
+            curvature_of(target) as curvature,
+        ):
+            curvature.product(_direction(target.parameters), wanted=False)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return Verdict("none", str(error))
+    return Verdict()
 
 
 def step_of(target: Objective) -> float:

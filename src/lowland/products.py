@@ -239,8 +239,47 @@ class Curvature:
 @contextmanager
 def curvature_of(part: Objective) -> Iterator[Curvature]:
     """The matrix of a loss, where it can be multiplied; errors as :class:`Curvature`."""
-    with differentiating(), not_compiled(), _operations(part), without_hooks(part.parameters):
+    with _derivatives(part):
         yield Curvature(part)
+
+
+@contextmanager
+def _derivatives(part: Objective) -> Iterator[None]:
+    """Where a loss's derivatives of all orders are right."""
+    with differentiating(), not_compiled(), _operations(part), without_hooks(part.parameters):
+        yield
+
+
+class RepeatedProducts:
+    """:func:`hessian_products` again and again, at the same parameters.
+
+    Of one batch the gradient's graph is kept from the first product on, which saves a third of
+    each; of several it would take the memory of all of them.
+
+    Args:
+        target: The loss.
+        products: As for :func:`hessian_products`.
+    """
+
+    def __init__(self, target: Objective, products: Products) -> None:
+        self.target, self.products = target, products
+        self._kept: tuple[float, Curvature] | None = None
+
+    def __call__(self, directions: Sequence[Vector]) -> list[Vector]:
+        """As :func:`hessian_products`."""
+        shares = self.target.shares
+        if self.products == "differences" or (shares is not None and len(shares) > 1):
+            return hessian_products(self.target, directions, self.products)
+        if self._kept is None:
+            ((share, part),) = self.target.parts()
+            with frozen_statistics(part.model), curvature_of(part) as curvature:
+                self._kept = share, curvature
+        share, curvature = self._kept
+        with _derivatives(curvature.part):
+            found = [curvature.product(direction, wanted=False) for direction in directions]
+        for product in found if share != 1 else []:
+            torch._foreach_mul_(product, share)
+        return found
 
 
 def _by_surrogates(
@@ -283,7 +322,7 @@ def gradient_graph(part: Objective) -> Iterator[Vector]:
         ValueError: As :meth:`Objective.loss`.
         RuntimeError: If something in it can be differentiated once only.
     """
-    with differentiating(), not_compiled(), _operations(part), without_hooks(part.parameters):
+    with _derivatives(part):
         yield _gradient(part, part.loss())
 
 

@@ -22,7 +22,7 @@ from lowland.estimation import Estimation, Products
 from lowland.matrices import Matrix
 from lowland.objective import Objective, differentiating, over
 from lowland.passes import frozen_statistics, unsteady
-from lowland.products import hessian_products
+from lowland.products import RepeatedProducts
 from lowland.verification import routed
 
 NamedVector = dict[str, Tensor]
@@ -134,6 +134,7 @@ class HessianOperator:
         self.surface = surface
         self.shape = (surface.dim, surface.dim)
         self.device, self.dtype = surface.device, surface.objective.parameters[0].dtype
+        self.products = RepeatedProducts(surface.objective, surface.products)
 
     def __matmul__(self, vectors: Columns) -> Columns:
         surface = self.surface
@@ -141,7 +142,7 @@ class HessianOperator:
         directions = [
             list(surface.unflatten(surface.scaled(column)).values()) for column in columns.T
         ]
-        products = hessian_products(surface.objective, directions, surface.products)
+        products = self.products(directions)
         flat = [torch.cat([part.reshape(-1) for part in product]) for product in products]
         return torch.stack([surface.scaled(each) for each in flat], dim=1).view_as(vectors)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from lowland._sharding import is_sharded, layout, local, sum_over_parts
 
@@ -42,19 +42,13 @@ class Leftovers:
             for p, (gradient, _) in self._before.items()
             if gradient is not None and is_sharded(p)
         }
-        self._arrived: dict[Tensor, _Mark] = {}  # as the last gradient left them
-        self._untouched: set[Tensor] = set()
+        self._arrived: set[Tensor] = set()
+        self._left: dict[Tensor, _Mark] = {}  # as the last gradient left those that were untouched
         self._amounts: dict[Tensor, Tensor] = {}  # of what was there and was not zeroed
         # At the nodes, since compiled code would depend on hooks of the parameters themselves.
-        nodes = {p: get_gradient_edge(p).node for p in self._before if p.requires_grad}
-        self._nodes = list(nodes.values())  # nobody else may keep them
+        self._nodes = {p: _node(p) for p in self._before if p.requires_grad}
         self._handles = [
-            handle
-            for p, node in nodes.items()
-            for handle in (
-                node.register_prehook(partial(self._arrive, p)),
-                node.register_hook(partial(self._leave, p)),
-            )
+            node.register_prehook(partial(self._arrive, p)) for p, node in self._nodes.items()
         ]
 
     def close(self) -> Leftovers:
@@ -90,23 +84,32 @@ class Leftovers:
         """Whether all gradients that came were zeroed, and not before; may wait for the device."""
         return (
             bool(self._arrived)
-            and self._arrived.keys() <= self._untouched
-            and not any(_same(_mark(p), left) for p, left in self._arrived.items())
+            and self._arrived <= self._left.keys()
+            and not any(_same(_mark(p), left) for p, left in self._left.items())
             and not nonzero({p: amount(p.grad) for p in self._arrived if p.grad is not None})
         )
 
     def _arrive(self, p: Tensor, _gradients: Any) -> None:
         if p not in self._arrived:
-            self._look(p)
+            self._arrived.add(p)
+            if self._look(p):
+                self._handles.append(self._nodes[p].register_hook(partial(self._leave, p)))
 
     def _leave(self, p: Tensor, *_: Any) -> None:
-        self._arrived[p] = _mark(p)
+        self._left[p] = _mark(p)
 
-    def _look(self, p: Tensor) -> None:
-        if _same(_mark(p), self._before[p]):
-            self._untouched.add(p)
-            if p.grad is not None:
-                self._amounts[p] = self._there[p] if p in self._there else amount(p.grad)
+    def _look(self, p: Tensor) -> bool:
+        """Whether the gradient is as it was."""
+        untouched = _same(_mark(p), self._before[p])
+        if untouched and p.grad is not None:
+            self._amounts[p] = self._there[p] if p in self._there else amount(p.grad)
+        return untouched
+
+
+def _node(p: Tensor) -> Any:
+    """Where its gradients arrive; ``get_gradient_edge`` would take twice the time."""
+    with torch.enable_grad():
+        return p.view_as(p).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
 def _mark(p: Tensor) -> _Mark:

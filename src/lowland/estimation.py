@@ -28,7 +28,8 @@ class Estimation:
         generator: Of the directions' signs; None for PyTorch's own.
         unbiased: Whether the samples are a batch of a larger data set, whose ``Tr H^2`` is meant.
         memory_budget: Bytes of temporaries of the closed form.
-        step: Of differences: how much longer than usual their steps are.
+        step: Of differences: how much longer than usual their steps are. None until it has been
+            looked at which products are right.
 
     Raises:
         TypeError: If the generator is none, or the budget no number.
@@ -45,7 +46,7 @@ class Estimation:
     generator: Generator | None = None
     unbiased: bool = False
     memory_budget: int = DEFAULT_MEMORY_BUDGET
-    step: float = 1.0
+    step: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.probes, int) or self.probes < 1:

@@ -87,7 +87,12 @@ class Estimate:
         parts = target.halves() if settings.unbiased else [target]
         average = _average_over_processes(target.outer)
         loss, traces, squares = quadratic_forms(
-            parts, directions, settings.products, average, disposable=True, step=settings.step
+            parts,
+            directions,
+            settings.products,
+            average,
+            disposable=True,
+            step=settings.step or 1.0,
         )
         if traces.requires_grad and settings.products == "autograd":
             # Who only looks at the moments need not wait for a look at their gradients.

@@ -140,13 +140,15 @@ def routed(target: Objective, settings: Estimation, order: Order = 2) -> Estimat
     Raises:
         RuntimeError: If neither way leads there.
     """
+    if settings.step is not None:  # it has been looked at
+        return settings
     found = verdict(target, order)
     if target.matrix in ("ggn", "fisher") and found.what in ("product", "third", "none"):
         found = _without_second_derivatives(target)
     if found.what == "gradient" or (settings.products == "autograd" and found.what is not None):
         raise RuntimeError(found.reason)
     if settings.products != "differences" and found.what is None:
-        return replace(settings, products="autograd")
+        return replace(settings, products="autograd", step=1.0)
     if settings.products == "auto":
         obstacle = kinked_layer(target.model)
         if obstacle or is_scripted(target.model):
@@ -158,7 +160,7 @@ def routed(target: Objective, settings: Estimation, order: Order = 2) -> Estimat
             raise RuntimeError(
                 f"{found.reason}\nDifferences of gradients are no way here, though: the model {why}"
             )
-    return replace(settings, products="differences", step=settings.step * step_of(target))
+    return replace(settings, products="differences", step=step_of(target))
 
 
 def _without_second_derivatives(target: Objective) -> Verdict:

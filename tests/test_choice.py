@@ -79,3 +79,16 @@ def test_an_estimate_of_a_larger_data_sets_moments_takes_no_brute_force():
     x, y = torch.randn(10, 3), torch.rand(10, 1)
     assert lowland.hessian_moments(model, BCE, x, y).method == "dense"
     assert lowland.hessian_moments(model, BCE, x, y, unbiased=True).method == "probes"
+
+
+def test_brute_force_is_not_taken_unasked_where_it_takes_minutes():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 12, 3, padding=1), nn.GELU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(192, 2))
+
+    def chosen(samples, side):
+        x, y = torch.randn(samples, 3, side, side), torch.arange(samples) % 2
+        return choose(objective(model, nn.CrossEntropyLoss(), x, y), "auto", Estimation()).name
+
+    assert chosen(2, 4) == "dense"
+    assert chosen(64, 16) == "probes"

@@ -7,6 +7,9 @@ MEBIBYTE = 1 << 20
 # Above this many parameters brute force takes minutes rather than seconds; it must be asked for.
 DENSE_LIMIT = 2048
 
+# Nor is it taken unasked where its products are counted to take more than this many seconds.
+DENSE_SECONDS = 10.0
+
 # Up to this many the whole matrix is quicker to form and to decompose than a few of its eigenvalues
 # are to find by products.
 DENSE_IS_QUICKER = 512

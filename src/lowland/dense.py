@@ -22,18 +22,19 @@ from torch import Tensor, nn
 from torch.autograd import Function, grad
 
 from lowland._batches import tensors
-from lowland._limits import DENSE_MEMORY
+from lowland._limits import DENSE_LIMIT, DENSE_MEMORY, DENSE_SECONDS
 from lowland._precision import best_precision
+from lowland._work import seconds_a_product
 from lowland.criteria import Criterion
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation
 from lowland.gauss_newton import surrogate
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, may_look, objective
-from lowland.passes import remember
+from lowland.passes import remember, unsteady
 from lowland.products import NO_GRADIENT, Curvature, Vector, curvature_of, dot, relative_step
 from lowland.validation import check_values
-from lowland.verification import routed, verify
+from lowland.verification import is_random, routed, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ class BruteForce:
                 "from others; brute force sees their mean alone"
             )
         self._check()
-        if self.target.data_require_grad:  # only a whole graph leads to them
+        if self.target.others_require_grad:  # only a whole graph leads to them
             powers = _powers(frame.matrix(wanted=torch.is_grad_enabled()), count)
         else:
             powers = _Powers.apply(frame, count, *self.target.parameters)  # type: ignore[no-untyped-call]
@@ -95,10 +96,10 @@ class BruteForce:
 
     def _frame(self) -> _Frame:
         frame = _Frame(self.target, routed(self.target, self.settings))
-        if frame.by_differences and self.target.data_require_grad:
+        if frame.by_differences and self.target.others_require_grad:
             raise UnsupportedModelError(
-                "x or y asks for gradients, to which differences of gradients in the parameters do "
-                "not lead; use x.detach(), or products='autograd'"
+                "x, y, or parameters beside those that are looked at ask for gradients, to which "
+                "differences of gradients do not lead; use torch.no_grad(), or products='autograd'"
             )
         return frame
 
@@ -115,6 +116,19 @@ class BruteForce:
                 "requires_grad_(False), or call lowland.dense.dense_moments or dense_hessian with "
                 "a larger memory_limit"
             )
+
+
+def suits(target: Objective, limit: int = DENSE_LIMIT) -> bool:
+    """Whether brute force is worth its price, and its one matrix means something.
+
+    Of layers that are others in each call it would be of one draw.
+    """
+    return (
+        target.dim <= limit
+        and not any(map(unsteady, target.model.modules()))
+        and not is_random(target)
+        and target.dim * seconds_a_product(target) <= DENSE_SECONDS
+    )
 
 
 class _Frame:

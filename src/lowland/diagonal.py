@@ -20,19 +20,19 @@ from torch import Generator, Tensor, nn
 from torch.autograd import grad
 
 from lowland._batches import as_batch, as_batches, checked, to_device
-from lowland._limits import DEFAULT_MEMORY_BUDGET, DEFAULT_PROBES, DENSE_LIMIT
+from lowland._limits import DEFAULT_MEMORY_BUDGET, DEFAULT_PROBES
 from lowland._weights import Count, Weights, check_count
 from lowland.criteria import Criterion
-from lowland.dense import BruteForce
+from lowland.dense import BruteForce, suits
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.exact.engine import ExactEngine
 from lowland.matrices import Matrix
 from lowland.objective import Objective, objective, over
-from lowland.passes import remember, unsteady
+from lowland.passes import remember
 from lowland.probes import rademacher
 from lowland.products import Vector, hessian_products
-from lowland.verification import is_random, routed
+from lowland.verification import routed
 
 Method = Literal["auto", "exact", "dense", "probes"]
 
@@ -247,9 +247,7 @@ def _choose(part: Objective, method: Method, settings: Estimation) -> tuple[_Way
     chosen = routed(part, settings)
     fell_through = settings.products == "auto" and chosen.products == "differences"
     suffix = ", differences" if fell_through else ""
-    # Of layers that are others in each call a matrix would be of one draw.
-    small = part.dim <= DENSE_LIMIT and not any(map(unsteady, part.model.modules()))
-    if method == "dense" or (method == "auto" and small and not is_random(part)):
+    if method == "dense" or (method == "auto" and suits(part)):
         return _by_matrix, chosen, f"dense{suffix}"
     return _by_probes, chosen, f"probes{suffix}"
 

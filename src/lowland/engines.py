@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 from torch import Generator, Tensor, nn
 
 from lowland._batches import as_batch
+from lowland._elsewhere import with_respect_to
 from lowland._limits import (
     DEFAULT_MEMORY_BUDGET,
     DEFAULT_PROBES,
@@ -17,16 +18,16 @@ from lowland._limits import (
 )
 from lowland._weights import Count, check_count
 from lowland.criteria import Criterion
-from lowland.dense import BruteForce
+from lowland.dense import BruteForce, suits
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.exact.engine import ExactEngine
 from lowland.matrices import Matrix
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, objective, over
-from lowland.passes import unsteady
 from lowland.probes import Estimate, loader_moments
-from lowland.verification import Order, is_random, routed
+from lowland.validation import check_l2
+from lowland.verification import Order, routed
 
 
 @runtime_checkable
@@ -72,6 +73,8 @@ def hessian_moments(
     moments: Literal[2, 4] = 2,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     count: Count | None = None,
+    l2: float = 0.0,
+    wrt: str | None = None,
 ) -> HessianMoments:
     """``Tr H`` and ``Tr H^2`` of ``criterion(model(x), y)`` in the trainable parameters.
 
@@ -93,10 +96,9 @@ def hessian_moments(
             products with the Hessian (:func:`lowland.probes.probe_moments`), ``"dense"`` brute
             force by automatic differentiation. ``"auto"`` takes the closed form where it covers the
             model, ``x`` and ``y`` ask for no gradients, and it is not dearer than the probes; else
-            brute force up to a few thousand parameters, and probes beyond. The result says which
-            it
-            was, with ``", differences"`` behind it where there were no derivatives. Or what makes
-            an engine of your own: see :class:`Engine`.
+            brute force where it is a matter of seconds, and probes beyond. The result says which
+            it was, with ``", differences"`` behind it where PyTorch's derivatives were missing or
+            wrong. Or what makes an engine of your own: see :class:`Engine`.
         probes: How many, for ``"probes"``. Standard errors fall with their square root.
         products: Of a matrix that is not known in closed form: ``"autograd"``, ``"differences"`` of
             gradients, or ``"auto"``, which takes the former where PyTorch's derivatives are right.
@@ -122,6 +124,12 @@ def hessian_moments(
             ``"batches"``, for the mean of the batches' losses; ``"sum"``, for their sum. PyTorch's
             own criteria say it themselves, of others it is measured if it is not given: by the
             gradients of two batches' losses in the model's outputs and that of both together.
+        l2: Weight decay that is part of the loss, as ``weight_decay`` of PyTorch's optimizers:
+            ``l2 / 2`` times the squared norm of the parameters that are looked at, which adds
+            ``l2`` to every eigenvalue.
+        wrt: In place of parameters, ``"inputs"``, or the name of a layer for what it gives, which
+            the model must run once: the Hessian in these numbers of one batch, of all its samples
+            together. It is differentiable in the model's parameters.
 
     Returns:
         Scalar moments, differentiable in the model's parameters. Frozen parameters
@@ -132,7 +140,8 @@ def hessian_moments(
         TypeError, ValueError: As :func:`lowland.exact.moments`; if data or criterion have another
             form; or if what a batch counts is neither known nor given, and cannot be measured. Of
             the Gauss-Newton matrix also if the criterion is linear in the model's outputs
-            (``nn.NLLLoss``), or knows the parameters in another way.
+            (``nn.NLLLoss``), or knows the parameters in another way. If ``l2`` is no finite number
+            of at least zero, or ``wrt`` names nothing of the model.
 
     Example:
         >>> import torch, lowland
@@ -152,6 +161,7 @@ def hessian_moments(
     check_number(moments)
     check_method(method)
     check_count(count)
+    check_l2(l2)
     settings = Estimation(probes, products, generator, unbiased, memory_budget)
     batch = (x, y) if y is not None else as_batch(x)
     if batch is None:
@@ -160,9 +170,18 @@ def hessian_moments(
                 "the moments over a data loader are estimated: use method='probes', moments=2 and "
                 "unbiased=False; or pass all samples as tensors x and y"
             )
+        if wrt is not None:
+            raise UnsupportedModelError("wrt= looks at one batch: pass tensors x and y")
         target = over(model, criterion, (), parameters, matrix=matrix)
-        return loader_moments(target, x, settings, count)
+        return loader_moments(target, x, settings, count).shifted(l2)
     target = objective(model, criterion, *batch, parameters, matrix=matrix)
+    if wrt is not None:
+        if unbiased or parameters is not None:
+            raise UnsupportedModelError(
+                "wrt= takes the place of parameters=, and of one batch as it is: leave out "
+                "parameters= and unbiased=True"
+            )
+        target = with_respect_to(target, wrt)
     limit = 0 if unbiased else DENSE_LIMIT
     engine = choose(target, method, settings, count=moments, dense_limit=limit)
     found = engine.moments(moments)
@@ -171,7 +190,7 @@ def hessian_moments(
             f"the engine {engine.name!r} gave moments of matrix={found.matrix!r} for those of "
             f"{matrix!r}: let it look at the matrix of its objective"
         )
-    return found
+    return found.shifted(l2) if l2 else found
 
 
 def check_method(method: Method | str) -> None:
@@ -233,9 +252,7 @@ def choose(
     chosen = routed(target, settings, order)
     fell_through = settings.products == "auto" and chosen.products == "differences"
     suffix = ", differences" if fell_through else ""
-    # Of layers that are others in each call a matrix would be of one draw.
-    small = target.dim <= dense_limit and not any(map(unsteady, target.model.modules()))
-    if method == "dense" or (method == "auto" and small and not is_random(target)):
+    if method == "dense" or (method == "auto" and suits(target, dense_limit)):
         return BruteForce(target, chosen, name=f"dense{suffix}")
     return Estimate(target, chosen, name=f"probes{suffix}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal
 
@@ -139,6 +139,31 @@ class HessianMoments:
             return torch.zeros_like(self.trace), torch.zeros_like(self.trace)
         low = 2.0 if dim % 2 == 0 else 2 * dim / math.sqrt(dim * dim - 1)
         return low * self.std, math.sqrt(2 * dim) * self.std
+
+    def shifted(self, by: float) -> HessianMoments:
+        """The moments of ``H + by I``: every eigenvalue is so much larger.
+
+        With PyTorch's ``weight_decay`` for it, they are those of the loss with
+        ``weight_decay / 2`` times the parameters' squared norm. The standard error of an estimate
+        of ``trace_sq`` is then an upper bound.
+
+        Example:
+            >>> import torch
+            >>> from lowland import HessianMoments
+            >>> HessianMoments(3, torch.tensor(9.0), torch.tensor(41.0)).shifted(1.0)
+            HessianMoments(dim=3, trace=12, trace_sq=62)
+        """
+        powers = [torch.full_like(self.trace, self.dim), self.trace, self.trace_sq]
+        powers += self.higher or ()
+        moved = [
+            torch.stack([math.comb(n, i) * by ** (n - i) * powers[i] for i in range(n + 1)]).sum(0)
+            for n in range(len(powers))
+        ]
+        error = self.stderr
+        if error is not None:
+            error = error[0], error[1] + 2 * abs(by) * error[0]
+        higher = (moved[3], moved[4]) if self.higher else None
+        return replace(self, trace=moved[1], trace_sq=moved[2], stderr=error, higher=higher)
 
     def bracket(self, k: int, moments: Literal[2, 4] = 2) -> tuple[Tensor, Tensor]:
         """``(low, high)`` for the ``k``-th largest eigenvalue, ``k = 1`` the largest.

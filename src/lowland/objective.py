@@ -55,6 +55,8 @@ class Objective:
         others: Trainable parameters that are constants here.
         shares: ``m_b / m`` of each batch; None where there is one, whose loss is meant as it is.
         matrix: Which matrix of curvature is meant (:mod:`lowland.matrices`).
+        beside: Whether the model has parameters that are no constants here, beside those that the
+            loss is looked at as a function of.
     """
 
     outer: nn.Module
@@ -66,6 +68,7 @@ class Objective:
     others: list[Tensor] = field(default_factory=list)
     shares: Sequence[float] | None = None
     matrix: Matrix = "hessian"
+    beside: bool = False
 
     @property
     def dim(self) -> int:
@@ -128,9 +131,9 @@ class Objective:
         return torch.stack([part.value() * share for share, part in self.parts()]).sum()
 
     @property
-    def data_require_grad(self) -> bool:
-        """Whether somebody may ask for gradients in the data."""
-        return torch.is_grad_enabled() and any_requires_grad(self.batch)
+    def others_require_grad(self) -> bool:
+        """Whether somebody may ask for gradients in more than the parameters, as in the data."""
+        return torch.is_grad_enabled() and (self.beside or any_requires_grad(self.batch))
 
     @contextmanager
     def others_frozen(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +106,22 @@ def check_types(parameters: Mapping[str, Tensor]) -> None:
             )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a real number of any library."""
     return isinstance(value, Real)
+
+
+def check_l2(l2: object) -> None:
+    """Require a weight decay.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative or not finite.
+    """
+    if not is_number(l2):
+        raise TypeError(f"l2 must be a number, such as an optimizer's weight_decay; got {l2!r}")
+    if not (math.isfinite(l2) and l2 >= 0):
+        raise ValueError(f"l2 must be a finite number of at least 0; got {l2}")
 
 
 def check_budget(budget: float) -> int:

@@ -20,9 +20,8 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MethodType
 from typing import Any, Literal
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from torch.autograd import grad
 
 from lowland._batches import head, mapped, tensors
 from lowland._call import call
+from lowland._circumstances import circumstances, once_a_model
 from lowland._precision import best_precision
 from lowland.criteria import scalar_loss
 from lowland.estimation import Estimation
@@ -108,19 +108,9 @@ class Verdict:
     clear: bool = True
 
 
+@once_a_model
 def is_random(target: Objective) -> bool:
-    """Whether a pass of the model draws random numbers, of layers of PyTorch or of others."""
-    known = _random.setdefault(target.model, {})
-    key = _circumstances(target)
-    if key not in known:
-        known[key] = _draws(target)
-    return known[key]
-
-
-_random: WeakKeyDictionary[nn.Module, dict[object, bool]] = WeakKeyDictionary()
-
-
-def _draws(target: Objective) -> bool:
+    """Whether a pass of the model draws random numbers, in layers of PyTorch or in others."""
     with differentiating(), remember(target.model, target.device)():
         before = random_states([target.device])
         target.value()
@@ -195,7 +185,7 @@ def step_of(target: Objective) -> float:
     known = _steps.setdefault(target.model, {})
     # Where the parameters grow or shrink, rounding is another.
     size = round(math.log2(float(norm(target.parameters)) or 1.0))
-    key = size, _circumstances(target)
+    key = size, circumstances(target)
     if key not in known:
         known[key] = _calibrated(_on_few_samples(target))
     return known[key]
@@ -230,30 +220,13 @@ def verdict(target: Objective, order: Order = 2) -> Verdict:
     if not _checking.get():
         return Verdict()
     known = _verdicts.setdefault(target.model, {})
-    circumstances = _circumstances(target)
-    of_third = known.get((3, circumstances))
+    now = circumstances(target)
+    of_third = known.get((3, now))
     if of_third and order == 2 and of_third.what != "third":
         return of_third
-    if (order, circumstances) not in known:
-        known[order, circumstances] = _look(target, order)
-    return known[order, circumstances]
-
-
-def _circumstances(target: Objective) -> object:
-    """What a verdict holds for."""
-    layers = hash(tuple((type(module), module.training) for module in target.model.modules()))
-    return layers, tuple(target.names), _identity(target.criterion)
-
-
-def _identity(criterion: Any) -> object:
-    """The same for functions that are made anew for each call."""
-    if isinstance(criterion, partial):
-        return _identity(criterion.func)
-    if isinstance(criterion, MethodType):
-        return _identity(criterion.__func__)
-    if isinstance(criterion, nn.Module):
-        return ref(criterion)
-    return getattr(criterion, "__code__", type(criterion))
+    if (order, now) not in known:
+        known[order, now] = _look(target, order)
+    return known[order, now]
 
 
 def _look(target: Objective, order: Order) -> Verdict:

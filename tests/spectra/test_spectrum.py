@@ -562,16 +562,24 @@ def test_a_loss_without_a_graph():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_model_or_a_criterion_that_cannot_be_differentiated_twice(method):
-    message = "cannot be differentiated twice.*marked as once_differentiable"
-    fails(RuntimeError, message, Broken(OnceOnly.apply), k=1, method=method)
-    fails(
-        RuntimeError,
-        message,
-        criterion=lambda output, y: OnceOnly.apply(output).mean(),
-        k=1,
-        method=method,
+def test_what_cannot_be_differentiated_twice_is_found_by_differences(method):
+    model, x, y = case()
+
+    def once(output, y):
+        return OnceOnly.apply(output).square().mean()
+
+    def twice(output, y):
+        return output.square().square().mean()
+
+    found, expected = (
+        lowland.spectrum(model, criterion, (x, y), k=1, method=method)
+        for criterion in (once, twice)
     )
+    assert found.method == f"{method}, differences"
+    assert expected.method == method
+    torch.testing.assert_close(found.eigenvalues, expected.eigenvalues, rtol=1e-4, atol=1e-6)
+    message = r"marked as once_differentiable[\s\S]*Differences.*no way here.*kinks"
+    fails(RuntimeError, message, nn.Sequential(Broken(OnceOnly.apply), nn.ReLU()), method=method)
 
 
 class Skewed(torch.autograd.Function):

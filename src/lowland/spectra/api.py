@@ -31,6 +31,7 @@ from lowland.spectra.surface import (
     own_randomness,
     survey,
 )
+from lowland.validation import check_l2
 
 Method = Literal["auto", "dense", "lanczos"]
 
@@ -52,8 +53,11 @@ class _Settings:
     adaptive: bool = False
     count: Count | None = None
     matrix: Matrix = "hessian"
+    l2: float = 0.0
+    wrt: str | None = None
 
     def __post_init__(self) -> None:
+        check_l2(self.l2)
         for name, value, known in (
             ("which", self.which, get_args(Which)),
             ("method", self.method, get_args(Method)),
@@ -101,6 +105,8 @@ def spectrum(
     adaptive: bool = False,
     count: Count | None = None,
     matrix: Matrix = "hessian",
+    l2: float = 0.0,
+    wrt: str | None = None,
 ) -> Spectrum:
     r"""The spectrum of the Hessian of a trained model's loss, in its trainable parameters.
 
@@ -139,6 +145,10 @@ def spectrum(
         matrix: ``"hessian"``; or ``"ggn"``, ``"fisher"`` or ``"residual"`` in its place, the
             Gauss-Newton matrix, the Fisher matrix of the model's own predictive distribution, and
             what the Hessian has beyond the Gauss-Newton matrix (:mod:`lowland.matrices`).
+        l2: Weight decay that is part of the loss, as ``weight_decay`` of PyTorch's optimizers:
+            ``l2 / 2`` times the squared norm of the trainable parameters.
+        wrt: In place of parameters, ``"inputs"``, or the name of a layer for what it gives, as for
+            :func:`lowland.hessian_moments`: of one batch, of all its samples together.
 
     Returns:
         The eigenvalues with residuals and eigenvectors, the trace, and the density if asked for.
@@ -212,6 +222,8 @@ def spectrum(
         adaptive,
         count,
         matrix,
+        l2,
+        wrt,
     )
     with _prepared(model, criterion, data, settings) as surface:
         return _measure(surface, settings)
@@ -268,8 +280,15 @@ def layer_spectra(
 def _prepared(
     model: nn.Module, criterion: Callable[..., Any], data: Any, settings: _Settings
 ) -> Iterator[Surface]:
-    surface = survey(model, criterion, data, settings.count, settings.matrix)
-    surface = replace(surface, adaptive=settings.adaptive)
+    surface = survey(
+        model, criterion, data, settings.count, matrix=settings.matrix, wrt=settings.wrt
+    )
+    surface = replace(
+        surface,
+        adaptive=settings.adaptive,
+        l2=float(settings.l2),
+        penalized=tuple(surface.names),
+    )
     with own_randomness(surface.device, settings.seed):
         yield surface
 
@@ -326,7 +345,7 @@ def _measure(surface: Surface, settings: _Settings) -> Spectrum:
         trace=trace,
         trace_stderr=stderr,
         density=curve,
-        method=method,
+        method=method + (", differences" if surface.products == "differences" else ""),
         surface=surface,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -42,7 +42,8 @@ class Spectrum:
         trace: ``Tr H``.
         trace_stderr: Its standard error; zero where the trace is exact.
         density: The density of all eigenvalues, None unless it was asked for.
-        method: ``"dense"`` or ``"lanczos"``.
+        method: ``"dense"`` or ``"lanczos"``, with ``", differences"`` behind it where PyTorch's
+            second derivatives are missing or wrong.
         surface: The loss around the parameters that the model had then.
 
     Example:
@@ -65,7 +66,7 @@ class Spectrum:
     trace: float
     trace_stderr: float
     density: Density | None = field(repr=False)
-    method: Literal["dense", "lanczos"]
+    method: str
     surface: Surface = field(repr=False)
 
     @property
@@ -139,7 +140,7 @@ class Spectrum:
         Raises:
             ImportError: Without matplotlib, ``pip install 'lowland[cli]'``.
         """
-        error = "" if self.method == "dense" else f" ± {self.trace_stderr:.2g}"
+        error = "" if self.method.startswith("dense") else f" ± {self.trace_stderr:.2g}"
         matrix = SYMBOLS[self.matrix]
         if self.adaptive:
             matrix = rf"|\theta|\,{matrix}\,|\theta|"

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowland._batches import as_batches, checked, digest, to_device
+from lowland._batches import Batch, as_batch, as_batches, checked, digest, to_device
 from lowland._call import arguments
+from lowland._elsewhere import with_respect_to
 from lowland._holding import remind_recurrent
 from lowland._weights import Count, Weights
 from lowland.criteria import check_reduction, scalar_loss
@@ -43,6 +44,8 @@ class Surface:
         objective: The loss over all batches.
         state: All parameters and buffers as they were.
         adaptive: Whether curvature is measured in steps relative to the parameters.
+        l2: Weight decay that is part of the loss: ``l2 / 2`` times the squared norm of
+        penalized: these parameters.
         products: How the Hessian is multiplied: by automatic differentiation, or differences of
             gradients where PyTorch's derivatives are missing or wrong.
     """
@@ -51,6 +54,8 @@ class Surface:
     state: NamedVector
     adaptive: bool = False
     products: Products = "autograd"
+    l2: float = 0.0
+    penalized: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -113,6 +118,10 @@ class Surface:
                     model, values, *arguments(model, x), strict=False
                 )
                 total += share * float(scalar_loss(criterion, output, y))
+        if self.l2:
+            now = {**self.state, **parts}
+            squares = (float(now[name].double().square().sum()) for name in self.penalized)
+            total += self.l2 / 2 * sum(squares)
         return total
 
     def operator(self) -> HessianOperator:
@@ -144,6 +153,9 @@ class HessianOperator:
         ]
         products = self.products(directions)
         flat = [torch.cat([part.reshape(-1) for part in product]) for product in products]
+        if surface.l2:
+            decay = zip(flat, columns.T, strict=True)
+            flat = [each + surface.l2 * surface.scaled(column) for each, column in decay]
         return torch.stack([surface.scaled(each) for each in flat], dim=1).view_as(vectors)
 
 
@@ -152,7 +164,9 @@ def survey(
     criterion: Callable[..., Any],
     data: object,
     count: Count | None = None,
+    *,
     matrix: Matrix = "hessian",
+    wrt: str | None = None,
 ) -> Surface:
     """The surface of a model's loss, after a look at everything that its Hessian depends on.
 
@@ -175,7 +189,10 @@ def survey(
     _check_parameters(target.parameters)
     check_mode(target.model)
     check_reduction(criterion)
-    batches, device = as_batches(data), target.device
+    batches = as_batches(data)
+    if wrt is not None:
+        target = with_respect_to(replace(target, batches=(_only(data),)), wrt)
+    device = target.device
     weigh = Weights(target, count)
 
     def one(weight: float, x: Any, y: Any) -> tuple[float, float]:
@@ -209,6 +226,17 @@ def survey(
         _, part = next(over_all.parts())
         products = routed(part, Estimation()).products
     return Surface(over_all, kept, products=products)
+
+
+def _only(data: object) -> Batch:
+    """The one batch that the data are.
+
+    Raises:
+        UnsupportedModelError: If they are several, or may be.
+    """
+    if (batch := as_batch(data)) is None:
+        raise UnsupportedModelError("wrt= looks at one batch: pass a pair (x, y) of tensors")
+    return batch
 
 
 _OTHER_BATCHES = (

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 import lowland
+from lowland.engines import choose
+from lowland.estimation import Estimation
 from lowland.exact.modules import read
 from lowland.exact.plan import cost, gradient_cost
+from lowland.objective import objective
 
 CE, BCE = nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()
 

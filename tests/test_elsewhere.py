@@ -98,10 +98,7 @@ def test_what_has_no_such_hessian():
         with pytest.raises(error, match=match):
             lowland.hessian_moments(model, CROSS_ENTROPY, x, y, **settings)
 
-    refused(
-        ValueError, "'inputs' or the name of a layer of the model; got 'outputs'", wrt="outputs"
-    )
-    refused(TypeError, "wrt must be 'inputs' or the name of a layer; got 1", wrt=1)
+    refused(ValueError, "'inputs' or the name of a layer of the model; got 'out'", wrt="out")
     refused(UnsupportedModelError, "takes the place of parameters=", wrt="1", unbiased=True)
     refused(UnsupportedModelError, "the closed form covers", wrt="1", method="exact")
     with pytest.raises(UnsupportedModelError, match="wrt= looks at one batch"):
@@ -143,8 +140,8 @@ def test_weight_decay_is_part_of_the_loss(l2):
 
 def test_no_weight_decay():
     model, x, y = case()
-    for wrong, error in ((-0.1, ValueError), (float("nan"), ValueError), ("x", TypeError)):
-        with pytest.raises(error, match="l2 must be a"):
+    for wrong in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="l2 must be a finite number of at least 0"):
             lowland.hessian_moments(model, CROSS_ENTROPY, x, y, l2=wrong)
-        with pytest.raises(error, match="l2 must be a"):
+        with pytest.raises(ValueError, match="l2 must be a finite number of at least 0"):
             lowland.spectrum(model, CROSS_ENTROPY, (x, y), l2=wrong)

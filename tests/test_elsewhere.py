@@ -100,7 +100,7 @@ def test_what_has_no_such_hessian():
 
     refused(ValueError, "'inputs' or the name of a layer of the model; got 'out'", wrt="out")
     refused(UnsupportedModelError, "takes the place of parameters=", wrt="1", unbiased=True)
-    refused(UnsupportedModelError, "the closed form covers", wrt="1", method="exact")
+    refused(UnsupportedModelError, "the closed form reads", wrt="1", method="exact")
     with pytest.raises(UnsupportedModelError, match="wrt= looks at one batch"):
         lowland.hessian_moments(model, CROSS_ENTROPY, [(x, y)], wrt="inputs")
     with pytest.raises(UnsupportedModelError, match="wrt= looks at one batch"):

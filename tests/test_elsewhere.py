@@ -42,7 +42,7 @@ def test_moments_and_spectrum(wrt):
     (vector,) = spectrum.eigenvectors[0].values()
     assert vector.shape == (x if wrt == "inputs" else model[:2](x)).shape
     loss = CROSS_ENTROPY(model(x), y)
-    assert float(spectrum.along(0, [0.0])) == pytest.approx(float(loss))
+    assert float(spectrum.along(0, [0.0])) == pytest.approx(loss.item())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
@@ -129,7 +129,7 @@ def test_weight_decay_is_part_of_the_loss(l2):
     assert abs(over_loader.trace - plain.sum()) < 4 * over_loader.stderr[0]
     spectrum = lowland.spectrum(model, CROSS_ENTROPY, (x, y), k=None, l2=l2)
     torch.testing.assert_close(spectrum.eigenvalues, plain)
-    loss = float(CROSS_ENTROPY(model(x), y)) + l2 / 2 * float(parameters.square().sum())
+    loss = CROSS_ENTROPY(model(x), y).item() + l2 / 2 * float(parameters.square().sum())
     assert float(spectrum.along(0, [0.0])) == pytest.approx(loss)
     top = lowland.spectrum(model, CROSS_ENTROPY, (x, y), k=1, l2=l2, method="lanczos")
     torch.testing.assert_close(top.eigenvalues, plain[:1], rtol=1e-6, atol=0)

@@ -66,6 +66,17 @@ class Attentive(nn.MultiheadAttention):
 
 
 @pytest.mark.slow
+class Noisy(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+def test_auto_estimates_what_draws_in_a_forward_pass_of_its_own(data, generator):
+    x, y = data
+    moments = lowland.hessian_moments(shallow(Noisy), nn.BCEWithLogitsLoss(), x, y)
+    assert moments.method == "probes"
+
+
 @pytest.mark.parametrize(
     ("layer", "setting", "steady", "unsteady"),
     [

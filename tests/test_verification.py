@@ -201,6 +201,7 @@ def test_hooks_on_parameters_are_no_part_of_the_loss():
     for parameter in model.parameters():
         parameter.register_hook(lambda slope: 2 * slope)
     moments = lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    assert moments.method == "dense"
     torch.testing.assert_close(moments.trace_sq, expected.square().sum())
     lowland.HessianTrace(CROSS_ENTROPY, 1.0, method="probes").loss(model, x, y).backward()
     assert all(len(p._backward_hooks) == 1 for p in model.parameters())
@@ -230,6 +231,28 @@ def test_single_precision_within_double_is_no_fault_and_differences_see_it():
     assert abs(found.trace - expected.trace) < 4 * found.stderr[0]
     assert abs(found.trace_sq - expected.trace_sq) < 4 * found.stderr[1]
     assert step_of(objective(model, CROSS_ENTROPY, x, y)) > 1
+
+
+class Single(nn.Module):
+    """Single precision alone, whatever its parameters are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        weights = [w.float() for w in self.parameters()]
+        inside = torch.tanh(nn.functional.linear(x.float(), *weights[:2]))
+        return nn.functional.linear(inside, *weights[2:]).double()
+
+
+def test_what_rounding_hides_is_no_fault():
+    torch.manual_seed(0)
+    model = Single().double()
+    x, y = torch.randn(8, 4).double(), torch.arange(8) % 2
+    found = verdict(objective(model, CROSS_ENTROPY, x, y), 3)
+    assert found.what is None
+    assert found.clear
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-6, 0.0])

@@ -1,5 +1,6 @@
 """Every layer of torch.nn that has values to differentiate, each in a small network with a loss."""
 
+import warnings
 from functools import partial
 
 import torch
@@ -107,6 +108,13 @@ ACTIVATIONS = {
     ),
 }
 
+
+def _former_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Conv1d(2, 2, 2))
+
+
 NORMALIZATIONS = {
     "BatchNorm1d": of(partial(nn.BatchNorm1d, 2), 2, 2),
     "BatchNorm2d": of(partial(nn.BatchNorm2d, 2), 2, 2, 1),
@@ -138,7 +146,7 @@ NORMALIZATIONS = {
     "torch.group_norm": function(lambda h: torch.group_norm(h, 2), 4, 2),
     "weight_norm": of(lambda: parametrizations.weight_norm(nn.Linear(3, 2)), 3),
     "weight_norm of all": of(lambda: parametrizations.weight_norm(nn.Linear(3, 2), dim=None), 3),
-    "former weight_norm": of(lambda: nn.utils.weight_norm(nn.Conv1d(2, 2, 2)), 2, 3),
+    "former weight_norm": of(_former_weight_norm, 2, 3),
     "spectral_norm": of(lambda: parametrizations.spectral_norm(nn.Linear(3, 2)).eval(), 3),
     "orthogonal": of(lambda: parametrizations.orthogonal(nn.Linear(3, 3)), 3),
 }
@@ -202,7 +210,9 @@ TRANSFORMERS = {
     ),
     "TransformerEncoder": of(
         lambda: nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(2, 1, 2, 0.0, "gelu", batch_first=True), 1
+            nn.TransformerEncoderLayer(2, 1, 2, 0.0, "gelu", batch_first=True),
+            1,
+            enable_nested_tensor=False,
         ).eval(),
         *(2, 2),
     ),
@@ -210,7 +220,7 @@ TRANSFORMERS = {
         partial(nn.TransformerDecoderLayer, 2, 1, 2, 0.0, batch_first=True), 2, 2, call=twice
     ),
     "Transformer": of(
-        partial(nn.Transformer, 2, 1, 1, 1, 2, 0.0, batch_first=True), 2, 2, call=twice
+        partial(nn.Transformer, 2, 2, 1, 1, 2, 0.0, batch_first=True), 2, 2, call=twice
     ),
     "attention": function(
         lambda h: functional.scaled_dot_product_attention(h, h.sin(), h.cos(), is_causal=True),

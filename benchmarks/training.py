@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from networks import GPT, resnet18
 from page import keep
 from timing import interleaved, median_ratio
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import lowland
@@ -28,11 +30,10 @@ Step = Callable[[], object]
 
 
 class Network:
-    """A network by its layers, with random images and classes."""
+    """A network with random inputs and classes."""
 
-    def __init__(self, shape: tuple[int, ...], classes: int, samples: int, *layers: nn.Module):
-        self.model = nn.Sequential(*layers)
-        self.x, self.y = torch.randn(samples, *shape), torch.randint(classes, (samples,))
+    def __init__(self, model: nn.Module, x: Tensor, classes: int, labels: int) -> None:
+        self.model, self.x, self.y = model, x, torch.randint(classes, (labels,))
         self.criterion = nn.CrossEntropyLoss()
 
     def loss(self) -> Tensor:
@@ -41,12 +42,12 @@ class Network:
 
 def wide() -> Network:
     layers = nn.Linear(3072, 512), nn.ReLU(), nn.Linear(512, 100)
-    return Network((3072,), 100, 128, *layers)
+    return Network(nn.Sequential(*layers), torch.randn(128, 3072), 100, 128)
 
 
 def narrow() -> Network:
     layers = nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
-    return Network((784,), 10, 64, *layers)
+    return Network(nn.Sequential(*layers), torch.randn(64, 784), 10, 64)
 
 
 def convolutional() -> Network:
@@ -55,13 +56,32 @@ def convolutional() -> Network:
         *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(32 * 7 * 7, 10)),
     )
-    return Network((1, 28, 28), 10, 64, *layers)
+    return Network(nn.Sequential(*layers), torch.randn(64, 1, 28, 28), 10, 64)
+
+
+def residual() -> Network:
+    return Network(resnet18(32, 10), torch.randn(16, 3, 32, 32), 10, 16)
+
+
+def evaluated() -> Network:
+    network = residual()
+    for _ in range(10):
+        network.loss()
+    network.model.eval()
+    return network
+
+
+def attentive() -> Network:
+    return Network(GPT(256, 128, 4, 4, 64), torch.randint(256, (8, 64)), 256, 512)
 
 
 NETWORKS: dict[str, Callable[[], Network]] = {
     "MLP 3072→512→100, batch 128": wide,
     "MLP 784→256→128→10, batch 64": narrow,
     "CNN 28x28, 16 and 32 channels, batch 64": convolutional,
+    "ResNet-18, 32 to 256 channels, 32x32, batch 16": residual,
+    "the same in evaluation mode": evaluated,
+    "GPT-2, 4 layers of width 128, 8 times 64 tokens": attentive,
 }
 # At this rate a long measurement stays at the same network.
 SETTINGS = {"lr": 1e-6, "momentum": 0.9}
@@ -121,7 +141,8 @@ def by_hand(network: Network) -> Step:
 
     def step() -> None:
         optimizer.zero_grad()
-        loss = network.loss()
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            loss = network.loss()
         gradient = grad(loss, parameters, create_graph=True)
         signs = [torch.randint(0, 2, p.shape).float() * 2 - 1 for p in parameters]
         form = sum((g * v).sum() for g, v in zip(gradient, signs, strict=True))
@@ -153,12 +174,12 @@ JOBS = {
 }
 
 
-def costs(names: list[str], rounds: int) -> list[str]:
+def costs(chosen: list[str], names: list[str], rounds: int) -> list[str]:
     heads = [
         name if (reach := JOBS[name].reach) is None else f"{name} (≤ {reach})" for name in names
     ]
     lines = table("network", "P", "a plain step, ms", *heads)
-    for label, network in networks():
+    for label, network in networks(chosen):
         # One network for all jobs: a training has one too, and its caches hold no other.
         jobs = {"plain": plain(network)} | {name: JOBS[name].build(network) for name in names}
         times = interleaved(jobs, rounds=rounds)
@@ -172,10 +193,10 @@ def costs(names: list[str], rounds: int) -> list[str]:
     return lines
 
 
-def peaks(names: list[str]) -> list[str]:
+def peaks(chosen: list[str], names: list[str]) -> list[str]:
     """Peak memory: what a step allocates on top of parameters, momentum and data, and these."""
     lines = table("network", "a plain step, MiB", *names)
-    for label, network in networks():
+    for label, network in networks(chosen):
         held = sum(2 * p.nbytes for p in network.model.parameters()) + network.x.nbytes
         alone = held + _allocated(plain(network))
         ratios = [f"{(held + _allocated(JOBS[name].build(network))) / alone:.2f}" for name in names]
@@ -187,10 +208,10 @@ def table(*heads: str) -> list[str]:
     return [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
 
 
-def networks() -> Iterator[tuple[str, Network]]:
-    for label, build in NETWORKS.items():
+def networks(chosen: list[str]) -> Iterator[tuple[str, Network]]:
+    for label in chosen:
         torch.manual_seed(0)
-        yield label, build()
+        yield label, NETWORKS[label]()
 
 
 def _allocated(step: Step) -> int:
@@ -210,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=201)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--keep", action="store_true", help="write the result to README.md")
     arguments = parser.parse_args()
     head = (
@@ -217,7 +239,8 @@ def main() -> None:
         f"{arguments.rounds} rounds; multiples of one plain step, its update included."
     )
     memory = "Peak memory in multiples of a plain step's, parameters, momentum and data included:"
-    tables = [costs(arguments.jobs, arguments.rounds), peaks(arguments.jobs)]
+    chosen = [name for name in NETWORKS if name in arguments.networks]
+    tables = [costs(chosen, arguments.jobs, arguments.rounds), peaks(chosen, arguments.jobs)]
     first, second = ("\n".join(table) for table in tables)
     report = f"{head}\n\n{first}\n\n{memory}\n\n{second}"
     print(report)

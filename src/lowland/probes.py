@@ -127,8 +127,9 @@ def probe_moments(
         products: ``"autograd"`` differentiates the gradient, and ``"auto"`` does so where PyTorch
             has its derivatives right, which is looked at once; ``"differences"``, to which it goes
             elsewhere, takes differences of it, in less memory and through anything that has a
-            gradient, activation checkpointing included (:mod:`lowland.products`). With smooth activations and pooling the gradient of
-            ``Tr H^2`` from one probe is then within some percent of the exact one in single
+            gradient, activation checkpointing included (:mod:`lowland.products`). With smooth
+            activations and pooling the gradient of ``Tr H^2`` from one probe is then within some
+            percent of the exact one in single
             precision, 0.1 % in double; across the kinks of ReLU or max pooling the gradient jumps,
             and what differences make of it may be a thousand times too large. Parameters of 16
             bits are too coarse.

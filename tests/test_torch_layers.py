@@ -25,7 +25,7 @@ def first(model, criterion, x, y):
     for module in model.modules():  # whose sparse gradients cannot be put together
         if isinstance(module, nn.Embedding):
             module.sparse = False
-    again, parameters = remember(model, x.device), list(model.parameters())
+    again, parameters = remember(model, device=x.device), list(model.parameters())
 
     def gradient():
         with again():
@@ -94,7 +94,7 @@ def test_every_engine_is_right(name):
         close(spectrum.eigenvalues, torch.linalg.eigvalsh(expected).flip(0))
 
     target = objective(model, criterion, x, y)
-    again = remember(model, x.device)
+    again = remember(model, device=x.device)
     penalty = lowland.HessianTrace(criterion, 1.0, method="probes", generator=generator)
     penalty(model, x, y).backward()
     assert ("differences" in penalty.used) == (name in WITHOUT_PRODUCTS)

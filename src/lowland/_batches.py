@@ -360,9 +360,15 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any, around: tuple[int, 
     return with_parts(value, found)
 
 
-def head(value: Any, count: int) -> Any:
-    """The first rows of each tensor that a value holds; sparse ones may refuse."""
-    return mapped(lambda tensor: tensor[:count] if tensor.ndim else tensor, value)
+def spread(value: Any, count: int) -> Any:
+    """So many rows of each tensor that a value holds, evenly spread; sparse ones may refuse."""
+
+    def some(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or len(tensor) <= count:
+            return tensor
+        return tensor[torch.linspace(0, len(tensor) - 1, count).long().to(tensor.device)]
+
+    return mapped(some, value)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

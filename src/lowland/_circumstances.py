@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
@@ -17,19 +17,47 @@ T = TypeVar("T")
 
 def circumstances(target: Objective) -> tuple[object, ...]:
     """What a look at a loss holds for: the model's layers and mode, parameters and criterion."""
-    layers = hash(tuple((type(module), module.training) for module in target.model.modules()))
+    layers = hash(tuple(map(_kind_of, target.model.modules())))
     return layers, tuple(target.names), target.matrix, _identity(target.criterion)
 
 
-def _identity(criterion: Any) -> object:
-    """The same for functions that are made anew for each call."""
-    if isinstance(criterion, partial):
-        return _identity(criterion.func)
-    if isinstance(criterion, MethodType):
-        return _identity(criterion.__func__)
-    if isinstance(criterion, nn.Module):
-        return ref(criterion)
-    return getattr(criterion, "__code__", type(criterion))
+def _kind_of(module: nn.Module) -> object:
+    """Its class, its switches, the functions that it holds, and its hooks."""
+    held = vars(module)
+    switches = tuple(
+        (name, value if isinstance(value, bool | str | None) else _identity(value))
+        for name, value in held.items()
+        if isinstance(value, bool | str | None) or (callable(value) and name != "_forward_impl")
+    )
+    hooks = (held.get("_forward_hooks"), held.get("_forward_pre_hooks"))
+    return type(module), switches, *(tuple(map(id, each.values())) for each in hooks if each)
+
+
+def _identity(function: Any) -> object:
+    """The same for functions that are made anew for each call, of the same functions."""
+    if isinstance(function, partial):
+        inside = [*function.args, *function.keywords.values()]
+        held = tuple(_identity(each) for each in inside if callable(each))
+        return _identity(function.func), held
+    if isinstance(function, MethodType):
+        return _identity(function.__func__), id(function.__self__)
+    if isinstance(function, FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+        defaults = function.__defaults__ or ()
+        held = tuple(_identity(each) for each in (*cells, *defaults) if callable(each))
+        return function.__code__, held
+    try:
+        return ref(function)
+    except TypeError:
+        return id(function)
+
+
+def _is_empty(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - that is the only way to know
+    except ValueError:
+        return True
+    return False
 
 
 def once_a_model(function: Callable[[Objective], T]) -> Callable[[Objective], T]:

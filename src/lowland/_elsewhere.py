@@ -73,7 +73,8 @@ class _Elsewhere(nn.Module):
 
     def __init__(self, model: nn.Module, layer: nn.Module | None, values: Any) -> None:
         super().__init__()
-        self.model, self.values, self.places = model, values, {}
+        # In a tuple, of which no copies are made: the tensors are known by their identity.
+        self.model, self.values, self.places = model, (values,), {}
         self.training = model.training
         # Not registered: it is within the model already.
         self.layer = (layer,)
@@ -85,7 +86,7 @@ class _Elsewhere(nn.Module):
             self.places[key] = name
 
     def forward(self, x: Any, /) -> Any:
-        values = mapped(self._own, self.values)
+        (values,) = mapped(self._own, self.values)
         (layer,) = self.layer
         if layer is None:
             return call(self.model, values)
@@ -97,13 +98,14 @@ class _Elsewhere(nn.Module):
 
     def _own(self, tensor: Tensor) -> Tensor:
         name = self.places.get(id(tensor))
-        return tensor if name is None else getattr(self, name)
+        # No leaf, to which operations in place may not write.
+        return tensor if name is None else getattr(self, name).clone()
 
 
 def _output_of(layer: nn.Module, target: Objective) -> Any:
     """What a layer gives, which must run once."""
     outputs: list[Any] = []
-    with _hooked(layer, outputs), torch.no_grad(), frozen_statistics(target.model):
+    with _hooked(layer, outputs), torch.no_grad(), frozen_statistics(*target.modules):
         call(target.model, target.batch[0])
     if len(outputs) != 1:
         raise ValueError(

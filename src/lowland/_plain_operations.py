@@ -205,12 +205,19 @@ def _embedding(  # noqa: PLR0917 - PyTorch's order
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002
+    scale_grad_by_freq: bool = False,  # noqa: ARG001, FBT001, FBT002 - no gradient of the loss
     sparse: bool = False,  # noqa: ARG001, FBT001, FBT002 - a gradient with zeros is the same
 ) -> Tensor:
-    return functional.embedding(
-        input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse=False
-    )
+    return functional.embedding(input, _padded(weight, padding_idx), None, max_norm, norm_type)
+
+
+def _padded(weight: Tensor, padding_idx: int | None) -> Tensor:
+    """The weights, of which the row for padding is a constant."""
+    if padding_idx is None:
+        return weight
+    constant = torch.zeros_like(weight, dtype=torch.bool)
+    constant[padding_idx] = True
+    return torch.where(constant, weight.detach(), weight)
 
 
 def _embedding_bag(  # noqa: PLR0917 - PyTorch's order
@@ -219,7 +226,7 @@ def _embedding_bag(  # noqa: PLR0917 - PyTorch's order
     offsets: Tensor | None = None,
     max_norm: float | None = None,
     norm_type: float = 2,
-    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002
+    scale_grad_by_freq: bool = False,  # noqa: ARG001, FBT001, FBT002
     mode: str = "mean",
     sparse: bool = False,  # noqa: ARG001, FBT001, FBT002
     per_sample_weights: Tensor | None = None,
@@ -227,7 +234,7 @@ def _embedding_bag(  # noqa: PLR0917 - PyTorch's order
     padding_idx: int | None = None,
 ) -> Tensor:
     rows = functional.embedding(
-        input.reshape(-1), weight, None, max_norm, norm_type, scale_grad_by_freq
+        input.reshape(-1), _padded(weight, padding_idx), None, max_norm, norm_type
     )
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.reshape(-1, 1)

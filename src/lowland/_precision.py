@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 
 from lowland._batches import mapped
 from lowland.errors import UnsupportedModelError
-from lowland.objective import Objective, is_scripted, places_of
-from lowland.passes import remember
+from lowland.objective import Objective, differentiating, graph, is_scripted, places_of
 
 
 @contextmanager
@@ -59,12 +59,26 @@ def best_precision(target: Objective) -> Iterator[Objective]:
         if any(p.dtype != torch.float64 for p in target.parameters):
             try:
                 wide = stack.enter_context(in_double(target))
-                with remember(wide.model, wide.device)():
-                    wide.gradient()
+                with wide.remember()(), differentiating():
+                    loss = wide.value()
+                    _check_reached(target, loss)
+                    grad(loss, wide.parameters, allow_unused=True)
             except (RuntimeError, TypeError, ValueError):  # something within is of another type
                 stack.close()
                 wide = target
         yield wide
+
+
+def _check_reached(target: Objective, loss: Tensor) -> None:
+    """Require a loss that does not see the parameters which copies have taken the place of.
+
+    Raises:
+        UnsupportedModelError: If the model or the criterion holds some elsewhere: in a tuple, or a
+            function.
+    """
+    originals = {id(p) for p in target.parameters}
+    if any(id(getattr(node, "variable", None)) in originals for node in graph(loss)):
+        raise UnsupportedModelError("a parameter is held where it cannot be replaced")
 
 
 def _doubled(tensor: Tensor) -> Tensor:

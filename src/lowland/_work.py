@@ -10,7 +10,6 @@ from torch.utils.flop_counter import flop_registry
 
 from lowland._circumstances import once_a_model
 from lowland.objective import Objective
-from lowland.passes import remember
 from lowland.products import curvature_of
 
 # Of one core, for small convolutions; and what PyTorch takes to begin an operation.
@@ -22,13 +21,16 @@ _SECONDS_A_CALL = 5e-6
 def seconds_a_product(target: Objective) -> float:
     """Roughly how long one product takes on a processor, by its arithmetic."""
     direction = [torch.ones_like(p) for p in target.parameters]
-    with (
-        remember(target.model, target.device)(),
-        target.others_frozen(),
-        curvature_of(target) as curvature,
-        _Count() as count,
-    ):
-        curvature.product(direction, wanted=False)
+    with target.remember()(), target.others_frozen():
+        try:
+            with curvature_of(target) as curvature, _Count() as count:
+                curvature.product(direction, wanted=False)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # there is none: then differences of two gradients stand for it
+            with _Count() as count:
+                target.gradient()
+            count.calls, count.operations = 2 * count.calls, 2 * count.operations
     seconds: float = count.operations / _OPERATIONS_A_SECOND + count.calls * _SECONDS_A_CALL
     return seconds
 

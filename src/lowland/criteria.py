@@ -628,6 +628,23 @@ def setting(criterion: object, name: str, default: Any) -> Any:
     return _setting(criterion, name, default)
 
 
+def modules_of(criterion: object) -> list[nn.Module]:
+    """The modules that a criterion is, or that it calls as a function that holds them."""
+    found: list[nn.Module] = []
+    for inside in _layers(criterion):
+        cells = getattr(inside, "__closure__", None) or ()
+        held = [inside, getattr(inside, "__self__", None), *(_content(cell) for cell in cells)]
+        found += [each for each in held if isinstance(each, nn.Module)]
+    return found
+
+
+def _content(cell: Any) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is still empty
+        return None
+
+
 def _layers(criterion: object) -> Iterator[object]:
     """A criterion, and what it is within ``functools.partial`` and ``torch.compile``."""
     inside: Any = criterion

@@ -12,6 +12,7 @@ and a row of ``H`` with the row of ``C`` gives one term of it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,10 +32,10 @@ from lowland.estimation import Estimation
 from lowland.gauss_newton import surrogate
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, may_look, objective
-from lowland.passes import remember, unsteady
-from lowland.products import NO_GRADIENT, Curvature, Vector, curvature_of, dot, relative_step
+from lowland.passes import unsteady
+from lowland.products import NO_GRADIENT, Curvature, Vector, curvature_of, dot
 from lowland.validation import check_values
-from lowland.verification import is_random, routed, verify
+from lowland.verification import best_step, is_random, routed, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +144,7 @@ class _Frame:
         self.target = target
         self.by_differences = settings.products == "differences"
         kind = target.device.type
-        self.again = remember(target.model, target.device)
+        self.again = target.remember()
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     @contextmanager
@@ -203,11 +204,14 @@ class _Frame:
         return total
 
     @contextmanager
-    def _gradients(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The gradient as a function of all parameters, flat; in double precision if possible."""
+    def _gradients(self) -> Iterator[tuple[Callable[[Tensor], Tensor], float]]:
+        """The gradient as a function of all parameters, flat, and how long steps are for it.
+
+        In double precision if possible; the steps relative to the parameters.
+        """
         target = self.target
         with self.again(), target.others_frozen(), best_precision(target) as wide:
-            again = remember(wide.model, wide.device)
+            again = wide.remember()
             # Of another matrix than the Hessian the first gradient has to be at the parameters.
             found = wide if wide.matrix == "hessian" else surrogate(wide)[0]
 
@@ -215,19 +219,22 @@ class _Frame:
                 with again():
                     return _flat(found.gradient(_like(wide.parameters, at))[1])
 
-            yield gradient
+            yield gradient, best_step(wide)
 
     def _matrix_by_differences(self) -> Tensor:
         """``H`` by central differences of gradients."""
-        with self._gradients() as gradient:
+        with self._gradients() as (gradient, step):
             start = _flat([p.detach() for p in self.target.parameters]).double()
-            steps = relative_step(gradient(start).dtype) / 10 * start.abs().clamp(min=_scale(start))
+            steps = step * start.abs().clamp(min=_scale(start))
             matrix = torch.stack(
                 [
                     (gradient(start + way) - gradient(start - way)).double() / (2 * step)
                     for way, step in zip(torch.diag(steps), steps, strict=True)
                 ]
             )
+        free = _flat(self.target.free([torch.ones_like(p) for p in self.target.parameters]))
+        matrix = matrix * free * free[:, None]
+        _check_symmetric(matrix)
         return ((matrix + matrix.T) / 2).to(self.target.parameters[0].dtype)
 
     def _contracted_by_differences(self, coefficients: Tensor) -> Vector:
@@ -236,10 +243,11 @@ class _Frame:
             raise RuntimeError(NO_GRADIENT)
         parameters = self.target.parameters
         weights, vectors = torch.linalg.eigh(coefficients.double())
-        with self._gradients() as gradient:
+        with self._gradients() as (gradient, relative):
             start = _flat([p.detach() for p in parameters]).double()
             here = gradient(start)
-            step = torch.finfo(here.dtype).eps ** 0.25 * _scale(start)
+            # The error by rounding is over the step's square here.
+            step = max(torch.finfo(here.dtype).eps ** 0.25, relative) * _scale(start)
             total = torch.zeros_like(start)
             for weight, vector in zip(weights, vectors.T, strict=True):
                 way = step * vector
@@ -297,12 +305,19 @@ def _check_symmetric(matrix: Tensor) -> None:
     if not may_look(matrix.device):
         return
     apart, size = float((matrix - matrix.T).abs().max()), float(matrix.abs().max())
-    if apart > 10 * torch.finfo(matrix.dtype).eps ** 0.5 * size:
+    if 0.003 * size < apart <= 0.05 * size:
+        warnings.warn(
+            f"entries of the Hessian up to {size:.4g} differ by {apart:.4g} from those across the "
+            "diagonal, by rounding: use model.double()",
+            stacklevel=2,
+        )
+    elif apart > size * 0.05:
         raise RuntimeError(
             f"the Hessian is not symmetric: entries up to {size:.4g} differ by {apart:.4g} from "
             "those across the diagonal, so a layer's or the criterion's second derivatives are "
-            "wrong: those of a torch.autograd.Function of your own, or PyTorch's; write that layer "
-            "out in plain operations, or use method='probes' with products='differences'"
+            "wrong: those of a torch.autograd.Function of your own, or PyTorch's, or what it holds "
+            "for a constant is none (spectral normalization in training mode, for one: call "
+            "model.eval()); or rounding has eaten it: use model.double()"
         )
 
 

@@ -29,7 +29,6 @@ from lowland.estimation import Estimation, Products
 from lowland.exact.engine import ExactEngine
 from lowland.matrices import Matrix
 from lowland.objective import Objective, objective, over
-from lowland.passes import remember
 from lowland.probes import rademacher
 from lowland.products import Vector, hessian_products
 from lowland.verification import routed
@@ -274,7 +273,7 @@ def _by_probes(part: Objective, settings: Estimation) -> _Found:
     generator = settings.generator
     if generator is None:  # one of its own: the model's passes all start from the same numbers
         generator = Generator().manual_seed(int(torch.randint(1 << 62, ())))
-    again = remember(part.model, part.device)
+    again = part.remember()
     average, seen = _Average(part), 0
     while seen < settings.probes:
         some = [

@@ -30,7 +30,7 @@ from lowland._once import any_once
 from lowland.criteria import Criterion, as_target, name_of, scalar_loss
 from lowland.likelihoods import likelihood
 from lowland.objective import Objective, graph
-from lowland.passes import remember, remember_randomness
+from lowland.passes import remember_randomness
 
 
 class Split:
@@ -53,7 +53,7 @@ class Split:
 
     def __init__(self, part: Objective, scale: float = 1.0) -> None:
         self.part = part
-        self._again = remember(part.model, part.device)
+        self._again = part.remember()
         reader = _Reader(part)
         self.loss = replace(part, criterion=reader).loss()
         # Of outputs that the criterion does not look at, nothing may depend on what they are.
@@ -107,7 +107,7 @@ class Split:
         try:
             with self._again(), _forward_mode():
                 pairs = zip(part.parameters, direction, strict=True)
-                with part.holding([forward_ad.make_dual(p, v) for p, v in pairs]):
+                with part.replaced([forward_ad.make_dual(p, v) for p, v in pairs]):
                     reader.read(part.model(part.batch[0]))
                 outputs = compress(reader.outputs, self._used)
                 tangents = [forward_ad.unpack_dual(each).tangent for each in outputs]

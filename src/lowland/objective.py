@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -25,6 +25,7 @@ from lowland.criteria import (
     check_kept,
     check_splits_evenly,
     is_known,
+    modules_of,
     scalar_loss,
 )
 from lowland.errors import UnsupportedModelError
@@ -152,46 +153,79 @@ class Objective:
         Raises:
             ValueError: As :meth:`loss`.
         """
-        values = [v.detach().requires_grad_() for v in at or self.parameters]
-
-        with differentiating(), not_compiled(), self.holding(values):
+        with (
+            differentiating(),
+            not_compiled(),
+            without_hooks(self.parameters),
+            nullcontext() if at is None else self.moved(at),
+        ):
             # Elsewhere than at the parameters NaN is an answer: of a step that a scaler leaves out.
             loss = self.loss() if at is None else self.value()
             # In here, as activation checkpointing runs the model again during the backward pass.
-            parts = grad(loss, values, allow_unused=True)
+            parts = grad(loss, self.parameters, allow_unused=True)
         return loss.detach(), self.complete(parts, loss)
 
     @contextmanager
-    def holding(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """The model with other tensors in the places of its parameters."""
-        self._put(values)
+    def moved(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """The parameters with other numbers in them, whoever holds them; their graphs stay whole.
+
+        For a while each has other memory, and its version does not count that. A backward pass that
+        is still to come finds the memory that it knows.
+        """
+        held = [p.data for p in self.parameters]
         try:
+            for p, value in zip(self.parameters, values, strict=True):
+                p.data = value.detach()
             yield
         finally:
-            self._put(self.parameters)
+            for p, data in zip(self.parameters, held, strict=True):
+                p.data = data
 
-    def _put(self, values: Sequence[Tensor]) -> None:
-        by_parameter = {id(p): value for p, value in zip(self.parameters, values, strict=True)}
-        for holder, name, parameter in self.places:
-            holder[name] = by_parameter[id(parameter)]
-
-    @cached_property
-    def places(self) -> list[Place]:
-        """Where the model holds the parameters, some more than once.
+    @contextmanager
+    def replaced(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """The model with other tensors in the places of its parameters.
 
         Raises:
             UnsupportedModelError: If one cannot be replaced by another tensor.
         """
         places = places_of(self.model, self.parameters)
         found = {id(parameter) for _, _, parameter in places}
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            if id(parameter) not in found:
-                raise UnsupportedModelError(
-                    f"differences of gradients replace the model's parameters by others, and "
-                    f"{name!r} belongs to a scripted or traced module, which does not part with "
-                    "it: use products='autograd', or the module that was scripted"
-                )
-        return places
+        if any(id(p) not in found for p in self.parameters):
+            raise UnsupportedModelError("scripted modules keep the parameters that they have")
+        by_parameter = {id(p): value for p, value in zip(self.parameters, values, strict=True)}
+        try:
+            for holder, name, parameter in places:
+                holder[name] = by_parameter[id(parameter)]
+            yield
+        finally:
+            for holder, name, parameter in places:
+                holder[name] = parameter
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model, and the modules that the criterion is or calls."""
+        return [self.model, *modules_of(self.criterion)]
+
+    def remember(self) -> Callable[[], AbstractContextManager[None]]:
+        """:func:`lowland.passes.remember` of all that a pass of the loss may write to."""
+        return remember(*self.modules, device=self.device)
+
+    def free(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """A direction without what is a constant of the loss, though it belongs to a parameter.
+
+        An embedding's row for padding is one: PyTorch gives it no gradient.
+        """
+        rows = {
+            id(module.weight): module.padding_idx
+            for module in self.model.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
+        }
+        parts = list(direction)
+        for index, p in enumerate(self.parameters if rows else []):
+            if id(p) in rows:
+                parts[index] = parts[index].clone()
+                parts[index][rows[id(p)]] = 0
+        return parts
 
     def complete(self, parts: Sequence[Tensor | None], loss: Tensor) -> list[Tensor]:
         """The parts of a gradient; zero where the loss does not depend on a parameter.
@@ -235,7 +269,7 @@ class Objective:
         halves = [self.on(half) for half in zip(x.chunk(2), y.chunk(2), strict=True)]
         check_splits_evenly(self.criterion, [half.batch[1] for half in halves])
         if not is_known(self.criterion):
-            with torch.no_grad(), remember(self.model, self.device)():
+            with torch.no_grad(), self.remember()():
                 first, second = ((call(self.model, h.batch[0]), h.batch[1]) for h in halves)
             check_even(self.criterion, first, second)
         return halves
@@ -278,7 +312,8 @@ def objective(
         UnsupportedModelError: If the parameters are sharded.
         TypeError: If they are of half precision.
     """
-    return over(model, criterion, (one_batch(x, y),), parameters, matrix=matrix)
+    batch = _ordinary(one_batch(x, y))
+    return over(model, criterion, (batch,), parameters, matrix=matrix)
 
 
 def over(
@@ -321,7 +356,8 @@ def _ordinary(batch: Batch) -> Batch:
     """Itself, or with copies of tensors that no graph may hold, since inference mode made them."""
     if not any(tensor.is_inference() for tensor in tensors(batch)):
         return batch
-    return cast("Batch", mapped(Tensor.clone, batch))
+    with torch.inference_mode(mode=False):
+        return cast("Batch", mapped(Tensor.clone, batch))
 
 
 # What holds a tensor, by which name or number, and the tensor.

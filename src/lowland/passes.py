@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
@@ -25,7 +28,7 @@ def frozen_statistics(*models: nn.Module) -> Iterator[None]:
 
     Args:
         *models: Modules whose buffers, at any depth, are kept, and their attributes that are plain
-            numbers. What other attributes hold is not looked at.
+            numbers, tensors or generators of random numbers. What others hold is not looked at.
 
     Notes:
         Nothing is written to the buffers themselves, not even their own values, so a backward pass
@@ -81,16 +84,23 @@ class _State:
     module: nn.Module
     buffers: dict[str, Tensor | None]
     numbers: dict[str, float]
+    tensors: dict[str, Tensor]
+    generators: dict[str, Tensor]
 
     @classmethod
     def of(cls, module: nn.Module) -> _State:
         attributes = vars(module).items()
         numbers = {name: value for name, value in attributes if type(value) in _COUNTERS}
-        return cls(module, dict(module._buffers.items()), numbers)  # noqa: SLF001
+        others = {name: value for name, value in attributes if isinstance(value, Tensor)}
+        drawn = {name: g.get_state() for name, g in attributes if isinstance(g, torch.Generator)}
+        return cls(module, dict(module._buffers.items()), numbers, others, drawn)  # noqa: SLF001
 
     def put(self) -> None:
         """Give it to the module."""
         vars(self.module).update(self.numbers)
+        vars(self.module).update(self.tensors)
+        for name, drawn in self.generators.items():
+            vars(self.module)[name].set_state(drawn)
         buffers = self.module._buffers  # noqa: SLF001
         if isinstance(self.module, ScriptModule):  # it does not part with them
             for name, value in self.buffers.items():
@@ -115,7 +125,7 @@ def _copies(states: Iterable[_State]) -> list[_State]:
     """The same with other tensors of the same values; one for each, however often it occurs."""
     copied: dict[int, Tensor] = {}
 
-    def copy(buffer: Tensor | None) -> Tensor | None:
+    def copy(buffer: Any) -> Any:
         if buffer is None or is_lazy(buffer):
             return buffer
         if id(buffer) not in copied:
@@ -123,7 +133,12 @@ def _copies(states: Iterable[_State]) -> list[_State]:
         return copied[id(buffer)]
 
     return [
-        replace(state, buffers={name: copy(buffer) for name, buffer in state.buffers.items()})
+        replace(
+            state,
+            buffers={name: copy(buffer) for name, buffer in state.buffers.items()},
+            # Of what has a graph the values are another loss's, and nobody writes to them.
+            tensors={n: t if t.requires_grad else copy(t) for n, t in state.tensors.items()},
+        )
         for state in states
     ]
 
@@ -172,7 +187,8 @@ def remember_randomness(
     """Remember where the random numbers stand, to draw the same ones again later.
 
     Args:
-        devices: Accelerators whose default generators are remembered beside the CPU's.
+        devices: Accelerators whose default generators are remembered beside the CPU's, Python's
+            and NumPy's.
 
     Returns:
         A function that gives a context, any number of times, in which random numbers start where
@@ -188,35 +204,39 @@ def remember_randomness(
         True
     """
     devices = list(devices)
-    remembered = random_states(devices)
+    remembered, others = random_states(devices), _states_beside()
 
     @contextmanager
     def again() -> Iterator[None]:
-        interrupted = random_states(devices)
+        interrupted, their = random_states(devices), _states_beside()
         _restore(remembered)
+        _restore_beside(others)
         try:
             yield
         finally:
             _restore(interrupted)
+            _restore_beside(their)
 
     return again
 
 
-def remember(model: nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Both: :func:`remember_state` of a model, and :func:`remember_randomness` where it runs.
+def remember(
+    *models: nn.Module, device: torch.device
+) -> Callable[[], AbstractContextManager[None]]:
+    """Both: :func:`remember_state` of models, and :func:`remember_randomness` where they run.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> from lowland.passes import remember
         >>> model, x = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3)), torch.randn(8, 3)
-        >>> again = remember(model, x.device)
+        >>> again = remember(model, device=x.device)
         >>> first = model(x)
         >>> with again():
         ...     print(torch.equal(model(x), first))
         True
     """
-    state, randomness = remember_state(model), remember_randomness([device])
+    state, randomness = remember_state(*models), remember_randomness([device])
 
     @contextmanager
     def again() -> Iterator[None]:
@@ -240,6 +260,16 @@ def random_states(devices: Iterable[torch.device | str]) -> dict[torch.device, T
     for device in accelerators:
         states[device] = torch.get_device_module(device).get_rng_state(*_index(device))
     return states
+
+
+def _states_beside() -> tuple[Any, Any]:
+    """Where Python's own random numbers stand, and NumPy's, which layers draw from too."""
+    return random.getstate(), np.random.get_state()  # noqa: NPY002 - whoever draws from it
+
+
+def _restore_beside(states: tuple[Any, Any]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _restore(states: dict[torch.device, Tensor]) -> None:

@@ -22,7 +22,7 @@ from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.moments import HessianMoments
 from lowland.objective import Objective, data_parallel, objective
-from lowland.passes import remember, remember_state
+from lowland.passes import remember_state
 from lowland.products import (
     Average,
     Vector,
@@ -62,7 +62,7 @@ class Estimate:
         target = self.target
         directions = _draw(target, self.settings)
         # What the model draws, and what it writes to its state, is put back; not so the directions.
-        with remember(target.model, target.device)(), target.others_frozen():
+        with target.remember()(), target.others_frozen():
             return self._estimate(directions)[1]
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:

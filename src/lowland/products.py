@@ -47,7 +47,7 @@ from lowland.objective import (
     not_compiled,
     without_hooks,
 )
-from lowland.passes import frozen_statistics, remember
+from lowland.passes import frozen_statistics
 from lowland.torch_fixes import differentiable_operations
 
 # A vector in the space of the parameters: one tensor for each.
@@ -113,6 +113,7 @@ def quadratic_forms(
         RuntimeError: If the loss cannot be differentiated twice, with what may help.
     """
     if products == "differences":
+        directions = [halves[0].free(direction) for direction in directions]
         if not disposable:
             directions = [_copies(direction) for direction in directions]
         if halves[0].matrix != "hessian":
@@ -142,7 +143,7 @@ def hessian_products(
     """
     totals: list[Vector] = []
     for share, part in target.parts():
-        with frozen_statistics(part.model):
+        with frozen_statistics(*part.modules):
             found = _products_of_batch(part, directions, products)
         if target.shares is None:
             return found
@@ -159,8 +160,9 @@ def _products_of_batch(
         with best_precision(part) as wide:
             beside = wide.matrix != "hessian"
             there = surrogate(wide)[0] if beside else wide
-            run = _Differences([there], [_typed(each, wide) for each in directions], None)
-            run.again.append(remember(wide.model, wide.device))
+            free = [_typed(part.free(each), wide) for each in directions]
+            run = _Differences([there], free, None)
+            run.again.append(wide.remember())
             if beside:  # whose Hessian is the matrix where it is looked at first
                 run.gradient(0, run.parameters)
             return [_typed(run.central(direction), part) for direction in run.directions]
@@ -272,7 +274,7 @@ class RepeatedProducts:
             return hessian_products(self.target, directions, self.products)
         if self._kept is None:
             ((share, part),) = self.target.parts()
-            with frozen_statistics(part.model), curvature_of(part) as curvature:
+            with frozen_statistics(*part.modules), curvature_of(part) as curvature:
                 self._kept = share, curvature
         share, curvature = self._kept
         with _derivatives(curvature.part):
@@ -450,7 +452,7 @@ class _Differences:
 
     def first_gradient(self, part: Objective) -> Gradient:
         """The gradient at the parameters themselves, of a pass that counts as one."""
-        self.again.append(remember(part.model, self.device))
+        self.again.append(part.remember())
         with self._full_precision():
             return part.gradient()
 

@@ -41,7 +41,7 @@ def is_ordinary(*models: object) -> bool:
         type(module) is getattr(nn, type(module).__name__, None)
         and type(module).__module__.rpartition(".")[2] in _ORDINARY
         and not isinstance(module, nn.MultiheadAttention | nn.Hardsigmoid | nn.EmbeddingBag)
-        and not getattr(module, "sparse", False)
+        and not isinstance(module, nn.Embedding)
         and not has_hooks(module)
         for model in models
         for module in (model.modules() if isinstance(model, nn.Module) else [nn.Module()])

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from lowland._batches import head, mapped, tensors
+from lowland._batches import mapped, spread, tensors
 from lowland._call import call
 from lowland._circumstances import circumstances, once_a_model
 from lowland._precision import best_precision
@@ -41,7 +41,7 @@ from lowland.objective import (
     objective,
     without_hooks,
 )
-from lowland.passes import frozen_statistics, random_states, remember, remember_randomness
+from lowland.passes import frozen_statistics, random_states, remember_randomness
 from lowland.products import (
     Vector,
     curvature_of,
@@ -57,7 +57,7 @@ from lowland.torch_fixes import is_ordinary
 
 Order = Literal[2, 3]
 
-_ROWS = 4  # samples that are looked at
+_ROWS = 6  # samples that are looked at
 _AGREED = 1e-3  # of two differences that say the same
 _UNCLEAR = 0.1  # of two that say nothing
 _OFF = 0.01  # of a derivative that is wrong
@@ -111,7 +111,7 @@ class Verdict:
 @once_a_model
 def is_random(target: Objective) -> bool:
     """Whether a pass of the model draws random numbers, in layers of PyTorch or in others."""
-    with differentiating(), remember(target.model, target.device)():
+    with differentiating(), target.remember()():
         before = random_states([target.device])
         target.value()
         after = random_states([target.device])
@@ -145,7 +145,8 @@ def routed(target: Objective, settings: Estimation, order: Order = 2) -> Estimat
             why = (
                 f"has kinks, where gradients jump: {obstacle}"
                 if obstacle
-                else "is scripted, and keeps its parameters; measure the module that was scripted"
+                else "is scripted, and its kinks, if it has some, are not seen; measure the module "
+                "that was scripted, or, if it is smooth, use products='differences'"
             )
             raise RuntimeError(
                 f"{found.reason}\nDifferences of gradients are no way here, though: the model {why}"
@@ -160,7 +161,7 @@ def _without_second_derivatives(target: Objective) -> Verdict:
     """
     try:
         with (
-            remember(target.model, target.device)(),
+            target.remember()(),
             target.others_frozen(),
             curvature_of(target) as curvature,
         ):
@@ -230,9 +231,8 @@ def verdict(target: Objective, order: Order = 2) -> Verdict:
 
 
 def _look(target: Objective, order: Order) -> Verdict:
-    before = [p.detach().clone() for p in target.parameters]
-    small = _on_few_samples(target)
-    _check_untouched(target, before)
+    with parameters_untouched(target):
+        small = _on_few_samples(target)
     found = _compared(small, order)
     if found.what is None and found.clear:
         return found
@@ -248,12 +248,15 @@ def _look(target: Objective, order: Order) -> Verdict:
     return replace(verdict, reason=verdict.reason.replace(_WHERE, name))
 
 
-def _check_untouched(target: Objective, before: Vector) -> None:
-    """Refuse a model whose forward pass has written to its parameters, and put them back.
+@contextmanager
+def parameters_untouched(target: Objective) -> Iterator[None]:
+    """Refuse a model whose forward pass writes to its parameters, and put them back.
 
     Raises:
         ValueError: If it has.
     """
+    before = [p.detach().clone() for p in target.parameters]
+    yield
     named = zip(target.names, target.parameters, before, strict=True)
     written = [(name, p, value) for name, p, value in named if not torch.equal(p, value)]
     if written:
@@ -261,18 +264,19 @@ def _check_untouched(target: Objective, before: Vector) -> None:
             for _, p, value in written:
                 p.copy_(value)
         raise ValueError(
-            f"the model's forward pass writes to its parameter {written[0][0]!r}, as layers do "
-            "that choose their parameters by the first data that they see, so there is no one loss "
-            "to differentiate: call model(x) once before"
+            f"the model's forward pass writes to its parameter {written[0][0]!r}, so there is no "
+            "one loss to differentiate. If the layer chooses its parameters by the first data that "
+            "it sees, call model(x) once before; if it renormalizes them each time, as "
+            "nn.Embedding(max_norm=...) does, do that after the optimizer's step instead"
         )
 
 
 def _on_few_samples(target: Objective) -> Objective:
-    """The loss on the first rows of the batch, where that is a loss too."""
+    """The loss on some rows of the batch, evenly spread, where that is a loss too."""
     x, y = target.batch
     try:
-        few = target.on((head(x, _ROWS), head(y, _ROWS)))
-        with differentiating(), remember(target.model, target.device)():
+        few = target.on((spread(x, _ROWS), spread(y, _ROWS)))
+        with differentiating(), target.remember()():
             usable = bool(few.value().isfinite())
     except Exception:  # noqa: BLE001 - whatever a model says of half a batch
         usable = False
@@ -306,9 +310,9 @@ class _Comparison:
 
     def __init__(self, target: Objective, along: Vector | None = None) -> None:
         self.target = target
-        self.again = remember(target.model, target.device)
+        self.again = target.remember()
         self.before = [p.detach().clone() for p in target.parameters]
-        self.along = along or _direction(self.before)
+        self.along = target.free(along or _direction(self.before))
         double = all(p.dtype == torch.float64 for p in self.before)
         self.steps = _STEPS[torch.float64 if double else torch.float32]
         self.known: dict[float, tuple[Tensor, Vector]] = {}
@@ -382,34 +386,27 @@ class _Comparison:
     @contextmanager
     def _at(self, step: float) -> Iterator[Objective]:
         """The loss with other values of its parameters."""
-        target = self.target
         values = plus(self.before, self.along, self.before[0].new_tensor(step))
-        with self.again():
-            if not is_scripted(target.model):
-                leaves = [value.requires_grad_() for value in values]
-                with target.holding(leaves):
-                    yield replace(target, parameters=leaves)
-                return
-            # They cannot be replaced, but hold other numbers for a while.
-            held = [p.data for p in target.parameters]
-            try:
-                for p, value in zip(target.parameters, values, strict=True):
-                    p.data = value
-                yield target
-            finally:
-                for p, data in zip(target.parameters, held, strict=True):
-                    p.data = data
+        with self.again(), self.target.moved(values):
+            yield self.target
+
+
+def best_step(target: Objective) -> float:
+    """How long steps of central differences are best, relative to the parameters."""
+    with differentiating(), not_compiled(), without_hooks(target.parameters):
+        slope = _Comparison(target).of_gradients()
+    return max(slope.step, 1e-6) if slope.clear else 1e-6
 
 
 def _calibrated(target: Objective) -> float:
-    signs = [torch.sign(part) for part in _direction(target.parameters)]
+    signs = target.free([torch.sign(part) for part in _direction(target.parameters)])
     with differentiating(), without_hooks(target.parameters):
         truth = _true_product(target, signs)
     if truth is None:  # kinks, of which there is a warning already
         return 1.0
     errors: dict[float, float] = {}
     for factor in _FACTORS:
-        with frozen_statistics(target.model), remember_randomness([target.device])():
+        with frozen_statistics(*target.modules), remember_randomness([target.device])():
             (found,) = differences(target, [signs], factor)
         errors[factor] = float(norm([a - b for a, b in zip(found, truth, strict=True)]))
         if errors[factor] <= _NEAR * float(norm(truth)):
@@ -479,6 +476,7 @@ class _Slope:
     parts: Vector
     noise: Vector
     clear: bool
+    step: float
 
     def apart_from(self, found: Vector) -> float:
         """How far the worst part of a derivative is off, of its own size; 0 if nothing is clear."""
@@ -488,6 +486,8 @@ class _Slope:
         worst = 0.0
         for one, other, unsure in zip(found, self.parts, self.noise, strict=True):
             apart = float((one - other).detach().norm()) - 10 * float(unsure.norm()) - least
+            if not bool(one.isfinite().all()):
+                return math.inf
             size = max(float(one.detach().norm()), float(other.norm()))
             worst = max(worst, apart / size if size else 0.0)
         return worst
@@ -496,28 +496,39 @@ class _Slope:
 def _slope(function: Callable[[float], Vector], steps: Sequence[float], visible: float) -> _Slope:
     """The central difference of a function at zero, by the two steps that agree best.
 
-    Of steps shorter than ``visible`` a difference of nothing says nothing: rounding hides it.
+    Of steps shorter than ``visible`` a difference of nothing says nothing: rounding hides it. Where
+    the differences to either side are others, there is a kink right here, and they say nothing.
     """
     found: dict[float, Vector] = {}
-    best: tuple[Vector, Vector] | None = None
+    best: tuple[float, Vector, Vector] | None = None
     least = math.inf
+    here = function(0.0)
     for step in steps:
         one, other = function(step), function(-step)
         quotient = [(a - b) / (2 * step) for a, b in zip(one, other, strict=True)]
         if step < visible and not any(map(torch.any, quotient)):
             continue
-        for parts in found.values():
+        sides = zip(one, here, other, strict=True)
+        bend = [((a - b) + (c - b)).abs() / step for a, b, c in sides]
+        for before, parts in found.items():
             noise = [(a - b).abs() for a, b in zip(quotient, parts, strict=True)]
-            apart = float(norm(noise))
-            apart = apart / float(norm(parts)) if apart else 0.0
+            apart = max(_relative(noise, parts), _relative(bend, parts))
             if apart < least:
-                best, least = (quotient, noise), apart
+                pair = zip(noise, bend, strict=True)
+                best, least = (max(step, before), quotient, [a + b for a, b in pair]), apart
         if least < _AGREED:
             break
         found[step] = quotient
     if best is None:  # it is clear if there was nothing, at no step
-        return _Slope(quotient, quotient, clear=not any(map(torch.any, quotient)))
-    return _Slope(*best, clear=least < _UNCLEAR)
+        nothing = not any(map(torch.any, quotient))
+        return _Slope(quotient, quotient, clear=nothing, step=step)
+    step, quotient, noise = best
+    return _Slope(quotient, noise, clear=least < _UNCLEAR, step=step)
+
+
+def _relative(parts: Vector, whole: Vector) -> float:
+    length, size = float(norm(parts)), float(norm(whole))
+    return length / size if length and size else math.inf if length else 0.0
 
 
 # Which layer it is
@@ -553,7 +564,7 @@ def _inputs(
         inputs.setdefault(name, mapped(Tensor.detach, (args, options)))
 
     with ExitStack() as stack:
-        stack.enter_context(remember(target.model, target.device)())
+        stack.enter_context(target.remember()())
         stack.enter_context(not_compiled())
         for name, module in suspects.items():
             if not is_scripted(module):

@@ -24,7 +24,7 @@ from lowland.matrices import Matrix
 from lowland.objective import Objective, differentiating, over
 from lowland.passes import frozen_statistics, unsteady
 from lowland.products import RepeatedProducts
-from lowland.verification import routed
+from lowland.verification import parameters_untouched, routed
 
 NamedVector = dict[str, Tensor]
 """One tensor for each parameter, by its name in the model and of its shape."""
@@ -199,10 +199,14 @@ def survey(
         if not weight:  # all of its targets are ignored, and their mean is no number
             return 0.0, 0.0
         there = to_device(x, device), to_device(y, device)
-        with frozen_statistics(target.model):
+        with frozen_statistics(*target.modules):
             return weight, float(target.on(there).loss().detach())
 
-    with differentiating(), torch.random.fork_rng(_cuda(device)):
+    with (
+        parameters_untouched(target),
+        differentiating(),
+        torch.random.fork_rng(_cuda(device)),
+    ):
         seen = [(digest((x, y)), *one(weigh(x, y), x, y)) for x, y in checked(batches)]
         index = -1
         for index, (x, y) in enumerate(batches):

@@ -69,6 +69,17 @@ def test_moments_lead_to_the_models_parameters(method):
             torch.testing.assert_close(gradient.view(-1)[index], slope, rtol=1e-5, atol=1e-7)
 
 
+def test_layers_may_write_in_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Hardswish(inplace=True), nn.Linear(4, 2)).double()
+    x, y = torch.randn(5, 3).double(), torch.arange(5) % 2
+    inside = model[:1](x).detach()
+    tail = nn.Sequential(nn.Hardswish(), model[2])
+    expected = hessian(lambda z: CROSS_ENTROPY(tail(z), y), inside).reshape(20, 20)
+    found = lowland.hessian_moments(model, CROSS_ENTROPY, x, y, wrt="0")
+    torch.testing.assert_close(found.trace_sq, expected.square().sum(), **CLOSE)
+
+
 class Keyed(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,5 +1,7 @@
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -234,3 +236,12 @@ def test_random_numbers_of_an_accelerator_come_again():
     with again():
         assert torch.equal(torch.rand(5, device="cuda:0"), first)
         assert torch.equal(torch.rand(5, device="cuda:0"), expected)
+
+
+def test_pythons_and_numpys_random_numbers_come_again():
+    again = remember_randomness()
+    first = random.random(), float(np.random.rand())  # noqa: S311, NPY002
+    after = random.getstate()
+    with again():
+        assert (random.random(), float(np.random.rand())) == first  # noqa: S311, NPY002
+    assert random.getstate() == after

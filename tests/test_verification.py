@@ -1,5 +1,8 @@
 """What PyTorch has wrong, or a model says wrongly of itself, is told before there is a number."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from helpers.any_models import CROSS_ENTROPY, build, differences, flat
@@ -379,3 +382,236 @@ def test_within_inference_mode():
     assert spectrum.trace == pytest.approx(expected.trace.item())
     with pytest.raises(ValueError, match=r"made within torch.inference_mode\(\)"):
         lowland.hessian_moments(never, CROSS_ENTROPY, x.float(), y, "dense")
+
+
+# Where losses hold things, and what they write to
+
+
+class Held(nn.Module):
+    """Its parameters in a tuple, beside where modules have theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 2))
+        self.steps = ((self.one, torch.tanh), (self.two, nn.Identity()))
+
+    def forward(self, x):
+        for weight, function in self.steps:
+            x = function(x @ weight)
+        return x
+
+
+def decayed(model):
+    parameters = list(model.parameters())
+
+    def criterion(output, y):
+        return CROSS_ENTROPY(output, y) + 0.05 * sum(p.square().sum() for p in parameters)
+
+    return criterion
+
+
+@pytest.mark.parametrize("products", ["auto", "differences"])
+@pytest.mark.parametrize("held", ["by the model", "by the criterion"])
+def test_parameters_may_be_held_anywhere(held, products):
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 4).double(), torch.arange(8) % 2
+    model = Held().double() if held == "by the model" else case(torch.sin)[0]
+    criterion = CROSS_ENTROPY if held == "by the model" else decayed(model)
+    parameters = list(model.parameters())
+
+    def gradient():
+        return torch.autograd.grad(criterion(model(x), y), parameters)
+
+    expected = differences(model, gradient)
+    moments = lowland.hessian_moments(model, criterion, x, y, "dense", products=products)
+    assert moments.method == "dense"
+    torch.testing.assert_close(moments.trace_sq, expected.square().sum(), rtol=1e-6, atol=0)
+    penalty = lowland.HessianTrace(criterion, 1e-9, method="probes", products=products)
+    penalty.loss(model, x, y).backward()
+    for p, plain in zip(parameters, gradient(), strict=True):
+        torch.testing.assert_close(p.grad, plain, rtol=1e-5, atol=1e-7)
+
+
+class Curriculum(nn.Module):
+    """A criterion that is another at each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("mean", torch.ones(()).double())
+
+    def forward(self, output, y):
+        self.calls += 1
+        loss = CROSS_ENTROPY(output * (1 + 0.1 * self.calls), y) / self.mean
+        self.mean = 0.5 * self.mean + 0.5 * loss.detach()
+        return loss
+
+
+@pytest.mark.parametrize("products", ["autograd", "differences"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_criterion_has_state_too(products, wrapped):
+    model, x, y = case(torch.sin)
+    inside = Curriculum()
+    criterion = (lambda output, y: inside(output, y)) if wrapped else inside  # noqa: PLW0108
+    first = lambda output, y: CROSS_ENTROPY(output * 1.1, y)  # noqa: E731
+    expected = lowland.hessian_moments(model, first, x, y, "dense")
+    found = lowland.hessian_moments(model, criterion, x, y, "dense", products=products)
+    torch.testing.assert_close(found.trace_sq, expected.trace_sq, rtol=1e-6, atol=0)
+    assert (inside.calls, float(inside.mean)) == (0, 1.0)
+    lowland.HSR(criterion, 0.1, method="probes", products=products).loss(model, x, y).backward()
+    assert inside.calls == 1
+
+
+def of(function):
+    return lambda output, y: CROSS_ENTROPY(function(output), y)
+
+
+def test_what_has_changed_is_looked_at_again():
+    wrong = cube("product")
+
+    def method_of(model, criterion=CROSS_ENTROPY):
+        return lowland.hessian_moments(model, criterion, x, y).method
+
+    model, x, y = case(cube())
+    assert method_of(model) == "dense"
+    model.odd.function = wrong
+    assert method_of(model) == "dense, differences"
+    model, x, y = case(torch.sin)
+    assert method_of(model, of(cube())) == "dense"
+    assert method_of(model, of(wrong)) == "dense, differences"
+    assert method_of(model, partial(of, wrong)()) == "dense, differences"
+    hook = model.first.register_forward_hook(lambda _, __, output: wrong(output))
+    assert method_of(model) == "dense, differences"
+    hook.remove()
+    assert method_of(model) == "dense"
+
+
+class Skipping(nn.Module):
+    """Draws from NumPy's and its own random numbers; from Python's own the type checks draw too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.own = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        scale = np.random.rand() + torch.rand((), generator=self.own).item()  # noqa: NPY002
+        return self.last((scale * self.first(x)).tanh())
+
+
+def test_random_numbers_of_others_come_again_too():
+    torch.manual_seed(0)
+    model, x, y = Skipping().double(), torch.randn(8, 4).double(), torch.arange(8) % 2
+    states = np.random.get_state()[2], model.own.get_state()  # noqa: NPY002
+    generator = torch.Generator()
+    one, other = (
+        lowland.hessian_moments(
+            model,
+            CROSS_ENTROPY,
+            x,
+            y,
+            "probes",
+            products=products,
+            probes=2,
+            generator=generator.manual_seed(0),
+        )
+        for products in ("autograd", "differences")
+    )
+    torch.testing.assert_close(one.trace_sq, other.trace_sq, rtol=1e-3, atol=0)
+    assert np.random.get_state()[2] == states[0]  # noqa: NPY002
+    assert torch.equal(model.own.get_state(), states[1])
+
+
+def test_third_derivatives_that_are_no_numbers_are_wrong():
+    model, x, y = case(torch.sin)
+
+    def criterion(output, y):
+        return CROSS_ENTROPY(output.logcumsumexp(1), y)
+
+    penalty = lowland.HSR(criterion, 0.1)
+    penalty.loss(model, x, y).backward()
+    assert penalty.used == "probes, differences"
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_spectra_leave_parameters_that_a_forward_pass_writes_to():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 2)).double()
+    before, x = model[0].weight.detach().clone(), torch.arange(14).view(7, 2) % 7
+    with pytest.raises(ValueError, match=r"writes to its parameter '0.weight'.*max_norm"):
+        lowland.spectrum(model, CROSS_ENTROPY, (x, torch.arange(7) % 2), k=1)
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kinks_right_at_the_parameters_are_no_fault(seed):
+    """Where images have black borders, units stand at zero, and at the kink of ReLU."""
+    torch.manual_seed(seed)
+    x = torch.zeros(16, 1, 12, 12)
+    x[:, :, 3:9, 3:9] = torch.rand(16, 1, 6, 6)
+    layers = [nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10)]
+    target = objective(nn.Sequential(*layers).eval(), CROSS_ENTROPY, x, torch.arange(16) % 10)
+    assert verdict(target, 3).what is None
+
+
+@pytest.mark.parametrize("products", ["auto", "differences"])
+def test_an_embeddings_row_for_padding_is_a_constant(products):
+    torch.manual_seed(0)
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 3, padding_idx=0), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.embed(x).mean(1).tanh())
+
+    model, x, y = Pooled().double(), torch.randint(5, (12, 4)), torch.arange(12) % 2
+    with torch.no_grad():
+        model.embed.weight[0] = 0.5
+    parameters = list(model.parameters())
+    matrix = differences(model, lambda: torch.autograd.grad(CROSS_ENTROPY(model(x), y), parameters))
+    matrix[:3], matrix[:, :3] = 0, 0
+    found = lowland.hessian_moments(model, CROSS_ENTROPY, x, y, "dense", products=products)
+    assert found.method == "dense"
+    torch.testing.assert_close(found.trace_sq, matrix.square().sum(), rtol=1e-6, atol=0)
+    top = lowland.spectrum(model, CROSS_ENTROPY, (x, y), k=1).eigenvalues
+    torch.testing.assert_close(top[0], torch.linalg.eigvalsh(matrix)[-1], rtol=1e-6, atol=0)
+
+
+class Island(nn.Module):
+    """Single precision within, and a layer whose second derivative is wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.odd = nn.Linear(4, 3), nn.Linear(3, 2), cube("product")
+
+    def forward(self, x):
+        inside = nn.functional.rms_norm(self.first(x).float(), (3,)).to(x.dtype)
+        return self.last(self.odd(inside).tanh())
+
+
+def test_steps_suit_single_precision_within_brute_force_too():
+    torch.manual_seed(0)
+    model, x, y = Island().double(), torch.randn(8, 4).double(), torch.arange(8) % 2
+    found = lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    assert found.method == "dense, differences"
+    model.odd = cube()
+    expected = lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    assert expected.method == "dense"
+    torch.testing.assert_close(found.trace_sq, expected.trace_sq, rtol=5e-3, atol=0)
+
+
+def test_what_inference_mode_made_is_data_elsewhere():
+    model, x, y = case(torch.sin)
+    with torch.inference_mode():
+        inside = x * 1
+    for method in ("dense", "probes"):
+        found, expected = (
+            lowland.hessian_moments(
+                model, CROSS_ENTROPY, data, y, method, generator=torch.Generator().manual_seed(0)
+            )
+            for data in (inside, x)
+        )
+        torch.testing.assert_close(found.trace_sq, expected.trace_sq)

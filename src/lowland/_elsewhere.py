@@ -112,12 +112,16 @@ def _output_of(layer: nn.Module, target: Objective) -> Any:
             f"wrt= names a layer that the model runs {len(outputs)} times, so that its output is "
             "no one thing; name a layer that it runs once"
         )
-    return mapped(Tensor.detach, outputs[0])
+    return outputs[0]
 
 
 @contextmanager
 def _hooked(layer: nn.Module, outputs: list[Any]) -> Iterator[None]:
-    hook = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        # A copy, as the next layer may write to it.
+        outputs.append(mapped(Tensor.clone, output))
+
+    hook = layer.register_forward_hook(keep)
     try:
         yield
     finally:

@@ -1,5 +1,4 @@
 import copy
-import random
 
 import numpy as np
 import pytest
@@ -238,10 +237,10 @@ def test_random_numbers_of_an_accelerator_come_again():
         assert torch.equal(torch.rand(5, device="cuda:0"), expected)
 
 
-def test_pythons_and_numpys_random_numbers_come_again():
+def test_numpys_random_numbers_come_again():
     again = remember_randomness()
-    first = random.random(), float(np.random.rand())  # noqa: S311, NPY002
-    after = random.getstate()
+    first, after = np.random.rand(), np.random.rand()  # noqa: NPY002
     with again():
-        assert (random.random(), float(np.random.rand())) == first  # noqa: S311, NPY002
-    assert random.getstate() == after
+        assert np.random.rand() == first  # noqa: NPY002
+    with again():
+        assert [np.random.rand() for _ in range(2)] == [first, after]  # noqa: NPY002

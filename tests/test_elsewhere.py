@@ -80,6 +80,39 @@ def test_layers_may_write_in_place():
     torch.testing.assert_close(found.trace_sq, expected.square().sum(), **CLOSE)
 
 
+class Tanh(torch.autograd.Function):
+    """With a third derivative that is wrong."""
+
+    @staticmethod
+    def forward(ctx, a):
+        ctx.save_for_backward(a)
+        return a.tanh()
+
+    @staticmethod
+    def backward(ctx, slope):
+        (a,) = ctx.saved_tensors
+        value, here = a.detach().tanh(), a.detach()
+        return slope * (1 - value**2 - 2 * value * (1 - value**2) * (a - here))
+
+
+def test_gradients_in_the_models_parameters_are_looked_at():
+    model, x, y = case()
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = model[0]
+
+        def forward(self, x):
+            return Tanh.apply(self.inside(x))
+
+    moments = lowland.hessian_moments(
+        nn.Sequential(Own(), model[3]), CROSS_ENTROPY, x, y, wrt="inputs"
+    )
+    with pytest.raises(RuntimeError, match="third derivatives of this loss are wrong"):
+        moments.trace.backward()
+
+
 class Keyed(nn.Module):
     def __init__(self):
         super().__init__()

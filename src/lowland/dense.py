@@ -73,6 +73,8 @@ class BruteForce:
         self._check()
         if self.target.others_require_grad:  # only a whole graph leads to them
             powers = _powers(frame.matrix(wanted=torch.is_grad_enabled()), count)
+            for power in powers if powers[0].requires_grad else ():
+                power.register_hook(lambda _: verify(self.target, 3))
         else:
             powers = _Powers.apply(frame, count, *self.target.parameters)  # type: ignore[no-untyped-call]
         higher = None if count < 4 else (powers[2], powers[3])

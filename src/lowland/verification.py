@@ -220,6 +220,12 @@ def verdict(target: Objective, order: Order = 2) -> Verdict:
     """:func:`verify` in a value."""
     if not _checking.get():
         return Verdict()
+    if order == 3 and target.beside:  # a gradient may be asked for in these, too
+        everything: dict[str, Tensor] = {
+            n: p for n, p in target.model.named_parameters() if p.requires_grad
+        }
+        names, parameters = list(everything), list(everything.values())
+        target = replace(target, names=names, parameters=parameters, beside=False)
     known = _verdicts.setdefault(target.model, {})
     now = circumstances(target)
     of_third = known.get((3, now))

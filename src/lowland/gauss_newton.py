@@ -183,7 +183,14 @@ class _Reader:
         So is not one that is linear in pieces, as HuberLoss far from its targets.
         """
         bent = [(each, torch.ones_like(each)) for each in slopes if _is_output(each)]
-        if any(bool(each.any()) for each in _pulled(bent, self.outputs, wanted=False)):
+        try:
+            curvature = _pulled(bent, self.outputs, wanted=False)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            name = name_of(self.part.criterion)
+            raise RuntimeError(_NOT_CURVED.format(name, _first_line(error))) from error
+        if any(bool(each.any()) for each in curvature):
             return False
         far = 1e3 * (1 + max(float(each.detach().abs().max()) for each in self.outputs))
         again = remember_randomness([self.part.device])
@@ -291,6 +298,10 @@ _LINEAR = (
     "is zero, and all curvature is in matrix='residual'. A model that ends with log_softmax or "
     "computes its own loss hides the curvature from the split: use CrossEntropyLoss on logits, or "
     "for NLLLoss matrix='fisher'"
+)
+_NOT_CURVED = (
+    "{} cannot be differentiated twice in the model's outputs, which the Gauss-Newton matrix takes: "
+    "{}. Use matrix='hessian', for which differences of gradients will do"
 )
 _VALUES_ALONE = (
     "the gradient of this model's outputs cannot be differentiated: {}\nThe Gauss-Newton matrix "

@@ -236,6 +236,12 @@ def test_single_precision_within_double_is_no_fault_and_differences_see_it():
     assert step_of(objective(model, CROSS_ENTROPY, x, y)) > 1
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_a_stage_of_half_precision_is_no_fault(kind):
+    model, x, y = case(lambda a: a.to(kind).to(a.dtype), dtype=torch.float32)
+    assert verdict(objective(model, CROSS_ENTROPY, x, y), 3).what is None
+
+
 class Single(nn.Module):
     """Single precision alone, whatever its parameters are."""
 

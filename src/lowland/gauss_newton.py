@@ -300,8 +300,8 @@ _LINEAR = (
     "for NLLLoss matrix='fisher'"
 )
 _NOT_CURVED = (
-    "{} cannot be differentiated twice in the model's outputs, which the Gauss-Newton matrix takes: "
-    "{}. Use matrix='hessian', for which differences of gradients will do"
+    "{} cannot be differentiated twice in the model's outputs, which the Gauss-Newton matrix "
+    "takes: {}. Use matrix='hessian', for which differences of gradients will do"
 )
 _VALUES_ALONE = (
     "the gradient of this model's outputs cannot be differentiated: {}\nThe Gauss-Newton matrix "

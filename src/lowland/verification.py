@@ -36,6 +36,7 @@ from lowland.estimation import Estimation
 from lowland.objective import (
     Objective,
     differentiating,
+    graph,
     is_scripted,
     not_compiled,
     objective,
@@ -321,11 +322,14 @@ class _Comparison:
         self.along = target.free(along or _direction(self.before))
         double = all(p.dtype == torch.float64 for p in self.before)
         self.steps = _STEPS[torch.float64 if double else torch.float32]
+        self.is_coarse = False
         self.known: dict[float, tuple[Tensor, Vector]] = {}
 
     def of_gradient(self) -> Verdict | None:
         """Whether the gradient is the loss's."""
         loss, gradient = self._first(0.0)
+        if self.is_coarse:  # no step is short enough there, and long enough
+            return Verdict(clear=False)
         told = float(dot(gradient, self.along))
         seen = _slope(
             lambda step: [self._first(step)[0].reshape(1)],
@@ -380,6 +384,7 @@ class _Comparison:
         if step not in self.known:
             with self._at(step) as there:
                 loss = there.loss()
+                self.is_coarse = self.is_coarse or _has_half_precision(loss)
                 found = grad(loss, there.parameters, allow_unused=True)
                 self.known[step] = loss.detach(), there.complete(found, loss)
         return self.known[step]
@@ -441,6 +446,12 @@ def _true_product(target: Objective, along: Vector) -> Vector | None:
     if not slope.clear:
         return None
     return [part.to(p.dtype) / size for part, p in zip(slope.parts, target.parameters, strict=True)]
+
+
+def _has_half_precision(loss: Tensor) -> bool:
+    """Whether something on the way to a loss is of 16 bits."""
+    made = (each for node in graph(loss) for each in getattr(node, "_input_metadata", ()))
+    return any(getattr(each, "dtype", None) in (torch.bfloat16, torch.float16) for each in made)
 
 
 def _gradient_of(form: Tensor, parameters: Sequence[Tensor]) -> Vector:

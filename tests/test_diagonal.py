@@ -176,6 +176,7 @@ def test_errors_of_batches_add_up_in_squares(generator):
         torch.testing.assert_close(whole.stderr[name], ((2 / 3 * a) ** 2 + (b / 3) ** 2).sqrt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", ["autograd", "differences"])
 def test_measuring_changes_nothing_and_dropout_draws_one_mask(products, generator):
     torch.manual_seed(0)

@@ -77,6 +77,7 @@ def test_auto_estimates_what_draws_in_a_forward_pass_of_its_own(data, generator)
     assert moments.method == "probes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "setting", "steady", "unsteady"),
     [

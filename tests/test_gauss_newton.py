@@ -60,6 +60,7 @@ def moments(model, criterion, x, y, matrix, **settings):
     return lowland.hessian_moments(model, criterion, x, y, matrix=matrix, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", any_models.MODELS)
 def test_the_matrices_of_any_model(name):
     model, x, y = build(name)

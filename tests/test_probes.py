@@ -42,6 +42,7 @@ def test_moments_are_the_means_of_single_directions_and_errors_theirs(name):
     assert all(error.isnan() for error in single.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", ["autograd", "differences"])
 def test_standard_errors_cover_the_truth(products):
     model, x, y = build("cnn_in_evaluation")

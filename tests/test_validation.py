@@ -61,6 +61,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_refused_in_one_sentence(call, dtype):
@@ -103,6 +104,7 @@ def value_of(found):
     return torch.as_tensor(found.trace if isinstance(found, lowland.Spectrum) else found).detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("kind", [network, Functional])
 def test_sparse_gradients_count_as_the_dense_ones_that_they_stand_for(call, kind):

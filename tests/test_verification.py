@@ -349,7 +349,7 @@ def test_scripted_models_are_looked_at_too():
     with pytest.raises(RuntimeError, match=message):
         lowland.HSR(CROSS_ENTROPY, 0.1).loss(model, x, y)
     generator = torch.Generator().manual_seed(0)
-    for method, room in (("dense", 1e-3), ("probes", 0.1)):
+    for method, room in (("dense", 1e-3), ("probes", 0.3)):
         found = lowland.hessian_moments(
             model,
             CROSS_ENTROPY,
@@ -357,7 +357,7 @@ def test_scripted_models_are_looked_at_too():
             y,
             method,
             products="differences",
-            probes=3000,
+            probes=400,
             generator=generator,
         )
         torch.testing.assert_close(found.trace_sq, expected.trace_sq, rtol=room, atol=0)

@@ -195,6 +195,7 @@ def test_samples_of_other_lengths_need_a_count_and_it_is_what_counts():
     assert error(layers["layer"].eigenvalues.sum(), expected) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "weights"),
     [

@@ -102,6 +102,7 @@ def test_the_parts_of_the_hessian_of_a_loss_of_ones_own(case, name, order):
     check(case, name, order)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(cases.cases(most_samples=6), st.sampled_from(cases.ORDERS))
 def test_parts_in_small_pieces_and_without_own_pairs(case, order):
@@ -133,6 +134,7 @@ CRITERIA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize("matrix", ["ggn", "residual"])
 def test_engines_agree(name, matrix):

@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial, wraps
 from types import FunctionType, MethodType
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
 from lowland.objective import Objective
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def circumstances(target: Objective) -> tuple[object, ...]:
     """What a look at a loss holds for: the model's layers and mode, parameters and criterion."""
     layers = hash(tuple(map(_kind_of, target.model.modules())))
-    return layers, tuple(target.names), target.matrix, _identity(target.criterion)
+    criterion = target.criterion
+    # Of a module what it is, not which: it may be made anew for each call.
+    kind = (
+        tuple(map(_kind_of, criterion.modules()))
+        if isinstance(criterion, nn.Module)
+        else _identity(criterion)
+    )
+    return layers, tuple(target.names), target.matrix, kind
 
 
 def _kind_of(module: nn.Module) -> object:
@@ -27,7 +35,7 @@ def _kind_of(module: nn.Module) -> object:
     switches = tuple(
         (name, value if isinstance(value, bool | str | None) else _identity(value))
         for name, value in held.items()
-        if isinstance(value, bool | str | None) or (callable(value) and name != "_forward_impl")
+        if isinstance(value, bool | str | None) or callable(value)
     )
     hooks = (held.get("_forward_hooks"), held.get("_forward_pre_hooks"))
     return type(module), switches, *(tuple(map(id, each.values())) for each in hooks if each)
@@ -60,15 +68,17 @@ def _is_empty(cell: Any) -> bool:
     return False
 
 
-def once_a_model(function: Callable[[Objective], T]) -> Callable[[Objective], T]:
-    """A function whose result is kept for a model under :func:`circumstances`."""
+def once_a_model(
+    function: Callable[Concatenate[Objective, P], T],
+) -> Callable[Concatenate[Objective, P], T]:
+    """A function whose result is kept for a model under :func:`circumstances`, and for the rest."""
     known: WeakKeyDictionary[nn.Module, dict[object, T]] = WeakKeyDictionary()
 
     @wraps(function)
-    def looked_at(target: Objective) -> T:
-        results, now = known.setdefault(target.model, {}), circumstances(target)
+    def looked_at(target: Objective, /, *args: P.args, **options: P.kwargs) -> T:
+        results, now = known.setdefault(target.model, {}), (circumstances(target), args)
         if now not in results:
-            results[now] = function(target)
+            results[now] = function(target, *args, **options)
         return results[now]
 
     return looked_at

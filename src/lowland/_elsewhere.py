@@ -68,25 +68,45 @@ def with_respect_to(target: Objective, wrt: str) -> Objective:
     )
 
 
-class _Elsewhere(nn.Module):
+class Given(nn.Module):
+    """A module with parameters for all floating-point tensors that a value holds.
+
+    Args:
+        value: Whatever holds them.
+        name: Of the parameter, or of several with their numbers.
+    """
+
+    def __init__(self, value: Any, name: str) -> None:
+        super().__init__()
+        # In a tuple, of which no copies are made: the tensors are known by their identity.
+        self.given, self.places = (value,), {}
+        floating = {id(t): t for t in tensors(value) if t.is_floating_point()}
+        for index, (key, tensor) in enumerate(floating.items()):
+            self.places[key] = f"{name}_{index}" if len(floating) > 1 else name
+            self.register_parameter(self.places[key], nn.Parameter(tensor.detach().clone()))
+
+    def value(self) -> Any:
+        """The value with the parameters in it."""
+        (value,) = mapped(self._own, self.given)
+        return value
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        name = self.places.get(id(tensor))
+        # No leaf, to which operations in place may not write.
+        return tensor if name is None else getattr(self, name).clone()
+
+
+class _Elsewhere(Given):
     """A model that is given its inputs, or a layer's output, as parameters."""
 
     def __init__(self, model: nn.Module, layer: nn.Module | None, values: Any) -> None:
-        super().__init__()
-        # In a tuple, of which no copies are made: the tensors are known by their identity.
-        self.model, self.values, self.places = model, (values,), {}
-        self.training = model.training
+        super().__init__(values, INPUTS if layer is None else "activations")
+        self.model, self.training = model, model.training
         # Not registered: it is within the model already.
         self.layer = (layer,)
-        kind = INPUTS if layer is None else "activations"
-        floating = {id(t): t for t in tensors(values) if t.is_floating_point()}
-        for index, (key, tensor) in enumerate(floating.items()):
-            name = f"{kind}_{index}" if len(floating) > 1 else kind
-            self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
-            self.places[key] = name
 
     def forward(self, x: Any, /) -> Any:
-        (values,) = mapped(self._own, self.values)
+        values = self.value()
         (layer,) = self.layer
         if layer is None:
             return call(self.model, values)
@@ -95,11 +115,6 @@ class _Elsewhere(nn.Module):
             return call(self.model, x)
         finally:
             hook.remove()
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        name = self.places.get(id(tensor))
-        # No leaf, to which operations in place may not write.
-        return tensor if name is None else getattr(self, name).clone()
 
 
 def _output_of(layer: nn.Module, target: Objective) -> Any:

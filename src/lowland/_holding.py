@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from lowland.errors import UnsupportedModelError
-from lowland.objective import places_of
+from lowland.objective import places_of, replacing
 
 
 @contextmanager
@@ -38,12 +38,9 @@ def holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
                 "scripted"
             )
     try:
-        for holder, name, part in places:
-            holder[name] = instead[id(part)]
-        yield
+        with replacing(places, instead):
+            yield
     finally:
-        for holder, name, part in places:
-            holder[name] = part
         remind_recurrent(model)
 
 

@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import grad
 
 from lowland._batches import mapped
 from lowland.errors import UnsupportedModelError
-from lowland.objective import Objective, differentiating, graph, is_scripted, places_of
+from lowland.objective import Objective, differentiating, graph, is_scripted, places_of, replacing
 
 
 @contextmanager
@@ -29,26 +29,20 @@ def in_double(target: Objective) -> Iterator[Objective]:
         UnsupportedModelError: If the model is scripted, and so keeps the parameters that it has.
         TypeError: If the device has no such numbers.
     """
-    modules = [m for m in (target.model, target.criterion) if isinstance(m, nn.Module)]
+    modules = target.modules
     if any(map(is_scripted, modules)):
         raise UnsupportedModelError("scripted modules keep the parameters that they have")
     held = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
     wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in held}
     places = [place for m in modules for place in places_of(m, held)]
     x, y = target.batch
-    try:
-        for holder, name, tensor in places:
-            holder[name] = wide[id(tensor)]
-        with torch.autocast(target.device.type, enabled=False):
-            yield replace(
-                target,
-                batches=((mapped(_doubled, x), mapped(_doubled, y)),),
-                parameters=[wide[id(p)] for p in target.parameters],
-                others=[wide[id(p)] for p in target.others],
-            )
-    finally:
-        for holder, name, tensor in places:
-            holder[name] = tensor
+    with replacing(places, wide), torch.autocast(target.device.type, enabled=False):
+        yield replace(
+            target,
+            batches=((mapped(_doubled, x), mapped(_doubled, y)),),
+            parameters=[wide[id(p)] for p in target.parameters],
+            others=[wide[id(p)] for p in target.others],
+        )
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from lowland.objective import Objective, may_look, objective
 from lowland.passes import unsteady
 from lowland.products import NO_GRADIENT, Curvature, Vector, curvature_of, dot
 from lowland.validation import check_values
-from lowland.verification import best_step, is_random, routed, verify
+from lowland.verification import Order, best_step, is_random, routed, verify, verify_backward
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +73,7 @@ class BruteForce:
         self._check()
         if self.target.others_require_grad:  # only a whole graph leads to them
             powers = _powers(frame.matrix(wanted=torch.is_grad_enabled()), count)
-            for power in powers if powers[0].requires_grad else ():
-                power.register_hook(lambda _: verify(self.target, 3))
+            verify_backward(self.target, *powers)
         else:
             powers = _Powers.apply(frame, count, *self.target.parameters)  # type: ignore[no-untyped-call]
         higher = None if count < 4 else (powers[2], powers[3])
@@ -121,7 +120,35 @@ class BruteForce:
             )
 
 
-def suits(target: Objective, limit: int = DENSE_LIMIT) -> bool:
+def without_closed_form(
+    target: Objective,
+    method: str,
+    settings: Estimation,
+    *,
+    limit: int = DENSE_LIMIT,
+    order: Order = 2,
+) -> tuple[bool, Estimation, str]:
+    """Whether brute force it is, or probes; how to come to products; and what that is called.
+
+    Args:
+        target: The loss.
+        method: ``"dense"``, ``"probes"`` or ``"auto"``.
+        settings: With products as they were asked for.
+        limit: Up to how many parameters ``"auto"`` may take brute force.
+        order: As for :func:`lowland.verification.verify`.
+
+    Raises:
+        RuntimeError: As :func:`lowland.verification.routed`.
+    """
+    chosen = routed(target, settings, order)
+    by_matrix = method == "dense" or (method == "auto" and _suits(target, limit))
+    name = "dense" if by_matrix else "probes"
+    if settings.products == "auto" and chosen.products == "differences":
+        name += ", differences"
+    return by_matrix, chosen, name
+
+
+def _suits(target: Objective, limit: int) -> bool:
     """Whether brute force is worth its price, and its one matrix means something.
 
     Of layers that are others in each call it would be of one draw.

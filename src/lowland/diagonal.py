@@ -23,7 +23,7 @@ from lowland._batches import as_batch, as_batches, checked, to_device
 from lowland._limits import DEFAULT_MEMORY_BUDGET, DEFAULT_PROBES
 from lowland._weights import Count, Weights, check_count
 from lowland.criteria import Criterion
-from lowland.dense import BruteForce, suits
+from lowland.dense import BruteForce, without_closed_form
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.exact.engine import ExactEngine
@@ -31,7 +31,6 @@ from lowland.matrices import Matrix
 from lowland.objective import Objective, objective, over
 from lowland.probes import rademacher
 from lowland.products import Vector, hessian_products
-from lowland.verification import routed
 
 Method = Literal["auto", "exact", "dense", "probes"]
 
@@ -243,12 +242,8 @@ def _choose(part: Objective, method: Method, settings: Estimation) -> tuple[_Way
                 raise
         else:
             return _by_closed_form, settings, "exact"
-    chosen = routed(part, settings)
-    fell_through = settings.products == "auto" and chosen.products == "differences"
-    suffix = ", differences" if fell_through else ""
-    if method == "dense" or (method == "auto" and suits(part)):
-        return _by_matrix, chosen, f"dense{suffix}"
-    return _by_probes, chosen, f"probes{suffix}"
+    by_matrix, chosen, name = without_closed_form(part, method, settings)
+    return _by_matrix if by_matrix else _by_probes, chosen, name
 
 
 def _by_closed_form(part: Objective, settings: Estimation) -> _Found:

@@ -18,7 +18,7 @@ from lowland._limits import (
 )
 from lowland._weights import Count, check_count
 from lowland.criteria import Criterion
-from lowland.dense import BruteForce, suits
+from lowland.dense import BruteForce, without_closed_form
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.exact.engine import ExactEngine
@@ -249,12 +249,12 @@ def choose(
         price = GRADIENTS_A_PROBE * max(settings.probes, PROBES_WORTH)
         if exact and (method == "exact" or exact.relative_cost(count) <= price):
             return exact
-    chosen = routed(target, settings, order)
-    fell_through = settings.products == "auto" and chosen.products == "differences"
-    suffix = ", differences" if fell_through else ""
-    if method == "dense" or (method == "auto" and suits(target, dense_limit)):
-        return BruteForce(target, chosen, name=f"dense{suffix}")
-    return Estimate(target, chosen, name=f"probes{suffix}")
+    by_matrix, chosen, name = without_closed_form(
+        target, method, settings, limit=dense_limit, order=order
+    )
+    if by_matrix:
+        return BruteForce(target, chosen, name=name)
+    return Estimate(target, chosen, name=name)
 
 
 def _read(target: Objective, settings: Estimation, *, required: bool) -> ExactEngine | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -193,13 +193,8 @@ class Objective:
         if any(id(p) not in found for p in self.parameters):
             raise UnsupportedModelError("scripted modules keep the parameters that they have")
         by_parameter = {id(p): value for p, value in zip(self.parameters, values, strict=True)}
-        try:
-            for holder, name, parameter in places:
-                holder[name] = by_parameter[id(parameter)]
+        with replacing(places, by_parameter):
             yield
-        finally:
-            for holder, name, parameter in places:
-                holder[name] = parameter
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -387,6 +382,18 @@ def places_of(model: nn.Module, wanted: Iterable[Tensor]) -> list[Place]:
         if not isinstance(module, ScriptModule):
             look(vars(module))
     return places
+
+
+@contextmanager
+def replacing(places: Sequence[Place], instead: Mapping[int, Tensor]) -> Iterator[None]:
+    """Other tensors in some places, by the identity of those that stand there; afterwards these."""
+    try:
+        for holder, name, tensor in places:
+            holder[name] = instead[id(tensor)]
+        yield
+    finally:
+        for holder, name, tensor in places:
+            holder[name] = tensor
 
 
 def is_scripted(model: nn.Module) -> bool:

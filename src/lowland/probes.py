@@ -31,7 +31,7 @@ from lowland.products import (
     quadratic_forms,
     warn_of_kinks,
 )
-from lowland.verification import routed, verify
+from lowland.verification import routed, verify_backward
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +94,8 @@ class Estimate:
             disposable=True,
             step=settings.step or 1.0,
         )
-        if traces.requires_grad and settings.products == "autograd":
-            # Who only looks at the moments need not wait for a look at their gradients.
-            for forms in (traces, squares):
-                forms.register_hook(lambda _: verify(target, 3))
+        if settings.products == "autograd":
+            verify_backward(target, traces, squares)
         return loss, replace(_moments(target, traces, squares), method=self.name)
 
 

@@ -40,8 +40,7 @@ def is_ordinary(*models: object) -> bool:
     return all(
         type(module) is getattr(nn, type(module).__name__, None)
         and type(module).__module__.rpartition(".")[2] in _ORDINARY
-        and not isinstance(module, nn.MultiheadAttention | nn.Hardsigmoid | nn.EmbeddingBag)
-        and not isinstance(module, nn.Embedding)
+        and not isinstance(module, nn.MultiheadAttention | nn.Hardsigmoid)
         and not has_hooks(module)
         for model in models
         for module in (model.modules() if isinstance(model, nn.Module) else [nn.Module()])
@@ -49,7 +48,7 @@ def is_ordinary(*models: object) -> bool:
 
 
 _ORDINARY = frozenset(
-    ("activation", "container", "conv", "dropout", "flatten", "linear", "loss", "pooling", "sparse")
+    ("activation", "container", "conv", "dropout", "flatten", "linear", "loss", "pooling")
 )
 
 

@@ -30,6 +30,7 @@ from torch.autograd import grad
 from lowland._batches import mapped, spread, tensors
 from lowland._call import call
 from lowland._circumstances import circumstances, once_a_model
+from lowland._elsewhere import Given
 from lowland._precision import best_precision
 from lowland.criteria import scalar_loss
 from lowland.estimation import Estimation
@@ -42,7 +43,7 @@ from lowland.objective import (
     objective,
     without_hooks,
 )
-from lowland.passes import frozen_statistics, random_states, remember_randomness
+from lowland.passes import random_states
 from lowland.products import (
     Vector,
     curvature_of,
@@ -184,16 +185,15 @@ def step_of(target: Objective) -> float:
     if not _checking.get():
         return 1.0
     target = replace(target, matrix="hessian")  # the step depends on the gradient alone
-    known = _steps.setdefault(target.model, {})
     # Where the parameters grow or shrink, rounding is another.
-    size = round(math.log2(float(norm(target.parameters)) or 1.0))
-    key = size, circumstances(target)
-    if key not in known:
-        known[key] = _calibrated(_on_few_samples(target))
-    return known[key]
+    return _step_at(target, round(math.log2(float(norm(target.parameters)) or 1.0)))
 
 
-_steps: WeakKeyDictionary[nn.Module, dict[object, float]] = WeakKeyDictionary()
+@once_a_model
+def _step_at(target: Objective, size: int) -> float:  # noqa: ARG001 - another size, another step
+    return _calibrated(_on_few_samples(target))
+
+
 _FACTORS = (1.0, 10.0, 0.1, 100.0, 0.01, 1000.0)
 _NEAR = 0.01  # of a difference that needs no better step
 _DROWNED = 0.3  # of one that is mostly rounding
@@ -215,6 +215,13 @@ def verify(target: Objective, order: Order = 2) -> None:
     found = verdict(target, order)
     if found.what is not None:
         raise RuntimeError(found.reason)
+
+
+def verify_backward(target: Objective, *moments: Tensor) -> None:
+    """Let third derivatives be looked at when somebody goes backward from moments, not before."""
+    for moment in moments:
+        if moment.requires_grad:
+            moment.register_hook(lambda _: verify(target, 3))
 
 
 def verdict(target: Objective, order: Order = 2) -> Verdict:
@@ -263,13 +270,15 @@ def parameters_untouched(target: Objective) -> Iterator[None]:
         ValueError: If it has.
     """
     before = [p.detach().clone() for p in target.parameters]
-    yield
-    named = zip(target.names, target.parameters, before, strict=True)
-    written = [(name, p, value) for name, p, value in named if not torch.equal(p, value)]
-    if written:
+    try:
+        yield
+    finally:  # after an error or an interruption too
+        named = zip(target.names, target.parameters, before, strict=True)
+        written = [(name, p, value) for name, p, value in named if not torch.equal(p, value)]
         with torch.no_grad():
             for _, p, value in written:
                 p.copy_(value)
+    if written:
         raise ValueError(
             f"the model's forward pass writes to its parameter {written[0][0]!r}, so there is no "
             "one loss to differentiate. If the layer chooses its parameters by the first data that "
@@ -417,7 +426,7 @@ def _calibrated(target: Objective) -> float:
         return 1.0
     errors: dict[float, float] = {}
     for factor in _FACTORS:
-        with frozen_statistics(*target.modules), remember_randomness([target.device])():
+        with target.remember()():
             (found,) = differences(target, [signs], factor)
         errors[factor] = float(norm([a - b for a, b in zip(found, truth, strict=True)]))
         if errors[factor] <= _NEAR * float(norm(truth)):
@@ -606,24 +615,17 @@ def _alone(
         return Verdict(clear=False)
 
 
-class _Alone(nn.Module):
+class _Alone(Given):
     """A layer whose floating-point inputs are parameters."""
 
     def __init__(
         self, call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        super().__init__()
-        self.call, self.given = call, (args, options)
-        inside = {id(t): t for t in tensors(self.given) if t.is_floating_point()}
-        self.places = {key: place for place, key in enumerate(inside)}
-        self.inputs = nn.ParameterList(nn.Parameter(t.clone()) for t in inside.values())
+        super().__init__((args, options), "inputs")
+        self.call = call
 
     def forward(self, _: Any) -> Any:
-        def replaced(tensor: Tensor) -> Tensor:
-            place = self.places.get(id(tensor))
-            return tensor if place is None else self.inputs[place]
-
-        args, options = mapped(replaced, self.given)
+        args, options = self.value()
         return self.call(*args, **options)
 
 

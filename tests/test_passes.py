@@ -1,4 +1,7 @@
+import collections
 import copy
+import functools
+import random
 
 import numpy as np
 import pytest
@@ -6,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import lowland
 from lowland.passes import frozen_statistics, remember_randomness, remember_state
 
 KINDS = {
@@ -244,3 +248,170 @@ def test_numpys_random_numbers_come_again():
         assert np.random.rand() == first  # noqa: NPY002
     with again():
         assert [np.random.rand() for _ in range(2)] == [first, after]  # noqa: NPY002
+
+
+class Tracker:
+    """An object of a user's own."""
+
+    def __init__(self):
+        self.count, self.seen, self.last = 0, [], None
+
+    def take(self, x):
+        self.count += 1
+        self.seen.append(x.detach().mean())
+        self.last = x.detach().clone()
+
+
+class Keeping(nn.Module):
+    """A module that keeps state in whatever there is to keep it in."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.steps, self.history, self.by_name = [0], collections.deque(maxlen=3), {"sum": 0.0}
+        self.memory, self.nested = [torch.zeros(3)], {"inner": [torch.zeros(2), {"n": 1}]}
+        self.array, self.tracker, self.mode = np.zeros(3), Tracker(), "fresh"
+        self.draws, self.numpy = random.Random(0), np.random.default_rng(0)  # noqa: S311
+        self.names, self.hidden = set(), (torch.zeros(2), torch.zeros(2))
+
+    def forward(self, x):
+        self.steps[0] += 1
+        self.history.append(float(x.detach().mean()))
+        self.by_name["sum"] += 1.0
+        self.by_name[f"call {self.steps[0]}"] = x.detach()
+        self.memory[0] += x.detach().mean(0)
+        self.memory.append(x.detach())
+        self.nested["inner"][0].add_(1)
+        self.nested["inner"][1]["n"] += 1
+        self.array += 1
+        self.tracker.take(x)
+        self.mode = "used"
+        self.names.add(self.steps[0])
+        self.hidden = tuple(h + 1 for h in self.hidden)
+        self.made_on_first_use = x.detach().std()
+        noise = self.draws.random() + self.numpy.random()
+        return self.layer(x) * (1 + self.steps[0] + noise + self.memory[0].mean())
+
+
+def contents_of(model):
+    plain = {n: v for n, v in vars(model).items() if not n.startswith("_")}
+    plain["tracker"] = vars(model.tracker)
+    plain["draws"], plain["numpy"] = model.draws.getstate(), model.numpy.bit_generator.state
+    return copy.deepcopy(plain)
+
+
+def assert_same(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple | collections.deque):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            assert_same(mine, theirs)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, np.ndarray):
+        assert (one == other).all()
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_state_in_collections_and_objects_stays_and_each_pass_starts_from_it(used):
+    torch.manual_seed(0)
+    model, x = Keeping(), torch.randn(5, 3)
+    if used:
+        model(x)
+    held = model.history, model.memory, model.memory[0], model.array
+    before = contents_of(model)
+    with frozen_statistics(model):
+        first = model(x)
+        assert model.steps[0] == before["steps"][0] + 1
+    assert_same(contents_of(model), before)
+    with frozen_statistics(model):
+        assert torch.equal(model(x), first)
+    now = model.history, model.memory, model.memory[0], model.array
+    assert all(one is other for one, other in zip(held, now, strict=True))
+    assert hasattr(model, "made_on_first_use") is used
+    again = remember_state(model)
+    model(x)
+    after = contents_of(model)
+    with again():
+        assert torch.equal(model(x), first)
+    assert_same(contents_of(model), after)
+
+
+def test_recurrent_layers_keep_their_weights_in_a_list():
+    model, x = nn.LSTM(3, 2), torch.randn(4, 1, 3)
+    again = remember_state(model)
+    with again(), frozen_statistics(model):
+        model(x)
+    assert all(a is b for a, b in zip(model._flat_weights, model.parameters(), strict=True))
+
+
+class Weighing:
+    """A criterion of one's own, which counts its calls in an attribute and in a list."""
+
+    def __init__(self):
+        self.calls, self.losses = 0, []
+
+    def __call__(self, output, y):
+        self.calls += 1
+        loss = nn.functional.cross_entropy(output, y) * (1 + 0.1 * self.calls)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+def by_variable():
+    calls, losses = 0, []
+
+    def criterion(output, y):
+        nonlocal calls
+        calls += 1
+        losses.append(calls)
+        return nn.functional.cross_entropy(output, y) * (1 + 0.1 * calls)
+
+    return criterion, lambda: (calls, list(losses))
+
+
+def weighing():
+    criterion = Weighing()
+    return criterion, lambda: (criterion.calls, list(criterion.losses))
+
+
+def a_method():
+    criterion = Weighing()
+    return criterion.__call__, lambda: (criterion.calls, list(criterion.losses))
+
+
+def within_partial():
+    criterion = Weighing()
+    return functools.partial(criterion), lambda: (criterion.calls, list(criterion.losses))
+
+
+@pytest.mark.parametrize("make", [by_variable, weighing, a_method, within_partial])
+@pytest.mark.parametrize("products", ["autograd", "differences"])
+def test_criteria_without_modules_keep_their_state_too(make, products):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 2
+    criterion, state = make()
+    before = state()
+    found = lowland.hessian_moments(model, criterion, x, y, method="dense", products=products)
+    assert state() == before
+    right = lowland.hessian_moments(model, nn.CrossEntropyLoss(), x, y, method="dense")
+    torch.testing.assert_close(found.trace, 1.1 * right.trace, rtol=1e-5, atol=0)
+    lowland.spectrum(model, criterion, [(x, y)], k=1)
+    lowland.HSR(criterion, 0.1, products=products)(model, x, y)
+    assert state() == before
+
+
+def test_what_a_pass_counts_as_a_step_counts_once():
+    model = nn.Linear(3, 2)
+    x, y = torch.randn(6, 3), torch.arange(6) % 2
+    for products in ("autograd", "differences"):
+        criterion = Weighing()
+        lowland.HSR(criterion, 0.1, products=products).loss(model, x, y)
+        assert criterion.calls == 1

@@ -371,6 +371,15 @@ def spread(value: Any, count: int) -> Any:
     return mapped(some, value)
 
 
+def part_of(value: Any, count: int, start: int, stop: int) -> Any:
+    """Some rows of each tensor that a value holds, of those that have so many."""
+
+    def some(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.ndim and len(tensor) == count else tensor
+
+    return mapped(some, value)
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """The data on a device; what is not there already is moved in a copy."""
     if isinstance(value, Tensor):

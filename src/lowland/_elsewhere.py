@@ -120,7 +120,7 @@ class _Elsewhere(Given):
 def _output_of(layer: nn.Module, target: Objective) -> Any:
     """What a layer gives, which must run once."""
     outputs: list[Any] = []
-    with _hooked(layer, outputs), torch.no_grad(), frozen_statistics(*target.modules):
+    with _hooked(layer, outputs), torch.no_grad(), frozen_statistics(*target.holders):
         call(target.model, target.batch[0])
     if len(outputs) != 1:
         raise ValueError(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowland._batches import Batch, CannotJoinError, join, mapped, rows, to_device
 from lowland._call import call
@@ -33,7 +33,7 @@ from lowland.criteria import (
 )
 from lowland.errors import UnsupportedModelError
 from lowland.objective import Objective
-from lowland.passes import frozen_statistics, remember_randomness, unsteady
+from lowland.passes import unsteady
 
 Word = Literal["samples", "batches", "sum"]
 Count = Word | Callable[[Any, Any], Any]
@@ -101,10 +101,7 @@ class Weights:
             ValueError: If it is not known and cannot be measured, or ``count=`` gives no number.
         """
         if self.measures:
-            modules = (
-                m for m in (self.target.model, self.target.criterion) if isinstance(m, nn.Module)
-            )
-            with frozen_statistics(*modules), remember_randomness([self.target.device])():
+            with self.target.remember()():
                 weight = self._measured(x, y)
         else:
             weight = self._said(x, y)

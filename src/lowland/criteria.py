@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from types import CellType
 from typing import Any, Literal, NamedTuple, no_type_check
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ from lowland._layers import has_hooks, is_as_inherited
 from lowland._loss_checks import check_criterion
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.losses import LOSSES, Loss
+from lowland.passes import is_holder
 from lowland.validation import (
     check_constant,
     check_finite,
@@ -630,12 +632,31 @@ def setting(criterion: object, name: str, default: Any) -> Any:
 
 def modules_of(criterion: object) -> list[nn.Module]:
     """The modules that a criterion is, or that it calls as a function that holds them."""
-    found: list[nn.Module] = []
+    return [each for each in _held_by(criterion) if isinstance(each, nn.Module)]
+
+
+def holders_of(criterion: object) -> list[Any]:
+    """What a criterion may keep state in: :func:`modules_of`, objects, and a function's variables.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowland.criteria import holders_of
+        >>> holders_of(nn.MSELoss()), holders_of(nn.functional.mse_loss)
+        ([MSELoss()], [])
+    """
+    return [
+        each
+        for each in _held_by(criterion)
+        if isinstance(each, nn.Module | CellType) or is_holder(each)
+    ]
+
+
+def _held_by(criterion: object) -> Iterator[Any]:
     for inside in _layers(criterion):
         cells = getattr(inside, "__closure__", None) or ()
-        held = [inside, getattr(inside, "__self__", None), *(_content(cell) for cell in cells)]
-        found += [each for each in held if isinstance(each, nn.Module)]
-    return found
+        yield from (inside, getattr(inside, "__self__", None))
+        for cell in cells:
+            yield from (cell, _content(cell))
 
 
 def _content(cell: Any) -> object:

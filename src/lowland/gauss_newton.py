@@ -62,6 +62,8 @@ class Split:
         self.outputs = list(compress(reader.outputs, self._used))
         self._slopes = [slope for slope in slopes if slope is not None]
         self.nodes = reader.nodes
+        own = [each.grad_fn for each in reader.outputs]
+        part.notice(node for node in graph(*reader.outputs) if node not in own)
 
     def product(self, direction: Sequence[Tensor], *, wanted: bool) -> list[Tensor]:
         """``J^T (the criterion's Hessian) J v``, with its graph if wanted.
@@ -136,6 +138,7 @@ class _Reader:
     outputs: list[Tensor]
     curved: Tensor
     nodes: list[Any]
+    stands_in = True  # for another criterion, which is the one to be looked at
 
     def __init__(self, part: Objective) -> None:
         self.part = part
@@ -229,6 +232,7 @@ class _Surrogate:
     """
 
     loss: Tensor
+    stands_in = True
 
     def __init__(self, part: Objective) -> None:
         self.part, self._reader = part, _Reader(part)

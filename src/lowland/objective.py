@@ -19,11 +19,13 @@ from torch.utils.checkpoint import CheckpointFunction
 from lowland._batches import Batch, any_requires_grad, mapped, one_batch, tensors, to_device
 from lowland._call import call
 from lowland._shares import check_even
+from lowland._watch import notice
 from lowland.criteria import (
     Criterion,
     check_callable,
     check_kept,
     check_splits_evenly,
+    holders_of,
     is_known,
     modules_of,
     scalar_loss,
@@ -116,6 +118,8 @@ class Objective:
         Raises:
             TypeError: If it is no tensor.
             ValueError: If it is no scalar, not finite, or has no graph.
+            RuntimeError: If the derivatives have been looked at, but not those of this batch's
+                operations, and these are wrong.
         """
         return self._checked(self.value())
 
@@ -201,9 +205,14 @@ class Objective:
         """The model, and the modules that the criterion is or calls."""
         return [self.model, *modules_of(self.criterion)]
 
+    @property
+    def holders(self) -> list[Any]:
+        """All that a pass of the loss may write to: the model, and what the criterion holds."""
+        return [self.model, *holders_of(self.criterion)]
+
     def remember(self) -> Callable[[], AbstractContextManager[None]]:
         """:func:`lowland.passes.remember` of all that a pass of the loss may write to."""
-        return remember(*self.modules, device=self.device)
+        return remember(*self.holders, device=self.device)
 
     def free(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """A direction without what is a constant of the loss, though it belongs to a parameter.
@@ -284,7 +293,21 @@ class Objective:
         if self.shares is None and may_look(loss.device) and not loss.isfinite():
             check_kept(self.criterion, self.batch[1])
         check_finite(loss, "the loss")
+        if not getattr(self.criterion, "stands_in", False):
+            self.notice(graph(loss))
         return loss
+
+    def notice(self, nodes: Iterable[Any]) -> None:
+        """Let the derivatives be looked at if the loss is made of operations never met before.
+
+        Args:
+            nodes: Of the loss's graph.
+
+        Raises:
+            RuntimeError: If they are wrong.
+        """
+        if not self.is_ordinary:
+            notice(self.model, nodes, self)
 
 
 def objective(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from types import CellType, NoneType
 from typing import Any
 
 import numpy as np
@@ -16,10 +20,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.utils.data import Dataset
 
 
 @contextmanager
-def frozen_statistics(*models: nn.Module) -> Iterator[None]:
+def frozen_statistics(*models: Any) -> Iterator[None]:
     """Let forward passes leave everything alone that modules keep beside their parameters.
 
     Inside, each module writes to a copy of its buffers: running statistics of normalizations, the
@@ -27,8 +32,10 @@ def frozen_statistics(*models: nn.Module) -> Iterator[None]:
     afterwards all is as before, bit for bit.
 
     Args:
-        *models: Modules whose buffers, at any depth, are kept, and their attributes that are plain
-            numbers, tensors or generators of random numbers. What others hold is not looked at.
+        *models: Modules whose state, at any depth, is kept: buffers, and attributes that are
+            numbers, strings, tensors, arrays, generators of random numbers, or collections of these
+            (in one of more than 10,000 entries tensors are taken for data); and the attributes of
+            objects of a class of your own. An object that is no module is looked at alike.
 
     Notes:
         Nothing is written to the buffers themselves, not even their own values, so a backward pass
@@ -49,7 +56,7 @@ def frozen_statistics(*models: nn.Module) -> Iterator[None]:
         yield
 
 
-def remember_state(*models: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+def remember_state(*models: Any) -> Callable[[], AbstractContextManager[None]]:
     """Remember what modules keep beside their parameters, to run them from there again later.
 
     Args:
@@ -79,30 +86,60 @@ def remember_state(*models: nn.Module) -> Callable[[], AbstractContextManager[No
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What one module keeps beside its parameters and the modules within it."""
+    """What one holder keeps beside parameters and the modules within it.
 
-    module: nn.Module
+    A holder is a module, another object with attributes, a list or dictionary, or the variable that
+    a function shares with another one.
+    """
+
+    holder: Any
     buffers: dict[str, Tensor | None]
-    numbers: dict[str, float]
-    tensors: dict[str, Tensor]
-    generators: dict[str, Tensor]
+    data: Any
 
     @classmethod
-    def of(cls, module: nn.Module) -> _State:
-        attributes = vars(module).items()
-        numbers = {name: value for name, value in attributes if type(value) in _COUNTERS}
-        others = {name: value for name, value in attributes if isinstance(value, Tensor)}
-        drawn = {name: g.get_state() for name, g in attributes if isinstance(g, torch.Generator)}
-        return cls(module, dict(module._buffers.items()), numbers, others, drawn)  # noqa: SLF001
+    def of(cls, holder: Any) -> _State:
+        if isinstance(holder, CellType):
+            return cls(holder, {}, {"cell_contents": _kept(_content(holder))})
+        if not hasattr(holder, "__dict__") or isinstance(holder, dict | list):
+            return cls(holder, {}, _kept(holder))
+        attributes = vars(holder)
+        buffers = dict(attributes["_buffers"]) if isinstance(holder, nn.Module) else {}
+        data = {
+            name: _kept(value)
+            for name, value in attributes.items()
+            if isinstance(value, _DATA) and not (name in _OWN and isinstance(holder, nn.Module))
+        }
+        return cls(holder, buffers, data)
+
+    def copied(self, copy: Callable[[Any], Any]) -> _State:
+        """The same with other tensors."""
+        buffers = {name: copy(buffer) for name, buffer in self.buffers.items()}
+        return _State(self.holder, buffers, _mapped(copy, self.data))
 
     def put(self) -> None:
-        """Give it to the module."""
-        vars(self.module).update(self.numbers)
-        vars(self.module).update(self.tensors)
-        for name, drawn in self.generators.items():
-            vars(self.module)[name].set_state(drawn)
-        buffers = self.module._buffers  # noqa: SLF001
-        if isinstance(self.module, ScriptModule):  # it does not part with them
+        """Give it to its holder."""
+        holder = self.holder
+        if isinstance(holder, CellType):
+            value = _given(self.data["cell_contents"])
+            if value is not _EMPTY:
+                holder.cell_contents = value
+            return
+        if not isinstance(self.data, dict):
+            _given(self.data)
+            return
+        attributes = vars(holder)
+        new = [n for n, v in attributes.items() if n not in self.data and isinstance(v, _DATA)]
+        for name in new:
+            if not (name in _OWN and isinstance(holder, nn.Module)):
+                del attributes[name]
+        for name, value in self.data.items():
+            attributes[name] = _given(value)
+        if isinstance(holder, nn.Module):
+            self._put_buffers(holder)
+
+    def _put_buffers(self, module: nn.Module) -> None:
+        buffers = module._buffers  # noqa: SLF001
+        if isinstance(module, ScriptModule):  # it does not part with them
             for name, value in self.buffers.items():
                 if isinstance(value, Tensor):
                     buffers[name].copy_(value)  # type: ignore[union-attr]
@@ -112,42 +149,161 @@ class _State:
         buffers.update(self.buffers)
 
 
-_COUNTERS = (bool, int, float)
+@dataclass(frozen=True, eq=False)
+class _Contents:
+    """What is in a list, a dictionary or the like, and goes back into the same one."""
+
+    holder: Any
+    parts: Any
+
+    def put(self) -> Any:
+        self.holder.clear()
+        put = self.holder.extend if isinstance(self.holder, list | deque) else self.holder.update
+        put(_given(self.parts))
+        return self.holder
 
 
-def _states_of(models: Iterable[nn.Module]) -> list[_State]:
-    modules = {module: None for model in models for module in model.modules()}
-    # The wrapper's own numbers say how far its communication has come.
-    return [_State.of(m) for m in modules if not isinstance(m, DistributedDataParallel)]
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Where a generator of random numbers stands."""
+
+    generator: Any
+    state: Any
+
+    @classmethod
+    def of(cls, generator: Any) -> _Source:
+        if isinstance(generator, torch.Generator):
+            return cls(generator, generator.get_state())
+        if isinstance(generator, random.Random):
+            return cls(generator, generator.getstate())
+        return cls(generator, generator.bit_generator.state)
+
+    def put(self) -> Any:
+        if isinstance(self.generator, torch.Generator):
+            self.generator.set_state(self.state)
+        elif isinstance(self.generator, random.Random):
+            self.generator.setstate(self.state)
+        else:
+            self.generator.bit_generator.state = self.state
+        return self.generator
+
+
+_COLLECTIONS = (list, set, deque, dict, OrderedDict, defaultdict, Counter)
+_SOURCES = (torch.Generator, random.Random, np.random.Generator)
+_PLAIN = (bool, int, float, complex, str, bytes, NoneType, np.generic)
+_DATA = (*_PLAIN, *_COLLECTIONS, *_SOURCES, tuple, Tensor, np.ndarray)
+_MANY = 10_000  # in a collection of more, tensors are taken for data, which nobody writes to
+_OWN = frozenset(vars(nn.Module())) - {"training"}
+_EMPTY = object()
+
+
+def _kept(value: Any) -> Any:
+    """Data as they are now, with copies of collections; tensors are the same ones.
+
+    So are tuples: what is in them may be known by its identity.
+    """
+    kind = type(value)
+    if kind in _COLLECTIONS and not _holds_parameters(value):
+        parts = dict(value) if isinstance(value, dict) else list(value)
+        if len(value) <= _MANY:
+            parts = _nested(_kept, parts)
+        return _Contents(value, parts)
+    return _Source.of(value) if isinstance(value, _SOURCES) else value
+
+
+def _nested(function: Callable[[Any], Any], parts: Any) -> Any:
+    """Apply a function to what is in a plain dictionary or list."""
+    if isinstance(parts, dict):
+        return {name: function(value) for name, value in parts.items()}
+    return list(map(function, parts))
+
+
+def _holds_parameters(values: Any) -> bool:
+    """Whether they are parameters, as of recurrent layers: others may stand there for a while."""
+    each = values.values() if isinstance(values, dict) else values
+    return any(isinstance(value, nn.Parameter) for value in each)
+
+
+def _mapped(copy: Callable[[Any], Any], kept: Any) -> Any:
+    if isinstance(kept, _Contents):
+        large = len(kept.parts) > _MANY
+        return kept if large else _Contents(kept.holder, _mapped(copy, kept.parts))
+    if type(kept) in (dict, list) and not _holds_parameters(kept):
+        return _nested(partial(_mapped, copy), kept)
+    # Of what has a graph the values are another loss's, and nobody writes to them.
+    constant = isinstance(kept, Tensor) and kept.requires_grad
+    return copy(kept) if isinstance(kept, Tensor | np.ndarray) and not constant else kept
+
+
+def _given(kept: Any) -> Any:
+    if isinstance(kept, _Contents | _Source):
+        return kept.put()
+    return _nested(_given, kept) if type(kept) in (dict, list) else kept
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is still empty
+        return _EMPTY
+
+
+def _states_of(holders: Iterable[Any]) -> list[_State]:
+    found: dict[int, Any] = {}
+    for holder in holders:
+        inside = holder.modules() if isinstance(holder, nn.Module) else [holder]
+        for each in inside:
+            # The wrapper's own numbers say how far its communication has come.
+            if not isinstance(each, DistributedDataParallel):
+                found[id(each)] = each
+                found.update((id(other), other) for other in _objects_in(each))
+    return list(map(_State.of, found.values()))
+
+
+def _objects_in(holder: Any) -> list[Any]:
+    """Objects of a user's own classes that an object holds: meters, counters, caches."""
+    return [value for value in getattr(holder, "__dict__", {}).values() if is_holder(value)]
+
+
+_STRANGERS = sys.stdlib_module_names | {"lowland", "numpy", "torch"}
+
+
+def is_holder(value: Any) -> bool:
+    """Whether something is an object of a user's own, which may keep state in its attributes.
+
+    Example:
+        >>> from lowland.passes import is_holder
+        >>> is_holder(3), is_holder(print)
+        (False, False)
+    """
+    kind = type(value)
+    return (
+        hasattr(value, "__dict__")
+        and kind.__module__.partition(".")[0] not in _STRANGERS
+        and not isinstance(value, type | nn.Module | Tensor | Dataset)
+    )
 
 
 def _copies(states: Iterable[_State]) -> list[_State]:
     """The same with other tensors of the same values; one for each, however often it occurs."""
-    copied: dict[int, Tensor] = {}
+    copied: dict[int, Any] = {}
 
-    def copy(buffer: Any) -> Any:
-        if buffer is None or is_lazy(buffer):
-            return buffer
-        if id(buffer) not in copied:
-            copied[id(buffer)] = buffer.detach().clone()
-        return copied[id(buffer)]
+    def copy(value: Any) -> Any:
+        if value is None or is_lazy(value):
+            return value
+        if id(value) not in copied:
+            whole = isinstance(value, Tensor)
+            copied[id(value)] = value.detach().clone() if whole else value.copy()
+        return copied[id(value)]
 
-    return [
-        replace(
-            state,
-            buffers={name: copy(buffer) for name, buffer in state.buffers.items()},
-            # Of what has a graph the values are another loss's, and nobody writes to them.
-            tensors={n: t if t.requires_grad else copy(t) for n, t in state.tensors.items()},
-        )
-        for state in states
-    ]
+    return [state.copied(copy) for state in states]
 
 
 @contextmanager
 def _running_from(remembered: Sequence[_State]) -> Iterator[None]:
     """Run modules from copies of a state, and give them back the one that they have now."""
-    now = [_State.of(state.module) for state in remembered]
-    if any(isinstance(state.module, ScriptModule) for state in now):
+    now = [_State.of(state.holder) for state in remembered]
+    if any(isinstance(state.holder, ScriptModule) for state in now):
         now = _copies(now)
     with torch.no_grad():
         for state in _copies(remembered):
@@ -220,9 +376,7 @@ def remember_randomness(
     return again
 
 
-def remember(
-    *models: nn.Module, device: torch.device
-) -> Callable[[], AbstractContextManager[None]]:
+def remember(*models: Any, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
     """Both: :func:`remember_state` of models, and :func:`remember_randomness` where they run.
 
     Example:

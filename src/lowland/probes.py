@@ -74,7 +74,7 @@ class Estimate:
         """
         target = self.target
         if target.others or target.parallel or self.settings.unbiased:
-            again = remember_state(target.model)
+            again = remember_state(*target.holders)
             loss = target.step_loss()
             with again():
                 return loss, self.moments(count)

@@ -143,7 +143,7 @@ def hessian_products(
     """
     totals: list[Vector] = []
     for share, part in target.parts():
-        with frozen_statistics(*part.modules):
+        with frozen_statistics(*part.holders):
             found = _products_of_batch(part, directions, products)
         if target.shares is None:
             return found
@@ -241,12 +241,12 @@ class Curvature:
 @contextmanager
 def curvature_of(part: Objective) -> Iterator[Curvature]:
     """The matrix of a loss, where it can be multiplied; errors as :class:`Curvature`."""
-    with _derivatives(part):
+    with derivatives_of(part):
         yield Curvature(part)
 
 
 @contextmanager
-def _derivatives(part: Objective) -> Iterator[None]:
+def derivatives_of(part: Objective) -> Iterator[None]:
     """Where a loss's derivatives of all orders are right."""
     with differentiating(), not_compiled(), _operations(part), without_hooks(part.parameters):
         yield
@@ -274,10 +274,10 @@ class RepeatedProducts:
             return hessian_products(self.target, directions, self.products)
         if self._kept is None:
             ((share, part),) = self.target.parts()
-            with frozen_statistics(*part.modules), curvature_of(part) as curvature:
+            with frozen_statistics(*part.holders), curvature_of(part) as curvature:
                 self._kept = share, curvature
         share, curvature = self._kept
-        with _derivatives(curvature.part):
+        with derivatives_of(curvature.part):
             found = [curvature.product(direction, wanted=False) for direction in directions]
         for product in found if share != 1 else []:
             torch._foreach_mul_(product, share)
@@ -324,7 +324,7 @@ def gradient_graph(part: Objective) -> Iterator[Vector]:
         ValueError: As :meth:`Objective.loss`.
         RuntimeError: If something in it can be differentiated once only.
     """
-    with _derivatives(part):
+    with derivatives_of(part):
         yield _gradient(part, part.loss())
 
 

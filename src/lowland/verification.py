@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from lowland._batches import mapped, spread, tensors
+from lowland._batches import mapped, part_of, rows, spread, tensors
 from lowland._call import call
 from lowland._circumstances import circumstances, once_a_model
 from lowland._elsewhere import Given
 from lowland._precision import best_precision
+from lowland._watch import Step, meeting, met_by, steps_of
 from lowland.criteria import scalar_loss
 from lowland.estimation import Estimation
 from lowland.objective import (
@@ -47,6 +48,7 @@ from lowland.passes import random_states
 from lowland.products import (
     Vector,
     curvature_of,
+    derivatives_of,
     differences,
     dot,
     gradient_graph,
@@ -247,6 +249,88 @@ def verdict(target: Objective, order: Order = 2) -> Verdict:
 def _look(target: Objective, order: Order) -> Verdict:
     with parameters_untouched(target):
         small = _on_few_samples(target)
+    with meeting(target.model, _look_again):
+        found = _judged(small, order)
+        _meet(small)
+    if found.what is None and small is not target and not target.is_ordinary:
+        steps = _steps_of(target)
+        if not steps <= met_by(target.model):
+            found = _judged_beyond(target, steps, order)
+    return found
+
+
+def _look_again(target: Objective, steps: frozenset[Step]) -> None:
+    """Look at a loss that is made of operations which were not there before.
+
+    Raises:
+        RuntimeError: If their derivatives are wrong, or more so than others that were.
+    """
+    if not _checking.get():
+        return
+    known, now = _verdicts.setdefault(target.model, {}), circumstances(target)
+    order: Order = 3 if (3, now) in known else 2
+    before = known.get((order, now), Verdict())
+    found = _judged_beyond(target, steps, order)
+    if _SEVERITY[found.what] > _SEVERITY[before.what]:
+        known[order, now] = found
+        raise RuntimeError(f"a batch takes operations that others did not: {found.reason}")
+
+
+def _judged_beyond(target: Objective, steps: frozenset[Step], order: Order) -> Verdict:
+    """What is to be said of the rows of a batch that take operations which were not met."""
+    few = _on_samples_with(target, steps)
+    with meeting(target.model, _look_again):
+        found = _judged(few, order)
+        _meet(target)
+    return found
+
+
+_SEVERITY = {None: 0, "third": 1, "product": 2, "none": 2, "gradient": 3}
+
+
+def _meet(target: Objective) -> None:
+    """Let the operations of a loss be known, as gradients are made of them, and as products are."""
+    if target.is_ordinary:
+        return
+    plainly = (differentiating(), not_compiled(), without_hooks(target.parameters))
+    with suppress(RuntimeError, TypeError, ValueError), ExitStack() as stack:
+        for each in (*plainly, target.remember()()):
+            stack.enter_context(each)
+        target.loss()
+    with suppress(RuntimeError, TypeError, ValueError), target.remember()(), derivatives_of(target):
+        target.loss()
+
+
+def _on_samples_with(target: Objective, steps: frozenset[Step]) -> Objective:
+    """The loss on as few rows of a batch as still show the operations that are new.
+
+    The batch is halved for as long as a half does.
+    """
+    few, new = target, steps - met_by(target.model)
+    with suppress(TypeError):
+        while (count := rows(*few.batch)) > 1:
+            x, y = few.batch
+            halves = [(0, count // 2), (count // 2, count)]
+            tries = [target.on((part_of(x, count, *of), part_of(y, count, *of))) for of in halves]
+            seen = [_steps_of(each) & new for each in tries]
+            best = max((0, 1), key=lambda index: len(seen[index]))
+            if not seen[best]:
+                break
+            few, new = tries[best], seen[best]
+    return few
+
+
+def _steps_of(target: Objective) -> frozenset[Step]:
+    try:
+        with differentiating(), target.remember()():
+            loss = target.value()
+            return steps_of(graph(loss)) if bool(loss.isfinite()) else frozenset()
+    except Exception:  # noqa: BLE001 - whatever a model says of half a batch
+        return frozenset()
+
+
+def _judged(small: Objective, order: Order) -> Verdict:
+    """What the comparison says of a loss on a few samples, and of which layer."""
     found = _compared(small, order)
     if found.what is None and found.clear:
         return found

@@ -199,7 +199,7 @@ def survey(
         if not weight:  # all of its targets are ignored, and their mean is no number
             return 0.0, 0.0
         there = to_device(x, device), to_device(y, device)
-        with frozen_statistics(*target.modules):
+        with frozen_statistics(*target.holders):
             return weight, float(target.on(there).loss().detach())
 
     with (

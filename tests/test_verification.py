@@ -621,3 +621,36 @@ def test_what_inference_mode_made_is_data_elsewhere():
             for data in (inside, x)
         )
         torch.testing.assert_close(found.trace_sq, expected.trace_sq)
+
+
+class WritesTo(nn.Sequential):
+    """A model that centers its batch in place."""
+
+    def forward(self, x):
+        x -= x.mean(0, keepdim=True) / 2
+        return super().forward(x)
+
+
+def criterion_that_writes(output, y):
+    y *= 0.5
+    return nn.functional.mse_loss(output, y)
+
+
+@pytest.mark.parametrize("method", ["probes", "dense", "auto"])
+def test_a_pass_that_writes_to_its_batch_is_refused_and_leaves_it(method):
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 3), torch.randn(30, 2)
+    plain = nn.Sequential(nn.Linear(3, 2))
+    cases = [
+        (WritesTo(nn.Linear(3, 2)), nn.MSELoss()),
+        (plain, criterion_that_writes),
+        (nn.Sequential(nn.SiLU(inplace=True), nn.Linear(3, 2)), nn.MSELoss()),
+    ]
+    for model, criterion in cases[: 2 if method == "auto" else 3]:  # the closed form runs no layer
+        before = x.clone(), y.clone()
+        with pytest.raises(ValueError, match="writes to the batch"):
+            lowland.hessian_moments(model, criterion, x, y, method=method)
+        assert torch.equal(x, before[0])
+        assert torch.equal(y, before[1])
+    inside = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 2))
+    lowland.hessian_moments(inside, nn.MSELoss(), x, y, method=method)

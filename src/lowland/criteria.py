@@ -312,12 +312,16 @@ def is_sum(criterion: object) -> bool:
 
 
 def check_kept(criterion: object, y: Any) -> None:
-    """Require a target that is not ignored, of a loss that turned out to be no number.
+    """Require a target, and one that is not ignored, of a loss that turned out to be no number.
 
     Raises:
         ValueError: If the mean is over none.
     """
-    if isinstance(y, Tensor) and is_known(criterion) and not mass(criterion, y):
+    if not isinstance(y, Tensor):
+        return
+    if y.ndim and not len(y):
+        raise ValueError(f"the batch is empty, y of shape {tuple(y.shape)}: leave it out")
+    if is_known(criterion) and not mass(criterion, y):
         raise ValueError(
             f"every target of the batch is ignored by {name_of(criterion)}, or has weight zero, so "
             "its mean loss does not exist; leave such a batch out"

@@ -307,17 +307,24 @@ def _on_samples_with(target: Objective, steps: frozenset[Step]) -> Objective:
     The batch is halved for as long as a half does.
     """
     few, new = target, steps - met_by(target.model)
-    with suppress(TypeError):
-        while (count := rows(*few.batch)) > 1:
-            x, y = few.batch
-            halves = [(0, count // 2), (count // 2, count)]
-            tries = [target.on((part_of(x, count, *of), part_of(y, count, *of))) for of in halves]
-            seen = [_steps_of(each) & new for each in tries]
-            best = max((0, 1), key=lambda index: len(seen[index]))
-            if not seen[best]:
-                break
-            few, new = tries[best], seen[best]
+    while halves := _halves_of(few):
+        seen = [_steps_of(half) & new for half in halves]
+        best = max((0, 1), key=lambda index: len(seen[index]))
+        if not seen[best]:
+            break
+        few, new = halves[best], seen[best]
     return few
+
+
+def _halves_of(target: Objective) -> list[Objective]:
+    """The loss on each half of the rows; none where there are no halves."""
+    (x, y), halves = target.batch, []
+    with suppress(TypeError, RuntimeError):  # whose rows are not known, or cannot be cut
+        if (count := rows(x, y)) > 1:
+            for start, stop in ((0, count // 2), (count // 2, count)):
+                half = part_of(x, count, start, stop), part_of(y, count, start, stop)
+                halves.append(target.on(half))
+    return halves
 
 
 def _steps_of(target: Objective) -> frozenset[Step]:
@@ -372,15 +379,45 @@ def parameters_untouched(target: Objective) -> Iterator[None]:
 
 
 def _on_few_samples(target: Objective) -> Objective:
-    """The loss on some rows of the batch, evenly spread, where that is a loss too."""
+    """The loss on some rows of the batch, evenly spread, where that is a loss too.
+
+    Raises:
+        ValueError: If a pass writes to the batch.
+    """
     x, y = target.batch
-    try:
-        few = target.on((spread(x, _ROWS), spread(y, _ROWS)))
-        with differentiating(), target.remember()():
-            usable = bool(few.value().isfinite())
-    except Exception:  # noqa: BLE001 - whatever a model says of half a batch
-        usable = False
-    return few if usable else target
+    few = target
+    with suppress(Exception):  # whatever a model says of half a batch
+        some = target.on((spread(x, _ROWS), spread(y, _ROWS)))
+        with differentiating(), some.remember()():
+            few = some if bool(some.value().isfinite()) else target
+    _check_unwritten(few)
+    return few
+
+
+def _check_unwritten(target: Objective) -> None:
+    """Refuse a loss that is another one each time, since its pass writes to the batch.
+
+    Raises:
+        ValueError: If it is.
+    """
+    copies = mapped(Tensor.clone, target.batch)
+    before = [_numbers(tensor).clone() for tensor in tensors(copies)]
+    with suppress(RuntimeError, TypeError, ValueError), differentiating(), target.remember()():
+        target.on(copies).value()
+    pairs = zip(before, map(_numbers, tensors(copies)), strict=True)
+    if any(not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+        raise ValueError(
+            "the model or the criterion writes to the batch that it is given, which is another one "
+            "afterwards, with another loss; let it begin with a copy, x = x.clone(), or leave out "
+            "inplace=True in the first layer"
+        )
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """What a tensor is stored as, if it is a sparse one in some layout."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return (tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor).values()
 
 
 def _compared(target: Objective, order: Order) -> Verdict:

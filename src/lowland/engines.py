@@ -80,8 +80,9 @@ def hessian_moments(
 
     Args:
         model: For ``"exact"`` a Linear layer, or an ``nn.Sequential`` of Linear layers,
-            element-wise activations and sequences of these, with or without ``Flatten`` in front.
-            For the others any module.
+            element-wise activations and sequences of these, with or without ``Flatten`` in front;
+            or any module that ends in such layers, if ``parameters`` are theirs. For the others any
+            module.
         criterion: For ``"exact"`` ``nn.BCEWithLogitsLoss``, ``nn.CrossEntropyLoss``,
             ``nn.MSELoss``, or one of your own (:func:`lowland.exact.register_criterion`), with the
             reduction ``"mean"`` or ``"sum"``. For the others anything that returns a scalar.
@@ -95,7 +96,7 @@ def hessian_moments(
         method: ``"exact"`` is the closed form, ``"probes"`` an estimate with standard errors from
             products with the Hessian (:func:`lowland.probes.probe_moments`), ``"dense"`` brute
             force by automatic differentiation. ``"auto"`` takes the closed form where it covers the
-            model, ``x`` and ``y`` ask for no gradients, and it is not dearer than the probes; else
+            model, ``y`` asks for no gradients, and it is not dearer than the probes; else
             brute force where it is a matter of seconds, and probes beyond. The result says which
             it was, with ``", differences"`` behind it where PyTorch's derivatives were missing or
             wrong. Or what makes an engine of your own: see :class:`Engine`.
@@ -104,7 +105,9 @@ def hessian_moments(
             gradients, or ``"auto"``, which takes the former where PyTorch's derivatives are right.
             These are compared with differences once (:mod:`lowland.verification`).
         generator: Of the probes' signs; without one PyTorch's own is used.
-        parameters: Those whose Hessian is meant, if not all that are trainable.
+        parameters: Those whose Hessian is meant, if not all that are trainable, for example
+            ``model.head.parameters()``. The moments carry gradients in the others, too, down to the
+            first layer; by differences they do not.
         matrix: ``"hessian"``; or one beside it, for which ``H`` stands in all that is said here:
             ``"ggn"``, the generalized Gauss-Newton matrix; ``"residual"``, what the Hessian has
             beyond it, so that their traces add up to the Hessian's; ``"fisher"``, the Fisher matrix

@@ -93,6 +93,29 @@ def test_a_penalty_goes_down_to_the_first_layer_by_every_engine(kind, build, dat
         torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-12)
 
 
+def test_loss_and_penalty_take_one_pass_where_that_leaves_no_trace(build, data):
+    x, y = data
+    for training in (False, True):
+        model = build().train(training)
+        penalty = lowland.HSR(CE, 0.5, method="exact", parameters=model.head.parameters())
+        runs = []
+        model.conv.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        penalty.loss(model, x, y)  # the model is looked at once
+        runs.clear()
+        torch.manual_seed(3)
+        found = penalty.loss(model, x, y)
+        assert len(runs) == 1 + training
+        slopes = torch.autograd.grad(found, list(model.parameters()))
+        torch.manual_seed(3)
+        separate = CE(model(x), y)
+        torch.manual_seed(3)
+        separate = separate + penalty(model, x, y)
+        torch.testing.assert_close(found, separate)
+        others = torch.autograd.grad(separate, list(model.parameters()))
+        for own, other in zip(slopes, others, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
+
+
 def test_estimates_have_gradients_in_the_layers_below_too(build, data):
     model = build().eval()
     chosen = list(model.head.parameters())

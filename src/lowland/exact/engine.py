@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lowland.criteria import name_of, read_loss
+from lowland.criteria import name_of, read_loss, scalar_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.estimation import Estimation
 from lowland.exact.modules import read
@@ -18,6 +18,8 @@ from lowland.exact.tail import find, holds_all
 from lowland.likelihoods import likelihood
 from lowland.moments import HessianMoments
 from lowland.objective import Objective
+from lowland.passes import unsteady
+from lowland.verification import is_random
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +30,13 @@ class ExactEngine:
         target: The loss.
         setup: What has been read of it.
         settings: The memory budget, and whether the samples are a batch of more.
+        output: What the model gave, where it had to run.
     """
 
     target: Objective
     setup: Setup
     settings: Estimation
+    output: Tensor | None = None
     name: ClassVar[Literal["exact"]] = "exact"
 
     @classmethod
@@ -43,15 +47,15 @@ class ExactEngine:
             UnsupportedModelError, TypeError, ValueError: As :func:`lowland.exact.modules.read`.
         """
         _, y = target.batch
-        setup = _read(target)
+        setup, output = _read(target)
         if target.matrix != "fisher":
-            return cls(target, setup.of(target.matrix), settings)
+            return cls(target, setup.of(target.matrix), settings, output)
         if likelihood(target.criterion, y) is not target.criterion:
             raise UnsupportedModelError(
                 "the closed form gives the Fisher matrix of criteria of natural parameters, where "
                 f"it is the Gauss-Newton matrix; for {name_of(target.criterion)} {ANY_MODULE}"
             )
-        return cls(target, setup.of("ggn"), settings)
+        return cls(target, setup.of("ggn"), settings, output)
 
     @property
     def part(self) -> float:
@@ -86,15 +90,28 @@ class ExactEngine:
         return replace(found, method=self.name, matrix=self.target.matrix)
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
-        """The model's own loss beside them."""
-        return self.target.step_loss(), self.moments(count)
+        """The model's own loss beside them, from the same pass where that leaves no trace."""
+        target = self.target
+        if self.output is None or _leaves_traces(target):
+            return target.step_loss(), self.moments(count)
+        _, y = target.batch
+        return scalar_loss(target.criterion, self.output, y), self.moments(count)
 
 
-def _read(target: Objective) -> Setup:
+def _leaves_traces(target: Objective) -> bool:
+    """Whether a pass of the model draws random numbers, or may write to what the model keeps."""
+    for module in target.model.modules():
+        ours = type(module).__module__.startswith("torch.nn.")
+        if unsteady(module) or (not ours and next(module.buffers(recurse=False), None) is not None):
+            return True
+    return is_random(target)
+
+
+def _read(target: Objective) -> tuple[Setup, Tensor | None]:
     """The whole model; or, of parameters at its end, the last layers above all others."""
     x, y = target.batch
     try:
-        return read(target.model, target.criterion, x, y, target.parameters)
+        return read(target.model, target.criterion, x, y, target.parameters), None
     except UnsupportedModelError:
         if not holds_all(target):
             raise
@@ -104,4 +121,4 @@ def _read(target: Objective) -> Setup:
     inputs = tail.inputs.to(target.parameters[0].dtype)
     setup = read(tail.layers, target.criterion, inputs, y, target.parameters)
     tail.check()
-    return setup
+    return setup, tail.output

@@ -35,7 +35,7 @@ class Tail:
     Attributes:
         layers: From the lowest that holds one of the parameters looked at to the last.
         inputs: What comes into them, with its graph where gradients are enabled.
-        output: What the model gave.
+        output: What the model gave, with its graph too.
     """
 
     layers: nn.Sequential
@@ -51,7 +51,7 @@ class Tail:
         if not may_look(self.output.device):
             return
         with torch.no_grad():
-            again = self.layers(self.inputs)
+            again = self.layers(self.inputs.detach())
         if not torch.allclose(again, self.output, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise _refused("these layers by themselves give something else than the model")
 
@@ -112,7 +112,9 @@ def find(target: Objective) -> Tail:
             raise _refused(f"the model runs {run.layer} more than once")
     if inputs._version != chain[0].given_version:  # noqa: SLF001 - no public name
         raise _refused("something writes to the inputs of these layers later")
-    return Tail(tail, inputs if torch.is_grad_enabled() else inputs.detach(), output.detach())
+    if not torch.is_grad_enabled():
+        inputs, output = inputs.detach(), output.detach()
+    return Tail(tail, inputs, output)
 
 
 @contextmanager

@@ -194,14 +194,22 @@ def _in_diagonal_block(terms: Terms, tile: Tile, matrix: Tensor) -> Adjoints:
     if terms.varies(layer):
         # In F: C G, and F = z~_k z~_k' passes it on to both, times the other; twice for k = k'.
         rows = z.shape[1]
+        in_z = z.new_zeros(networks, rows, count)
+        result["z", layer] = in_z
+        if layer == 0:  # row by row, since of many inputs all pairs at a time take much memory
+            in_pairs, at = matrix @ packed(second), 0
+            for k in range(tile.start, tile.stop):
+                in_row = in_pairs[:, at : at + rows - k]
+                in_z[:, k] += (in_row * z[:, k:]).sum(1)
+                in_z[:, k:] += in_row * z[:, k : k + 1]
+                at += rows - k
+            return result
         first, other = pairs_of(rows, z.device)
         chosen = (first >= tile.start) & (first < tile.stop)
         first, other = first[chosen], other[chosen]
         in_pairs = matrix @ packed(second)
-        in_z = z.new_zeros(networks, rows, count)
         in_z.index_add_(1, first, in_pairs * z[:, other])
         in_z.index_add_(1, other, in_pairs * z[:, first])
-        result["z", layer] = in_z
     return result
 
 

@@ -75,7 +75,7 @@ class BruteForce:
             powers = _powers(frame.matrix(wanted=torch.is_grad_enabled()), count)
             verify_backward(self.target, *powers)
         else:
-            powers = _Powers.apply(frame, count, *self.target.parameters)  # type: ignore[no-untyped-call]
+            powers = _Powers.apply(frame, count, *frame.reachable)  # type: ignore[no-untyped-call]
         higher = None if count < 4 else (powers[2], powers[3])
         return HessianMoments(
             self.target.dim,
@@ -176,13 +176,20 @@ class _Frame:
         self.again = target.remember()
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
+    @property
+    def reachable(self) -> list[Tensor]:
+        """What there are gradients in: differences lead to no more than they are taken in."""
+        target = self.target
+        return [*target.parameters, *([] if self.by_differences else target.others)]
+
     @contextmanager
-    def curvature(self) -> Iterator[Curvature]:
+    def curvature(self, *, wanted: bool) -> Iterator[Curvature]:
         """What is multiplied by unit vectors, the same at each call."""
         target, (enabled, dtype) = self.target, self.autocast
         with ExitStack() as stack:
             stack.enter_context(self.again())
-            stack.enter_context(target.others_frozen())
+            if not wanted:
+                stack.enter_context(target.others_frozen())
             stack.enter_context(torch.autocast(target.device.type, enabled=enabled, dtype=dtype))
             yield stack.enter_context(curvature_of(target))
 
@@ -203,7 +210,7 @@ class _Frame:
         """``H``."""
         if self.by_differences:
             return self._matrix_by_differences()
-        with self.curvature() as curvature:
+        with self.curvature(wanted=wanted) as curvature:
             rows = [_flat(row) for row in self.rows(curvature, wanted=wanted)]
         matrix = torch.stack(rows)
         _check_symmetric(matrix.detach())
@@ -216,15 +223,15 @@ class _Frame:
         if self.by_differences:
             return self._contracted_by_differences(coefficients)
         parameters = self.target.parameters
-        total = [torch.zeros_like(p) for p in parameters]
-        with self.curvature() as curvature:
+        total = [torch.zeros_like(p) for p in self.reachable]
+        with self.curvature(wanted=True) as curvature:
             rows = self.rows(curvature, wanted=True)
             for row, slopes in zip(rows, coefficients, strict=True):
                 value = dot(row, _like(parameters, slopes))
                 if value.requires_grad:
                     found = grad(
                         value,
-                        parameters,
+                        self.reachable,
                         retain_graph=True,
                         allow_unused=True,
                         materialize_grads=True,
@@ -301,14 +308,14 @@ class _Powers(Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         matrix, *_ = ctx.saved_tensors
-        parameters = ctx.frame.target.parameters
+        parameters = ctx.frame.reachable
         # Of the gradient, too, there shall be a gradient.
         if torch.is_grad_enabled() and not ctx.frame.by_differences:
             powers = _powers(ctx.frame.matrix(wanted=True), ctx.count)
             found = grad(powers, parameters, slopes, create_graph=True, materialize_grads=True)
             return None, None, *found
         if not ctx.frame.by_differences:
-            verify(ctx.frame.target, 3)
+            verify(ctx.frame.target.with_others(), 3)
         coefficients = 2 * slopes[1] * matrix
         coefficients.diagonal().add_(slopes[0])
         if ctx.count > 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -22,6 +23,7 @@ from lowland.dense import BruteForce, without_closed_form
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.exact.engine import ExactEngine
+from lowland.exact.over_batches import OverBatches
 from lowland.matrices import Matrix
 from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, objective, over
@@ -75,13 +77,15 @@ def hessian_moments(
     count: Count | None = None,
     l2: float = 0.0,
     wrt: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> HessianMoments:
     """``Tr H`` and ``Tr H^2`` of ``criterion(model(x), y)`` in the trainable parameters.
 
     Args:
         model: For ``"exact"`` a Linear layer, or an ``nn.Sequential`` of Linear layers,
-            element-wise activations and sequences of these, with or without ``Flatten`` in front.
-            For the others any module.
+            element-wise activations and sequences of these, with or without ``Flatten`` in front;
+            or any module that ends in such layers, if ``parameters`` are theirs. For the others any
+            module.
         criterion: For ``"exact"`` ``nn.BCEWithLogitsLoss``, ``nn.CrossEntropyLoss``,
             ``nn.MSELoss``, or one of your own (:func:`lowland.exact.register_criterion`), with the
             reduction ``"mean"`` or ``"sum"``. For the others anything that returns a scalar.
@@ -89,13 +93,14 @@ def hessian_moments(
             its ``forward`` has them (``model(**x)``), otherwise as it is. Without ``y`` one batch,
             a pair of both or a mapping or object that holds both, with which the criterion is
             called as it is (``criterion(output, x)``); or a data loader, a data set, or anything
-            that gives such batches: the moments are those of all of them, estimated in one pass and
-            without gradients.
+            that gives such batches: the moments are those of all of them, found in one pass. With
+            ``"exact"`` they take the memory of all blocks of the Hessian, and carry gradients, for
+            which a backward pass goes over the data once more; estimates have none.
         y: Targets as the criterion takes them; for one output also ``(samples,)``.
         method: ``"exact"`` is the closed form, ``"probes"`` an estimate with standard errors from
             products with the Hessian (:func:`lowland.probes.probe_moments`), ``"dense"`` brute
             force by automatic differentiation. ``"auto"`` takes the closed form where it covers the
-            model, ``x`` and ``y`` ask for no gradients, and it is not dearer than the probes; else
+            model, ``y`` asks for no gradients, and it is not dearer than the probes; else
             brute force where it is a matter of seconds, and probes beyond. The result says which
             it was, with ``", differences"`` behind it where PyTorch's derivatives were missing or
             wrong. Or what makes an engine of your own: see :class:`Engine`.
@@ -104,7 +109,9 @@ def hessian_moments(
             gradients, or ``"auto"``, which takes the former where PyTorch's derivatives are right.
             These are compared with differences once (:mod:`lowland.verification`).
         generator: Of the probes' signs; without one PyTorch's own is used.
-        parameters: Those whose Hessian is meant, if not all that are trainable.
+        parameters: Those whose Hessian is meant, if not all that are trainable, for example
+            ``model.head.parameters()``. The moments carry gradients in the others, too, down to the
+            first layer; by differences they do not.
         matrix: ``"hessian"``; or one beside it, for which ``H`` stands in all that is said here:
             ``"ggn"``, the generalized Gauss-Newton matrix; ``"residual"``, what the Hessian has
             beyond it, so that their traces add up to the Hessian's; ``"fisher"``, the Fisher matrix
@@ -130,6 +137,10 @@ def hessian_moments(
         wrt: In place of parameters, ``"inputs"``, or the name of a layer for what it gives, which
             the model must run once: the Hessian in these numbers of one batch, of all its samples
             together. It is differentiable in the model's parameters.
+
+        checkpoint: Of ``"exact"`` over a data loader, the path of a file in which the pass is kept
+            as it goes, at most a twentieth of the time being spent on that. Killed, the same call
+            goes on from there; complete, the file is deleted. The loader must not shuffle.
 
     Returns:
         Scalar moments, differentiable in the model's parameters. Frozen parameters
@@ -165,15 +176,25 @@ def hessian_moments(
     settings = Estimation(probes, products, generator, unbiased, memory_budget)
     batch = (x, y) if y is not None else as_batch(x)
     if batch is None:
-        if method not in ("auto", "probes") or moments != 2 or unbiased:
+        if method not in ("auto", "exact", "probes") or moments != 2 or unbiased:
             raise UnsupportedModelError(
-                "the moments over a data loader are estimated: use method='probes', moments=2 and "
-                "unbiased=False; or pass all samples as tensors x and y"
+                "the moments over a data loader are estimated, or two of them exact: use "
+                "method='exact' or 'probes', moments=2 and unbiased=False; or pass all samples as "
+                "tensors x and y"
             )
         if wrt is not None:
             raise UnsupportedModelError("wrt= looks at one batch: pass tensors x and y")
         target = over(model, criterion, (), parameters, matrix=matrix)
+        if method == "exact":
+            found = OverBatches.begin(target, x, settings, count, checkpoint).moments()
+            return found.shifted(l2) if l2 else found
+        _check_no_checkpoint(checkpoint)
+        if method == "auto":
+            exact, x = OverBatches.attempt(target, x, settings, count, _price(settings))
+            if exact:
+                return exact.moments().shifted(l2)
         return loader_moments(target, x, settings, count).shifted(l2)
+    _check_no_checkpoint(checkpoint)
     target = objective(model, criterion, *batch, parameters, matrix=matrix)
     if wrt is not None:
         if unbiased or parameters is not None:
@@ -191,6 +212,18 @@ def hessian_moments(
             f"{matrix!r}: let it look at the matrix of its objective"
         )
     return found.shifted(l2) if l2 else found
+
+
+def _price(settings: Estimation) -> float:
+    """What probes cost, in gradients, up to which the closed form is taken."""
+    return GRADIENTS_A_PROBE * max(settings.probes, PROBES_WORTH)
+
+
+def _check_no_checkpoint(checkpoint: object) -> None:
+    if checkpoint is not None:
+        raise UnsupportedModelError(
+            "checkpoint= keeps a pass of method='exact' over a data loader; leave it out elsewhere"
+        )
 
 
 def check_method(method: Method | str) -> None:
@@ -238,16 +271,18 @@ def choose(
             )
         return engine
     if target.parallel:
+        if method == "exact" and not settings.unbiased:
+            return OverBatches.begin(target, [target.batch], settings)
         if method in ("exact", "dense"):
             raise UnsupportedModelError(
                 f"method={method!r} would take each process's samples for all of them: Tr H^2 of a "
-                "DistributedDataParallel model needs method='probes'"
+                "DistributedDataParallel model needs method='probes', or 'exact' with "
+                "unbiased=False"
             )
         return Estimate(target, routed(target, settings, order))
     if method in ("auto", "exact"):
         exact = _read(target, settings, required=method == "exact")
-        price = GRADIENTS_A_PROBE * max(settings.probes, PROBES_WORTH)
-        if exact and (method == "exact" or exact.relative_cost(count) <= price):
+        if exact and (method == "exact" or exact.relative_cost(count) <= _price(settings)):
             return exact
     by_matrix, chosen, name = without_closed_form(
         target, method, settings, limit=dense_limit, order=order

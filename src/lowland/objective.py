@@ -55,7 +55,8 @@ class Objective:
         batches: Pairs of whatever the model and the criterion take.
         names: Those of the parameters in the model.
         parameters: What the loss is a function of.
-        others: Trainable parameters that are constants here.
+        others: Trainable parameters that are constants of the matrix. Its moments carry gradients
+            in them where exact derivatives lead there (:meth:`with_others`).
         shares: ``m_b / m`` of each batch; None where there is one, whose loss is meant as it is.
         matrix: Which matrix of curvature is meant (:mod:`lowland.matrices`).
         beside: Whether the model has parameters that are no constants here, beside those that the
@@ -139,6 +140,10 @@ class Objective:
     def others_require_grad(self) -> bool:
         """Whether somebody may ask for gradients in more than the parameters, as in the data."""
         return torch.is_grad_enabled() and (self.beside or any_requires_grad(self.batch))
+
+    def with_others(self) -> Objective:
+        """The same loss, of which gradients may be asked for in the other parameters, too."""
+        return replace(self, others=[], beside=True) if self.others else self
 
     @contextmanager
     def others_frozen(self) -> Iterator[None]:

@@ -53,7 +53,8 @@ class CurvaturePenalty(nn.Module, ABC):
             estimate is too low for any spectrum, even negative, what is left of HSR is the mean; a
             flatness-aware penalty may be negative.
         parameters: Penalize the curvature in these alone, for example
-            ``model.head.parameters()``.
+            ``model.head.parameters()``. Its gradient reaches the layers below, too, unless it is
+            one of differences. Of the last layer alone it is nearly free, and does not regularize.
         every: In training mode, apply the penalty in each so many-th call, times as much, and
             nothing in between: nearly the same effect at a fraction of the cost.
         active: The first call in which the penalty is applied, and the first in which it no longer

@@ -59,29 +59,37 @@ class Estimate:
                 "moments=4 needs the closed form or brute force: probes estimate two moments; use "
                 "method='exact' or method='dense'"
             )
-        target = self.target
+        target = self._reachable
         directions = _draw(target, self.settings)
         # What the model draws, and what it writes to its state, is put back; not so the directions.
         with target.remember()(), target.others_frozen():
-            return self._estimate(directions)[1]
+            return self._estimate(target, directions)[1]
+
+    @property
+    def _reachable(self) -> Objective:
+        """The loss, with all others that the moments' gradients lead to."""
+        exact = routed(self.target, self.settings).products == "autograd"
+        return self.target.with_others() if exact and torch.is_grad_enabled() else self.target
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
         """Both from one forward pass, which counts as that of a step of training.
 
-        From two where that would be another loss: of parameters that are constants in the moments,
+        From two where that would be another loss: of parameters that are constants of differences,
         of two halves of a batch, whose statistics are not the batch's, or of a data-parallel
         module, which averages the gradients of its own forward passes alone.
         """
-        target = self.target
+        target = self._reachable
         if target.others or target.parallel or self.settings.unbiased:
             again = remember_state(*target.holders)
             loss = target.step_loss()
             with again():
                 return loss, self.moments(count)
-        return self._estimate(_draw(target, self.settings))
+        return self._estimate(target, _draw(target, self.settings))
 
-    def _estimate(self, directions: list[Vector]) -> tuple[Tensor, HessianMoments]:
-        target, settings = self.target, routed(self.target, self.settings)
+    def _estimate(
+        self, target: Objective, directions: list[Vector]
+    ) -> tuple[Tensor, HessianMoments]:
+        settings = routed(self.target, self.settings)
         if settings.products == "differences":
             warn_of_kinks(target.model)
         parts = target.halves() if settings.unbiased else [target]

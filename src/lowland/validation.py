@@ -148,9 +148,9 @@ def check_constant(value: object, name: str) -> None:
     """
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise UnsupportedModelError(
-            f"expected {name} without requires_grad, since the closed form can be differentiated "
-            f"in the weights alone; use {name}.detach(), or method='dense' of "
-            "lowland.hessian_moments, which differentiates in the data too"
+            f"expected {name} without requires_grad, since the closed form has no gradients in it "
+            f"here; use {name}.detach(), or method='dense' of lowland.hessian_moments, which "
+            "differentiates in all data"
         )
 
 

@@ -260,3 +260,17 @@ def test_the_trace_alone_of_a_wide_network_needs_no_matrix(monkeypatch, with_com
         diagonal += (x_sq * inner + p * (1 - p) * z.square()).sum(1).mean()
     diagonal += (p * (1 - p)).mean()
     torch.testing.assert_close(trace, diagonal, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("order", cases.ORDERS)
+def test_gradients_in_many_inputs_stay_within_the_budget(order):
+    case = cases.make(oracle.Network(200, 8, "gelu", "ce", outputs=2), 600)
+    x = case.x.clone().requires_grad_()
+    weights = [part.requires_grad_() for part in case.weights]
+    budget = 48 << 20
+    with Peak() as peak:
+        moments = exact.moments(
+            weights, x, case.y, **case.settings, order=order, memory_budget=budget
+        )
+        torch.autograd.grad(moments.upper, [x, *weights])
+    assert peak.bytes <= budget

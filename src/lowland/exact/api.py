@@ -44,7 +44,8 @@ def moments(
     r"""Exact ``Tr H`` and ``Tr H^2`` of multilayer perceptrons.
 
     ``H`` is the Hessian of the loss in all weights. The result can be differentiated (once) with
-    respect to the weights; the backward pass is analytic and costs about one more forward pass.
+    respect to the weights, and to ``x``; the backward pass is analytic and costs about one more
+    forward pass.
 
     Args:
         weights: One tensor for each layer, ``(*ensemble, inputs + 1, outputs)`` with the biases in
@@ -82,7 +83,7 @@ def moments(
     Raises:
         TypeError: If tensors are not all float32 or all float64, or on different devices, or a
             setting is of no type that it can have.
-        UnsupportedModelError: If ``x`` or ``y`` requires gradients, which would be left out.
+        UnsupportedModelError: If ``y`` requires gradients, which would be left out.
         ValueError: If shapes do not match, values are not finite, targets do not suit the loss, or
             the budget is too small. On accelerators values are not looked at, since that would
             wait for the device; NaN goes in, NaN comes out.
@@ -107,7 +108,7 @@ def moments(
         torch.Size([1000, 3, 4])
     """
     check_number(moments)
-    setup = prepare(weights, x, y, activation, loss, reduction).of(matrix)
+    setup = prepare(weights, x, y, activation, loss, reduction, inputs_vary=True).of(matrix)
     return setup.moments(order, memory_budget, unbiased=unbiased, moments=moments)
 
 
@@ -137,7 +138,7 @@ def trace(
         >>> exact.trace(line, x, y, activation="identity", loss="mse")
         tensor(4.)
     """
-    setup = prepare(weights, x, y, activation, loss, reduction).of(matrix)
+    setup = prepare(weights, x, y, activation, loss, reduction, inputs_vary=True).of(matrix)
     return setup.trace(memory_budget)
 
 

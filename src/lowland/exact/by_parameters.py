@@ -147,7 +147,7 @@ def _in_block_across(
     if arch.trains_beyond_bias(upper):
         beyond = contracted[:, :, arch.first_beyond_bias(upper) :].unflatten(3, (width, other))
         result |= _in_first_order_part(terms, lower, upper, beyond)
-    if lower:  # the inputs of layer 0 are data
+    if terms.varies(lower):
         whole = right_factor(arch, terms, lower, upper).flatten(1, 3)
         in_z = torch.zeros_like(terms.z[lower].expand(networks, -1, -1))
         in_z[:, tile.start : tile.stop] = rows @ whole
@@ -191,17 +191,25 @@ def _in_diagonal_block(terms: Terms, tile: Tile, matrix: Tensor) -> Adjoints:
     # In G: C^T F. C holds the multiplicities, so half of B's entries have all of its adjoint.
     in_packed = matrix.mT @ products(z, tile.start, tile.stop)
     result: Adjoints = {("B", (layer, layer)): _unpacked(in_packed, width)}
-    if layer:
+    if terms.varies(layer):
         # In F: C G, and F = z~_k z~_k' passes it on to both, times the other; twice for k = k'.
         rows = z.shape[1]
+        in_z = z.new_zeros(networks, rows, count)
+        result["z", layer] = in_z
+        if layer == 0:  # row by row, since of many inputs all pairs at a time take much memory
+            in_pairs, at = matrix @ packed(second), 0
+            for k in range(tile.start, tile.stop):
+                in_row = in_pairs[:, at : at + rows - k]
+                in_z[:, k] += (in_row * z[:, k:]).sum(1)
+                in_z[:, k:] += in_row * z[:, k : k + 1]
+                at += rows - k
+            return result
         first, other = pairs_of(rows, z.device)
         chosen = (first >= tile.start) & (first < tile.stop)
         first, other = first[chosen], other[chosen]
         in_pairs = matrix @ packed(second)
-        in_z = z.new_zeros(networks, rows, count)
         in_z.index_add_(1, first, in_pairs * z[:, other])
         in_z.index_add_(1, other, in_pairs * z[:, first])
-        result["z", layer] = in_z
     return result
 
 

@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowland.criteria import name_of
+from lowland.criteria import name_of, read_loss, scalar_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.estimation import Estimation
 from lowland.exact.modules import read
 from lowland.exact.setup import Setup
+from lowland.exact.tail import find, holds_all
 from lowland.likelihoods import likelihood
 from lowland.moments import HessianMoments
 from lowland.objective import Objective
+from lowland.passes import unsteady
+from lowland.verification import is_random
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +30,13 @@ class ExactEngine:
         target: The loss.
         setup: What has been read of it.
         settings: The memory budget, and whether the samples are a batch of more.
+        output: What the model gave, where it had to run.
     """
 
     target: Objective
     setup: Setup
     settings: Estimation
+    output: Tensor | None = None
     name: ClassVar[Literal["exact"]] = "exact"
 
     @classmethod
@@ -41,24 +46,36 @@ class ExactEngine:
         Raises:
             UnsupportedModelError, TypeError, ValueError: As :func:`lowland.exact.modules.read`.
         """
-        x, y = target.batch
-        with target.others_frozen():
-            setup = read(target.model, target.criterion, x, y)
+        _, y = target.batch
+        setup, output = _read(target)
         if target.matrix != "fisher":
-            return cls(target, setup.of(target.matrix), settings)
+            return cls(target, setup.of(target.matrix), settings, output)
         if likelihood(target.criterion, y) is not target.criterion:
             raise UnsupportedModelError(
                 "the closed form gives the Fisher matrix of criteria of natural parameters, where "
                 f"it is the Gauss-Newton matrix; for {name_of(target.criterion)} {ANY_MODULE}"
             )
-        return cls(target, setup.of("ggn"), settings)
+        return cls(target, setup.of("ggn"), settings, output)
+
+    @property
+    def part(self) -> float:
+        """How much of the model's parameters the closed form is given, of those each sample uses.
+
+        An embedding's rows are used one at a time.
+        """
+        embeddings = (nn.Embedding, nn.EmbeddingBag)
+        held = [m for m in self.target.model.modules() if not isinstance(m, embeddings)]
+        whole = sum(p.numel() for m in held for p in m.parameters(recurse=False))
+        given = sum(weight[0].numel() for weight in self.setup.weights)
+        return min(1.0, given / max(1, whole))
 
     def relative_cost(self, count: int) -> float:
         """What so many moments and their gradient are predicted to cost, in gradients.
 
-        ``Tr H`` alone takes time linear in samples and parameters, so that nothing is cheaper.
+        ``Tr H`` alone takes time linear in samples and parameters, so that nothing is cheaper. Of
+        the last layers of a model the gradient is dearer than theirs.
         """
-        return 0.0 if count == 1 else self.setup.relative_cost()
+        return 0.0 if count == 1 else self.setup.relative_cost() * self.part
 
     def moments(self, count: int = 2) -> HessianMoments:
         """The moments; for ``count=1`` the trace alone, and NaN for the other one."""
@@ -73,5 +90,35 @@ class ExactEngine:
         return replace(found, method=self.name, matrix=self.target.matrix)
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
-        """The model's own loss beside them."""
-        return self.target.step_loss(), self.moments(count)
+        """The model's own loss beside them, from the same pass where that leaves no trace."""
+        target = self.target
+        if self.output is None or _leaves_traces(target):
+            return target.step_loss(), self.moments(count)
+        _, y = target.batch
+        return scalar_loss(target.criterion, self.output, y), self.moments(count)
+
+
+def _leaves_traces(target: Objective) -> bool:
+    """Whether a pass of the model draws random numbers, or may write to what the model keeps."""
+    for module in target.model.modules():
+        ours = type(module).__module__.startswith("torch.nn.")
+        if unsteady(module) or (not ours and next(module.buffers(recurse=False), None) is not None):
+            return True
+    return is_random(target)
+
+
+def _read(target: Objective) -> tuple[Setup, Tensor | None]:
+    """The whole model; or, of parameters at its end, the last layers above all others."""
+    x, y = target.batch
+    try:
+        return read(target.model, target.criterion, x, y, target.parameters), None
+    except UnsupportedModelError:
+        if not holds_all(target):
+            raise
+    read_loss(target.criterion)  # before the model runs
+    tail = find(target)
+    # Autocast below gives half precision; the closed form is in that of the parameters.
+    inputs = tail.inputs.to(target.parameters[0].dtype)
+    setup = read(tail.layers, target.criterion, inputs, y, target.parameters)
+    tail.check()
+    return setup, tail.output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from lowland.activations import ACTIVATIONS, Activation, compose, read_activatio
 from lowland.criteria import Criterion, encode, read_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.exact.setup import Setup, prepare
+from lowland.exact.terms import activate
 from lowland.validation import check_parameters, check_tensor, check_types
 
 
@@ -29,15 +30,30 @@ class _Network:
     activations: list[Activation]
 
 
-def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
+def read(
+    model: nn.Module,
+    criterion: Criterion,
+    x: Any,
+    y: Any,
+    parameters: Iterable[Tensor] | None = None,
+) -> Setup:
     """What computes with a model, a criterion and data.
+
+    Args:
+        model: A Linear layer, or a sequence of these and activations.
+        criterion: Of logits.
+        x: Inputs; moments carry gradients in them if they ask for some.
+        y: Targets.
+        parameters: Those whose Hessian is meant; by default all that are trainable.
 
     Raises:
         UnsupportedModelError: If the closed form does not cover the model or the criterion, or the
-            data require gradients.
+            targets require gradients.
         TypeError, ValueError: As :func:`lowland.exact.moments`.
     """
     network = _read_layers(model)
+    chosen = model.parameters() if parameters is None else parameters
+    trained = {id(parameter) for parameter in chosen if parameter.requires_grad}
     loss = read_loss(criterion)
     for name, part in (("x", x), ("y", y)):
         dense = isinstance(part, Tensor) and part.layout == torch.strided
@@ -63,7 +79,7 @@ def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
             f"(samples, {first.in_features}){flat}; got {tuple(x.shape)}"
         )
     if network.before is not None:
-        x = network.before(x)[0]
+        x, *_ = activate(x, network.before)
     targets = encode(criterion, loss, y, outputs=outputs, like=x)
     return prepare(
         [_augmented(layer) for layer in network.layers],
@@ -73,7 +89,8 @@ def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
         loss,
         targets.reduction,
         scale=targets.scale,
-        rows=[_trained_rows(layer) for layer in network.layers],
+        rows=[_trained_rows(layer, trained) for layer in network.layers],
+        inputs_vary=True,
     )
 
 
@@ -84,10 +101,9 @@ def _augmented(layer: nn.Linear) -> Tensor:
     return torch.cat([bias, weight])
 
 
-def _trained_rows(layer: nn.Linear) -> slice:
-    bias = layer.bias is not None and layer.bias.requires_grad
-    start = 0 if bias else 1
-    stop = layer.in_features + 1 if layer.weight.requires_grad else 1
+def _trained_rows(layer: nn.Linear, trained: set[int]) -> slice:
+    start = 0 if layer.bias is not None and id(layer.bias) in trained else 1
+    stop = layer.in_features + 1 if id(layer.weight) in trained else 1
     return slice(start, stop)
 
 

@@ -50,6 +50,10 @@ class Problem:
     unbiased: bool = False
     differentiable: bool = False
 
+    def on(self, x: Tensor, y: Tensor, scale: float | Tensor) -> Problem:
+        """The same of other samples of the same shapes."""
+        return replace(self, data=replace(self.data, x=x, y=y, scale=scale))
+
     def on_torch(
         self, weights: Sequence[Tensor], compute: Callable[[TorchBackend], Result]
     ) -> list[Result]:
@@ -108,7 +112,7 @@ class _Moments(Function):
     # The data come as arguments, not inside the problem: so torch.func can unwrap them.
     @staticmethod
     def forward(problem: Problem, x: Tensor, y: Tensor, scale: Any, *weights: Tensor) -> Any:
-        problem = replace(problem, data=Data(x, y, scale))
+        problem = problem.on(x, y, scale)
         first, second, kept = zip(
             *problem.on_backend(weights, lambda _, backend: backend.moments()), strict=True
         )
@@ -134,7 +138,8 @@ class _Moments(Function):
         result = _Gradient.apply(  # type: ignore[no-untyped-call]
             ctx.problem, ctx.layers, grads[0], grads[1], x, y, scale, *rest
         )
-        return None, None, None, None, *result
+        in_weights, in_x = result[: ctx.layers], result[ctx.layers :] or (None,)
+        return None, *in_x, None, None, *in_weights
 
 
 class _Gradient(Function):
@@ -154,7 +159,7 @@ class _Gradient(Function):
         scale: Any,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        problem = replace(problem, data=Data(x, y, scale))
+        problem = problem.on(x, y, scale)
         weights, kept = rest[:layers], rest[layers:]
 
         def gradient(some: slice, backend: Backend) -> Sequence[Tensor]:
@@ -162,7 +167,8 @@ class _Gradient(Function):
                 trace_weight[some], square_weight[some], [each[some] for each in kept]
             )
 
-        return join_layers(problem.on_backend(weights, gradient), weights)
+        like = [*weights, x] if problem.data.inputs_vary else weights
+        return join_layers(problem.on_backend(weights, gradient), like)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -193,9 +199,9 @@ def join_layers(
 
 
 def run_moments(problem: Problem, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """``Tr H`` and ``Tr H^2`` of each network, with gradients in the weights."""
+    """``Tr H`` and ``Tr H^2`` of each network, with gradients in the weights, and in the inputs."""
     data = problem.data
-    wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in (data.x, *weights))
     problem = replace(problem, differentiable=wanted)
     first, second, *_ = _Moments.apply(  # type: ignore[no-untyped-call]
         problem, data.x, data.y, data.scale, *weights

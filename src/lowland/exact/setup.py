@@ -284,6 +284,7 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
     *,
     scale: float | Tensor | None = None,
     rows: Sequence[slice] | None = None,
+    inputs_vary: bool = False,
 ) -> Setup:
     """Check all arguments and bring them into the shapes of :class:`Setup`.
 
@@ -297,6 +298,8 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         scale: The weight of each sample, ``(*ensemble, samples)``, or of each of its outputs, in
             place of what ``reduction`` gives.
         rows: The trained rows of each layer's weights (all by default).
+        inputs_vary: Whether the caller's results carry gradients in ``x``, if it asks for them;
+            otherwise such an ``x`` is refused.
     """
     loss = get_loss(loss)
     if reduction not in ("mean", "sum"):
@@ -305,7 +308,9 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
     activations = _read_activations(activation, len(weights) - 1)
     first, outputs = weights[0], weights[-1].shape[-1]
     check_features(x, like=first)
-    check_constant(x, "x")
+    inputs_vary = inputs_vary and x.requires_grad and torch.is_grad_enabled()
+    if not inputs_vary:
+        check_constant(x, "x")
     check_constant(y, "y")
     if x.ndim < 2 or x.shape[-1] + 1 != first.shape[-2]:
         raise ValueError(
@@ -338,7 +343,9 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         scale = _flatten(scale if scale.ndim == y.ndim else scale.unsqueeze(-1), ensemble)
     rows = tuple(rows or (slice(0, weight.shape[-2]) for weight in weights))
     arch = Architecture(activations, loss, rows)
-    data = Data(_flatten(x.detach(), ensemble), _flatten(y.detach(), ensemble), scale)
+    # Autograd adds up what networks that share x have in it.
+    x = x.expand(*ensemble, *x.shape[-2:]) if inputs_vary else x.detach()
+    data = Data(_flatten(x, ensemble), _flatten(y.detach(), ensemble), scale, inputs_vary)
     size = Size(
         networks,
         samples,
@@ -356,7 +363,8 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         ensemble,
         size,
         is_mean=reduction == "mean",
-        covered=covers(arch, size, data),
+        # The compiled code differentiates in the weights alone.
+        covered=not inputs_vary and covers(arch, size, data),
     )
 
 

@@ -25,7 +25,7 @@ Source: arXiv:2606.28662, section IV, for three layers and one output; beyond, o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -60,11 +60,13 @@ class Data:
         y: Shape ``(1 | networks, samples, outputs)``; for classes a distribution.
         scale: Weight of each sample in the loss: ``1 / samples`` for a mean, 1 for a sum, or a
             tensor of shape ``(1 | networks, samples, 1 | outputs)``.
+        inputs_vary: Whether derivatives in ``x`` are wanted, too; each network then has its own.
     """
 
     x: Tensor
     y: Tensor
     scale: float | Tensor
+    inputs_vary: bool = False
 
     @property
     def samples(self) -> int:
@@ -78,12 +80,12 @@ class Data:
             return tensor if tensor.shape[0] == 1 else tensor[networks]
 
         scale = pick(self.scale) if isinstance(self.scale, Tensor) else self.scale
-        return Data(pick(self.x), pick(self.y), scale)
+        return replace(self, x=pick(self.x), y=pick(self.y), scale=scale)
 
     def of_samples(self, samples: slice) -> Data:
         """Some of the samples."""
         scale = self.scale[:, samples] if isinstance(self.scale, Tensor) else self.scale
-        return Data(self.x[:, samples], self.y[:, samples], scale)
+        return replace(self, x=self.x[:, samples], y=self.y[:, samples], scale=scale)
 
     def one_by_one(self, networks: int) -> Data:
         """Each sample as the only one of a network of its own, network after network."""
@@ -144,6 +146,7 @@ class Terms:
             :math:`B_{ll} = U Q U^T + \mathrm{diag}(c)` with the ``Q`` of the logits; ``B`` of this
             layer and the logits' is :math:`U Q`.
         bend: By the same layers, the ``c``.
+        inputs_vary: Whether derivatives in the data are wanted, too.
     """
 
     z: list[Vectors]
@@ -153,12 +156,13 @@ class Terms:
     D: dict[tuple[int, int], Matrices]
     gain: dict[int, Matrices] = field(default_factory=dict)
     bend: dict[int, Vectors] = field(default_factory=dict)
+    inputs_vary: bool = False
 
     @property
     def named(self) -> dict[Name, Tensor]:
-        """By name, all terms that depend on weights: all but the data, ``z`` of layer 0."""
+        """By name, all terms that are no constants; ``z`` of layer 0 is the data."""
         return {
-            **{("z", layer): z for layer, z in enumerate(self.z) if layer},
+            **{("z", layer): z for layer, z in enumerate(self.z) if self.varies(layer)},
             **{("slope", layer): slope for layer, slope in enumerate(self.slope)},
             **{("g", layer): g for layer, g in self.g.items()},
             **{("B", pair): matrices for pair, matrices in self.B.items()},
@@ -166,6 +170,10 @@ class Terms:
             **{("gain", layer): matrices for layer, matrices in self.gain.items()},
             **{("bend", layer): bend for layer, bend in self.bend.items()},
         }
+
+    def varies(self, layer: int) -> bool:
+        """Whether what comes into a layer is no constant."""
+        return layer > 0 or self.inputs_vary
 
     @property
     def samples(self) -> int:
@@ -182,18 +190,20 @@ class Terms:
             {pair: matrices[..., samples] for pair, matrices in self.D.items()},
             {layer: matrices[..., samples] for layer, matrices in self.gain.items()},
             {layer: bend[..., samples] for layer, bend in self.bend.items()},
+            self.inputs_vary,
         )
 
     def like(self, named: Mapping[Name, Tensor]) -> Terms:
         """Terms laid out as these, of other tensors: the inverse of :attr:`named`."""
         return Terms(
-            [self.z[0], *(named["z", layer] for layer in range(1, len(self.z)))],
+            [named.get(("z", layer), z) for layer, z in enumerate(self.z)],
             [named["slope", layer] for layer in range(len(self.slope))],
             {layer: named["g", layer] for layer in self.g},
             {pair: named["B", pair] for pair in self.B},
             {pair: named["D", pair] for pair in self.D},
             {layer: named["gain", layer] for layer in self.gain},
             {layer: named["bend", layer] for layer in self.bend},
+            self.inputs_vary,
         )
 
 
@@ -251,12 +261,18 @@ def forward(arch: Architecture, weights: Sequence[Tensor], data: Data) -> Forwar
     inputs, slopes, bends = [_augment(data.x.mT)], [], []
     a = batched_matmul(weights[0].mT, inputs[0])
     for activation, weight in zip(arch.activations, weights[1:], strict=True):
-        value, slope, bend = _Activate.apply(a, activation)  # type: ignore[no-untyped-call]
+        value, slope, bend = activate(a, activation)
         inputs.append(_augment(value))
         slopes.append(slope)
         bends.append(bend)
         a = weight.mT @ inputs[-1]
     return ForwardPass(inputs, a, slopes, bends)
+
+
+def activate(a: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
+    """An activation and its first two derivatives, which autograd can differentiate."""
+    found: tuple[Tensor, Tensor, Tensor] = _Activate.apply(a, activation)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _augment(z: Vectors) -> Vectors:
@@ -348,7 +364,7 @@ def compute_terms(
         across = across.unflatten(2, (-1, slope.shape[2])) * slope.unsqueeze(2)
         B[layer, layer] = _AddDiagonal.apply(across, bend)  # type: ignore[no-untyped-call]
     z = [inputs[:, rows] for inputs, rows in zip(passed.inputs, arch.rows, strict=True)]
-    return Terms(z, passed.slope, g, B, D, gains, bends)
+    return Terms(z, passed.slope, g, B, D, gains, bends, data.inputs_vary)
 
 
 def loss_gradient(arch: Architecture, weights: Sequence[Tensor], data: Data) -> list[Tensor]:

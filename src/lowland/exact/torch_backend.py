@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -63,6 +64,8 @@ class TorchBackend:
     ) -> None:
         self.arch, self.weights, self.data = arch, list(weights), data
         self.leaves = [weight.detach().requires_grad_() for weight in weights]
+        # What gradients are found in, each as large as the gradient.
+        self.varying = [*weights, *([data.x] if data.inputs_vary else [])]
         self.differentiable = differentiable
         self.plan, self.size, self.quantity, self.unbiased = plan, size, quantity, unbiased
         self.networks = weights[0].shape[0]
@@ -129,18 +132,30 @@ class TorchBackend:
         return first, second, kept
 
     def _zeros(self) -> list[Tensor]:
-        """What gradients in all weights are added to."""
-        return [torch.zeros_like(weight) for weight in self.leaves]
+        """What gradients are added to: in all weights, and in the data if these vary."""
+        return [torch.zeros_like(each) for each in self.varying]
+
+    def _leaves_of(
+        self, chunk: slice, total: list[Tensor]
+    ) -> tuple[Data, list[Tensor], list[Tensor]]:
+        """The data of a chunk, what is differentiated in with them, and the parts of ``total``."""
+        data = self.data.of_samples(chunk)
+        if not data.inputs_vary:
+            return data, self.leaves, total
+        data = replace(data, x=data.x.detach().requires_grad_())
+        parts = [*total[:-1], total[-1][:, chunk]] if total else total
+        return data, [*self.leaves, data.x], parts
 
     def _trace(self, gradient: list[Tensor] | None = None) -> PerNetwork:
         """``Tr H``; its gradient is added to ``gradient``, if that is given."""
         total = self.weights[0].new_zeros(self.networks)
         for chunk in self.chunks:
+            data, leaves, parts = self._leaves_of(chunk, gradient or [])
             with torch.set_grad_enabled(bool(gradient)):
-                trace = trace_alone.trace(self.arch, self.leaves, self.data.of_samples(chunk))
+                trace = trace_alone.trace(self.arch, self.leaves, data)
             total += trace.detach()
             if gradient:
-                _chain(gradient, self.leaves, [trace], [torch.ones_like(total)])
+                _chain(parts, leaves, [trace], [torch.ones_like(total)])
         return total
 
     def _over_samples(self) -> PerNetwork:
@@ -158,8 +173,9 @@ class TorchBackend:
         """``Tr H^2`` as the sum over pairs of samples; its gradient is added to ``gradient``."""
         total = self.weights[0].new_zeros(self.networks)
         count = len(self.chunks)
+        places = [self._leaves_of(chunk, gradient) for chunk in self.chunks]
         with torch.enable_grad():
-            terms = [self.compute_terms(self.leaves, self._data(i)) for i in range(count)]
+            terms = [self.compute_terms(self.leaves, data) for data, _, _ in places]
         leaves = [_leaves(each) for each in terms]
         for i, left in enumerate(leaves):
             for j in range(i, count):
@@ -179,7 +195,8 @@ class TorchBackend:
                 name: term.grad for name, term in left.named.items() if term.grad is not None
             }
             values = [terms[i].named[name] for name in adjoints]
-            _chain(gradient, self.leaves, values, list(adjoints.values()))
+            _, varying, parts = places[i]
+            _chain(parts, varying, values, list(adjoints.values()))
         for whole in gradient:
             whole.mul_(self.pairing)
         return self.pairing * total
@@ -203,28 +220,32 @@ class TorchBackend:
     ) -> list[Tensor]:
         """The gradient of ``trace_weight Tr H + square_weight Tr H^2`` in the weights.
 
+        That in the data comes last, if these vary.
+
         Args:
             trace_weight: One for each network.
             square_weight: One for each network.
             kept: What :meth:`moments` has kept for it, if anything.
         """
-        leaves, total = self.leaves, self._zeros()
+        total = self._zeros()
         if kept and self._trace_is_apart:  # the two gradients, to be weighed
-            count = len(leaves)
+            count = len(total)
             for gradients, weight in ((kept[:count], trace_weight), (kept[count:], square_weight)):
                 for whole, part in zip(total, gradients, strict=False):
                     whole.addcmul_(part, weight[:, None, None])
             return total
         for index, summands in self._summands(trace_weight, square_weight, kept):
+            data, leaves, parts = self._leaves_of(self.chunks[index], total)
             with torch.enable_grad():
-                terms = self.compute_terms(leaves, self._data(index))
+                terms = self.compute_terms(self.leaves, data)
             adjoints = _add_up(summands(_detached(terms)))
-            _chain(total, leaves, [terms.named[name] for name in adjoints], list(adjoints.values()))
+            _chain(parts, leaves, [terms.named[name] for name in adjoints], list(adjoints.values()))
         if self._trace_is_apart:
             for chunk in self.chunks:
+                data, leaves, parts = self._leaves_of(chunk, total)
                 with torch.enable_grad():
-                    trace = trace_alone.trace(self.arch, leaves, self.data.of_samples(chunk))
-                _chain(total, leaves, [trace], [trace_weight])
+                    trace = trace_alone.trace(self.arch, self.leaves, data)
+                _chain(parts, leaves, [trace], [trace_weight])
         return total
 
     def sample_gradients(
@@ -280,9 +301,6 @@ class TorchBackend:
         """The terms of these names, computed anew at the given weights and data."""
         named = self.compute_terms(weights, data).named
         return [named[name] for name in names]
-
-    def _data(self, index: int) -> Data:
-        return self.data.of_samples(self.chunks[index])
 
     def _summands(
         self, trace_weight: PerNetwork, square_weight: PerNetwork, kept: Sequence[Tensor]

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed
@@ -186,7 +186,7 @@ class CurvaturePenalty(Penalty):
     Raises:
         TypeError: If the criterion cannot be called, the weight or the budget is no number, or the
             generator is none.
-        UnsupportedModelError: If an engine without the gradient of four moments is asked for.
+        UnsupportedModelError: If four moments are to be estimated.
         ValueError: If the weight is negative or not finite, or another setting makes no sense.
 
     Notes:
@@ -221,10 +221,15 @@ class CurvaturePenalty(Penalty):
                 f"reads; got {self.count!r}"
             )
         check_method(method)
-        if self.count > 2 and method in ("exact", "probes"):
+        if self.count > 2 and method == "probes":
             raise UnsupportedModelError(
-                f"{type(self).__name__} is a function of four moments, of which method={method!r} "
-                "knows no gradient: use method='dense'"
+                f"{type(self).__name__} is a function of four moments here, of which probes "
+                "estimate two: use method='exact' or method='dense'"
+            )
+        if self.count > 2 and unbiased:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} is a function of four moments here, of which unbiased=True "
+                "estimates two: leave it out"
             )
         self.method: Method = method
         self.estimation = Estimation(probes, products, generator, unbiased, memory_budget)
@@ -262,8 +267,16 @@ class CurvaturePenalty(Penalty):
         return rows(*target.batch) * processes
 
     def _engine(self, target: Objective) -> Engine:
-        # Of four moments brute force alone knows the gradient; of two it is never worth its price.
-        method: Method = "dense" if self.count > 2 and self.method == "auto" else self.method
+        method = self.method
+        if self.count > 2 and method == "auto":  # probes know nothing of four moments
+            try:
+                return self._chosen(target, "exact")
+            except UnsupportedModelError:
+                method = "dense"
+        return self._chosen(target, method)
+
+    def _chosen(self, target: Objective, method: Method) -> Engine:
+        # Of two moments brute force is never worth its price.
         engine = choose(
             target,
             method,
@@ -289,10 +302,15 @@ class HSR(CurvaturePenalty):
         memory: Where the moments are estimates, the part of the running average of both that a
             call keeps, below 1. ``U`` is no linear function of them: from one probe its slopes
             would be off on average, from the averages they are not.
+        bound: ``"two-moment"``, or ``"four-moment"`` for the sharper bound from ``Tr H^3`` and
+            ``Tr H^4`` too, :attr:`lowland.HessianMoments.four_moment_upper`. That squares the
+            matrix of all parameters: for networks that the closed form covers, or brute force.
         **settings: Those of :class:`CurvaturePenalty`.
 
     Raises:
-        ValueError: If the memory is not between 0 and 1; and as :class:`CurvaturePenalty`.
+        UnsupportedModelError: If four moments are to be estimated.
+        ValueError: If the memory is not between 0 and 1, or the bound is unknown; and as
+            :class:`CurvaturePenalty`.
 
     References:
         arXiv:2606.28662, theorem 1.
@@ -312,18 +330,33 @@ class HSR(CurvaturePenalty):
     average: Tensor
 
     def __init__(
-        self, criterion: Criterion, weight: float, *, memory: float = 0.95, **settings: Any
+        self,
+        criterion: Criterion,
+        weight: float,
+        *,
+        memory: float = 0.95,
+        bound: Literal["two-moment", "four-moment"] = "two-moment",
+        **settings: Any,
     ) -> None:
+        if bound not in ("two-moment", "four-moment"):
+            raise ValueError(
+                f"unknown bound {bound!r}: expected 'two-moment' or 'four-moment', how many "
+                "moments of the spectrum it is made of"
+            )
+        if bound == "four-moment":
+            self.count = 4
         super().__init__(criterion, weight, **settings)
         if not 0 <= memory < 1:
             raise ValueError(f"memory must be at least 0 and below 1; got {memory!r}")
-        self.memory = memory
+        self.memory, self.bound = memory, bound
         # Of both moments, and of as many ones: an average that starts at zero is too small by what
         # it has not seen yet.
         self.register_buffer("average", torch.zeros(3, dtype=torch.float64))
 
     def value(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
         """``U``; of estimates its linear part around their running average."""
+        if self.bound == "four-moment":
+            return moments.four_moment_upper
         if moments.stderr is None:
             return moments.upper
         now = torch.stack([moments.trace, moments.trace_sq])

@@ -15,20 +15,26 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lowland._limits import DEFAULT_MEMORY_BUDGET, DENSE_IS_QUICKER
+from lowland._limits import DEFAULT_MEMORY_BUDGET, DENSE_IS_QUICKER, MEBIBYTE
 from lowland.exact.blocks import places
 from lowland.exact.of_matrix import ByMatrix, run
+from lowland.exact.problem import Problem
 from lowland.exact.setup import Activations, Reduction, Setup, prepare
 from lowland.exact.terms import ExactMatrix
 from lowland.exact.torch_backend import PerNetwork, TorchBackend
 from lowland.losses import Loss
 from lowland.spectra.lanczos import Top, largest
 from lowland.spectral_functions import Function, SpectralFunction, spectral_function
+from lowland.validation import check_budget
 
 Choice = Literal["auto", "dense", "lanczos"]
 
 _SEED = 0  # of the start vector: the same call finds the same numbers
 _PRODUCTS = 3000  # of a Lanczos iteration, before it gives up
+
+# Vectors as long as all parameters: a basis, its images, both once more where they are combined,
+# those of a product; and bytes of the small matrix that the basis turns H into.
+_VECTORS, _SMALL = 90, 1 << 14
 
 # H; for its decomposition a copy, the eigenvectors, and workspace of two more; C, what it is the
 # product of, and its tiles.
@@ -85,7 +91,8 @@ def spectral(
             vector of the eigenspace, a subgradient too. ``"auto"`` takes the latter above 512
             parameters. All other functions need ``"dense"``.
         reduction: Of the loss over samples.
-        memory_budget: Bytes of temporaries; ``"dense"`` takes some ``16 P^2`` numbers.
+        memory_budget: Bytes of temporaries, of which ``"dense"`` takes ``11 P^2`` numbers and
+            ``"lanczos"`` ``90 P``.
         matrix: ``"hessian"``, ``"ggn"`` or ``"residual"``.
 
     Returns:
@@ -159,9 +166,7 @@ def evaluate(
         by_products = bool(function.ends) and setup.size.dim > DENSE_IS_QUICKER
         method = "lanczos" if by_products else "dense"
     if method == "lanczos":
-        # Nothing of size P^2: planned as the trace, of which a pass takes as much.
-        problem = setup.of_plain_code().trace_problem(memory_budget)
-        problem = replace(problem, plan=replace(problem.plan, networks=1))
+        problem = _product_problem(setup, memory_budget)
         (value,) = run(problem, setup.weights, _ByProducts(function))
         return value.view(setup.ensemble)
     instead = " or use method='lanczos'" if function.ends else ""
@@ -174,6 +179,25 @@ def evaluate(
 
     (value,) = run(problem, setup.weights, ByMatrix(decomposed, setup.asks_for_gradients))
     return value.view(setup.ensemble)
+
+
+def _product_problem(setup: Setup, memory_budget: int) -> Problem:
+    """The problem of one network's products with ``H`` after another: nothing of size ``P^2``.
+
+    Raises:
+        ValueError: If the budget is too small for the vectors, or for one sample beside them.
+    """
+    memory_budget = check_budget(memory_budget)
+    vectors = _VECTORS * setup.size.dim * setup.size.itemsize + _SMALL
+    if vectors > memory_budget:
+        raise ValueError(
+            f"a memory budget of {memory_budget / MEBIBYTE:.3g} MiB is too small: a Lanczos "
+            f"iteration over {setup.size.dim} parameters holds {vectors / MEBIBYTE:.3g} MiB of "
+            "vectors; raise memory_budget"
+        )
+    # A sample takes no more of a product than of the trace and its gradient.
+    problem = setup.of_plain_code().trace_problem(memory_budget - vectors)
+    return replace(problem, plan=replace(problem.plan, networks=1))
 
 
 class _Operator:

@@ -1,6 +1,7 @@
 """Functions of eigenvalues of any model's Hessian, as a call and as a penalty."""
 
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -178,6 +179,8 @@ def test_the_penalty_keeps_to_its_calls_and_its_state(data):
     other = lowland.Spectral(CROSS_ENTROPY, 0.1, f="nuclear")
     other.load_state_dict(penalty.state_dict())
     assert other.calls == 6
+    again = pickle.loads(pickle.dumps(penalty.eval()))  # noqa: S301 - our own
+    assert again(model, *data).item() == pytest.approx(one)
 
 
 def test_descending_the_largest_eigenvalue_lowers_it(data):

@@ -353,6 +353,9 @@ class HSR(CurvaturePenalty):
         # it has not seen yet.
         self.register_buffer("average", torch.zeros(3, dtype=torch.float64))
 
+    def _settings(self) -> dict[str, tuple[Any, Any]]:
+        return {**super()._settings(), "bound": (self.bound, "two-moment")}
+
     def value(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
         """``U``; of estimates its linear part around their running average."""
         if self.bound == "four-moment":

@@ -36,6 +36,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -178,9 +179,10 @@ def spectral_function(
                 f"an eigenvalue; got {tolerance}"
             )
     if not isinstance(f, str):
-        return SpectralFunction(name, _sum_of(*f), tolerance=tolerance)
+        return SpectralFunction(name, partial(_sum_of, *f), tolerance=tolerance)
     parameter = given[needed] if needed else None
-    evaluate = _NAMED[name](*(() if parameter is None else (float(parameter),)))
+    # Without closures, so that a penalty can be pickled.
+    evaluate = _NAMED[name] if parameter is None else partial(_NAMED[name], float(parameter))
     return SpectralFunction(name, evaluate, _ENDS.get(name, ()), tolerance)
 
 
@@ -223,13 +225,10 @@ def _mean_over(equal: Tensor, values: Tensor) -> Tensor:
     return equal.to(values.dtype) / equal.sum(-1, keepdim=True)
 
 
-def _end(place: int) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
-    def evaluate(values: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-        end = values[..., place]
-        equal = (values - end.unsqueeze(-1)).abs() <= tolerance * _scale(values)
-        return end, _mean_over(equal, values)
-
-    return evaluate
+def _end(place: int, values: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    end = values[..., place]
+    equal = (values - end.unsqueeze(-1)).abs() <= tolerance * _scale(values)
+    return end, _mean_over(equal, values)
 
 
 def _spectral_norm(values: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -242,53 +241,41 @@ def _nuclear(values: Tensor, _: float) -> tuple[Tensor, Tensor]:
     return values.abs().sum(-1), _signs(values)
 
 
-def _schatten(p: float) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
-    def evaluate(values: Tensor, _: float) -> tuple[Tensor, Tensor]:
-        # Relative to the largest, since powers of the numbers themselves may overflow.
-        scale = _scale(values)
-        relative = values.abs() / torch.where(scale > 0, scale, 1)
-        norm = relative.pow(p).sum(-1, keepdim=True).pow(1 / p)
-        slopes = (relative / torch.where(norm > 0, norm, 1)).pow(p - 1) * _signs(values)
-        return (scale * norm).squeeze(-1), slopes
-
-    return evaluate
+def _schatten(p: float, values: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    # Relative to the largest, since powers of the numbers themselves may overflow.
+    scale = _scale(values)
+    relative = values.abs() / torch.where(scale > 0, scale, 1)
+    norm = relative.pow(p).sum(-1, keepdim=True).pow(1 / p)
+    slopes = (relative / torch.where(norm > 0, norm, 1)).pow(p - 1) * _signs(values)
+    return (scale * norm).squeeze(-1), slopes
 
 
-def _soft_max(beta: float) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
-    def evaluate(values: Tensor, _: float) -> tuple[Tensor, Tensor]:
-        # From the largest on: beta times it might overflow, and a small beta is divided by.
-        largest = values[..., -1:]
-        below = beta * (values - largest)
-        value = largest.squeeze(-1) + torch.logsumexp(below, -1) / beta
-        return value, torch.softmax(below, -1)
-
-    return evaluate
+def _soft_max(beta: float, values: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    # From the largest on: beta times it might overflow, and a small beta is divided by.
+    largest = values[..., -1:]
+    below = beta * (values - largest)
+    value = largest.squeeze(-1) + torch.logsumexp(below, -1) / beta
+    return value, torch.softmax(below, -1)
 
 
-def _log_det(alpha: float) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
-    def evaluate(values: Tensor, _: float) -> tuple[Tensor, Tensor]:
-        positive = values.clamp(min=0) + alpha
-        slopes = torch.where(_signs(values) > 0, 0.5 / positive, 0)
-        return 0.5 * positive.log().sum(-1), slopes
-
-    return evaluate
+def _log_det(alpha: float, values: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    positive = values.clamp(min=0) + alpha
+    slopes = torch.where(_signs(values) > 0, 0.5 / positive, 0)
+    return 0.5 * positive.log().sum(-1), slopes
 
 
-def _effective_dim(alpha: float) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
-    def evaluate(values: Tensor, _: float) -> tuple[Tensor, Tensor]:
-        positive = values.clamp(min=0)
-        shifted = positive + alpha
-        slopes = torch.where(_signs(values) > 0, alpha / shifted / shifted, 0)
-        return (positive / shifted).sum(-1), slopes
-
-    return evaluate
+def _effective_dim(alpha: float, values: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    positive = values.clamp(min=0)
+    shifted = positive + alpha
+    slopes = torch.where(_signs(values) > 0, alpha / shifted / shifted, 0)
+    return (positive / shifted).sum(-1), slopes
 
 
-_NAMED: dict[str, Callable[..., Callable[[Tensor, float], tuple[Tensor, Tensor]]]] = {
-    "lambda_max": lambda: _end(-1),
-    "lambda_min": lambda: _end(0),
-    "spectral_norm": lambda: _spectral_norm,
-    "nuclear": lambda: _nuclear,
+_NAMED: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "lambda_max": partial(_end, -1),
+    "lambda_min": partial(_end, 0),
+    "spectral_norm": _spectral_norm,
+    "nuclear": _nuclear,
     "schatten": _schatten,
     "soft_max": _soft_max,
     "log_det": _log_det,
@@ -297,16 +284,12 @@ _NAMED: dict[str, Callable[..., Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 
 def _sum_of(
-    f: Elementwise, derivative: Elementwise
-) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+    f: Elementwise, derivative: Elementwise, values: Tensor, _: float
+) -> tuple[Tensor, Tensor]:
     """The sum of a function of the user's own, whose derivative is looked at."""
-
-    def evaluate(values: Tensor, _: float) -> tuple[Tensor, Tensor]:
-        _compare(f, derivative, values)
-        each, slopes = _called("f", f, values), _called("f'", derivative, values)
-        return each.sum(-1), slopes.detach()
-
-    return evaluate
+    _compare(f, derivative, values)
+    each, slopes = _called("f", f, values), _called("f'", derivative, values)
+    return each.sum(-1), slopes.detach()
 
 
 def _called(name: str, function: Elementwise, values: Tensor) -> Tensor:

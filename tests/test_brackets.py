@@ -200,6 +200,32 @@ def test_four_moments_have_no_gradients_and_two_keep_theirs():
     assert all(end.requires_grad for end in moments.bracket(2))
 
 
+@given(spectra())
+def test_the_upper_end_for_the_largest_is_that_of_the_bracket(eigenvalues):
+    leaf = eigenvalues.clone().requires_grad_()
+    moments = of(leaf)
+    upper = moments.four_moment_upper
+    expected = moments.bracket(1, moments=4)[1]
+    torch.testing.assert_close(upper, expected, rtol=1e-6, atol=0)
+    assert upper <= moments.upper
+    (gradient,) = torch.autograd.grad(upper, leaf)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dim", [3, 4, 30])
+def test_the_gradient_of_the_upper_end_is_that_of_differences(seed, dim):
+    generator = torch.Generator().manual_seed(seed)
+    leaf = torch.randn(dim, generator=generator, dtype=torch.float64) ** 3
+    leaf.requires_grad_()
+    (gradient,) = torch.autograd.grad(of(leaf).four_moment_upper, leaf)
+    for way in torch.eye(dim, dtype=torch.float64):
+        ends = [of((leaf + step * way).detach()).bracket(1, 4)[1] for step in (1e-6, -1e-6)]
+        assert float(gradient @ way) == pytest.approx(
+            float(ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-7
+        )
+
+
 def test_without_higher_moments_there_are_no_narrower_brackets():
     moments = HessianMoments(2, torch.ones(()), torch.ones(()))
     with pytest.raises(ValueError, match=r"get them by hessian_moments\(\.\.\., moments=4\)"):

@@ -231,19 +231,20 @@ def test_a_penalty_of_four_moments_has_the_gradient_of_brute_force(data):
     x, y = data
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(x.shape[1], 2), nn.Tanh(), nn.Linear(2, 1)).to(x.dtype)
-    penalty = FourthPower(BCE, 0.5)
-    value = penalty(model, x, y)
-    assert penalty.used == "dense"
     matrix = lowland.dense.dense_hessian(model, BCE, x, y)
     powers = [torch.linalg.matrix_power(matrix, power).trace() for power in (3, 4)]
     expected = 0.5 * sum(powers)
-    torch.testing.assert_close(value, expected)
     parameters = list(model.parameters())
-    found, theirs = (torch.autograd.grad(each, parameters) for each in (value, expected))
-    torch.testing.assert_close(found, theirs, rtol=1e-8, atol=1e-12)
-    for method in ("exact", "probes"):
-        with pytest.raises(lowland.UnsupportedModelError, match="use method='dense'"):
-            FourthPower(BCE, 0.5, method=method)
+    theirs = torch.autograd.grad(expected, parameters)
+    for method, used in (("auto", "exact"), ("dense", "dense")):
+        penalty = FourthPower(BCE, 0.5, method=method)
+        value = penalty(model, x, y)
+        assert penalty.used == used
+        torch.testing.assert_close(value, expected)
+        found = torch.autograd.grad(value, parameters)
+        torch.testing.assert_close(found, theirs, rtol=1e-8, atol=1e-12)
+    with pytest.raises(lowland.UnsupportedModelError, match="use method='exact' or method='dense'"):
+        FourthPower(BCE, 0.5, method="probes")
 
 
 def test_the_gradient_of_brute_force_can_be_differentiated_again(data):

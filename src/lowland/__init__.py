@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lowland.diagonal import HessianDiagonal, hessian_diagonal
     from lowland.engines import hessian_moments
     from lowland.errors import UnsupportedModelError
+    from lowland.hessian_functions import hessian_function
     from lowland.landscape import LossSurface, surface
     from lowland.moments import HessianMoments
     from lowland.optimizers import SAM
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         layer_spectra,
         spectrum,
     )
+    from lowland.spectral_penalty import Spectral
     from lowland.symmetry import permute, rescale
     from lowland.verification import unchecked
 
@@ -38,11 +40,13 @@ _HOMES = {
     "HessianMoments": "moments",
     "HessianTrace": "penalties",
     "LossSurface": "landscape",
+    "Spectral": "spectral_penalty",
     "Spectrum": "spectra",
     "UnsupportedModelError": "errors",
     "audit": "auditing",
     "eigenvalues_over": "spectra",
     "hessian_diagonal": "diagonal",
+    "hessian_function": "hessian_functions",
     "hessian_moments": "engines",
     "layer_spectra": "spectra",
     "permute": "symmetry",
@@ -62,12 +66,14 @@ __all__ = [
     "HessianMoments",
     "HessianTrace",
     "LossSurface",
+    "Spectral",
     "Spectrum",
     "UnsupportedModelError",
     "audit",
     "eigenvalues_over",
     "exact",
     "hessian_diagonal",
+    "hessian_function",
     "hessian_moments",
     "layer_spectra",
     "permute",

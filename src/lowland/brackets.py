@@ -21,6 +21,8 @@ References:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -49,21 +51,10 @@ def four_moment_bracket(k: int, dim: int, means: tuple[Tensor, ...]) -> tuple[Te
         >>> bool(low <= 2 <= high)
         True
     """
-    first, second, third, fourth = means
-    scale = second.sqrt()
-    first, third, fourth = first / scale, third / scale / second, fourth / second / second
-    variance = 1 - first.square()
-    skewness = (third - 3 * first + 2 * first**3) / variance**1.5
-    kurtosis = (fourth - 4 * first * third + 6 * first.square() - 3 * first**4) / variance.square()
-    excess = kurtosis - skewness.square() - 1
-    # What rounding in the moments may have added to the excess, generously; and what a dtype cannot
-    # hold of a fourth power.
-    info = torch.finfo(first.dtype)
-    noise = 64 * info.eps * (fourth / variance.square() + kurtosis / variance)
-    noise = noise + info.tiny / (second * variance).square()
-    trusted = (noise < kurtosis) & (excess > -noise)
+    of = _standardized(means)
+    skewness = of.skewness
     # Towards either end the excess errs to the side on which the bracket is wider.
-    ample, scant = excess.clamp(min=0) + noise, (excess - noise).clamp(min=0)
+    ample, scant = of.excess.clamp(min=0) + of.noise, (of.excess - of.noise).clamp(min=0)
 
     if k < dim:
         high = _kth_at_most(k, dim, skewness, ample)
@@ -73,9 +64,90 @@ def four_moment_bracket(k: int, dim: int, means: tuple[Tensor, ...]) -> tuple[Te
         low = -_kth_at_most(dim - k + 1, dim, -skewness, ample)
     else:
         low = _largest_at_least(dim, skewness, ample, scant)
-    mean, std = first * scale, variance.sqrt() * scale
-    low, high = (torch.where(trusted, mean + std * end, torch.nan) for end in (low, high))
+    low, high = (torch.where(of.trusted, of.mean + of.std * end, torch.nan) for end in (low, high))
     return low, high
+
+
+def four_moment_upper(dim: int, means: tuple[Tensor, ...]) -> Tensor:
+    r"""The upper end for the largest of ``dim`` real numbers, with its gradient in the means.
+
+    It is where :math:`\delta (1 + x^2 - P) + q(x)^2 = 0`, so that by the theorem of implicit
+    functions its derivative in the skewness and the excess is that of the left side over minus the
+    slope in ``x``.
+
+    Args:
+        dim: How many numbers there are.
+        means: The means of their first four powers, each of shape ``(*ensemble)``.
+
+    Returns:
+        A tensor of shape ``(*ensemble)``; NaN without a gradient where rounding has left nothing of
+        the third and fourth moments. Where it has left nothing of the excess alone, as for numbers
+        of two values, the excess is a constant.
+
+    Example:
+        >>> import torch
+        >>> from lowland.brackets import four_moment_bracket, four_moment_upper
+        >>> numbers = torch.tensor([1.0, 2.0, 4.0, 6.0], dtype=torch.float64, requires_grad=True)
+        >>> means = tuple((numbers**power).mean() for power in (1, 2, 3, 4))
+        >>> upper = four_moment_upper(4, means)
+        >>> torch.equal(upper, four_moment_bracket(1, 4, means)[1])
+        True
+        >>> upper.backward()
+    """
+    with torch.no_grad():
+        trusted = _standardized(means).trusted
+    # In place of what has no spread others, whose derivatives are finite: NaN times zero is NaN.
+    safe = (0.0, 1.0, 0.0, 3.0)
+    of = _standardized(
+        tuple(torch.where(trusted, mean, at) for mean, at in zip(means, safe, strict=True))
+    )
+    excess = torch.where(of.excess > of.noise.detach(), of.excess, of.excess.detach())
+    skewness, excess = of.skewness, excess.clamp(min=0) + of.noise.detach()
+    with torch.no_grad():
+        x = _kth_at_most(1, dim, skewness, excess) if dim > 1 else torch.zeros_like(skewness)
+        q = x.square() - skewness * x - 1
+        slope = 2 * (excess * x + q * (2 * x - skewness))
+    zero = excess * (1 + x.square() - dim) + (x.square() - skewness * x - 1).square()
+    change = torch.where(slope > 0, zero, 0) / torch.where(slope > 0, slope, 1)
+    end = x - (change - change.detach())
+    return torch.where(trusted, of.mean + of.std * end, torch.nan)
+
+
+@dataclass(frozen=True)
+class _Standardized:
+    """What four moments say beside mean and standard deviation.
+
+    Attributes:
+        mean: The mean.
+        std: The standard deviation.
+        skewness: The third moment in standardized units.
+        excess: What is above its least value in the fourth, ``delta``.
+        noise: What rounding in the moments may have added to the excess, generously; and what a
+            dtype cannot hold of a fourth power.
+        trusted: Whether rounding has left anything of them.
+    """
+
+    mean: Tensor
+    std: Tensor
+    skewness: Tensor
+    excess: Tensor
+    noise: Tensor
+    trusted: Tensor
+
+
+def _standardized(means: tuple[Tensor, ...]) -> _Standardized:
+    first, second, third, fourth = means
+    scale = second.sqrt()
+    first, third, fourth = first / scale, third / scale / second, fourth / second / second
+    variance = 1 - first.square()
+    skewness = (third - 3 * first + 2 * first**3) / variance**1.5
+    kurtosis = (fourth - 4 * first * third + 6 * first.square() - 3 * first**4) / variance.square()
+    excess = kurtosis - skewness.square() - 1
+    info = torch.finfo(first.dtype)
+    noise = 64 * info.eps * (fourth / variance.square() + kurtosis / variance)
+    noise = noise + info.tiny / (second * variance).square()
+    trusted = (noise < kurtosis) & (excess > -noise)
+    return _Standardized(first * scale, variance.sqrt() * scale, skewness, excess, noise, trusted)
 
 
 def _kth_at_most(k: int, dim: int, skewness: Tensor, excess: Tensor) -> Tensor:

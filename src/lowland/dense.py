@@ -34,6 +34,7 @@ from lowland.moments import HessianMoments, check_number
 from lowland.objective import Objective, may_look, objective
 from lowland.passes import unsteady
 from lowland.products import NO_GRADIENT, Curvature, Vector, curvature_of, dot
+from lowland.spectral_functions import SpectralFunction
 from lowland.validation import check_values
 from lowland.verification import Order, best_step, is_random, routed, verify, verify_backward
 
@@ -95,6 +96,25 @@ class BruteForce:
         """The matrix, with its graph if gradients are enabled; errors as :func:`dense_hessian`."""
         self._check()
         return self._frame().matrix(wanted=torch.is_grad_enabled())
+
+    def of_eigenvalues(self, function: SpectralFunction) -> Tensor:
+        """A function of the matrix's eigenvalues, with its gradient; state stays as it is.
+
+        Raises:
+            ValueError, RuntimeError: As :func:`dense_hessian`.
+        """
+        self._check()
+        frame = self._frame()
+        if not self.target.others_require_grad:
+            value: Tensor = _OfEigenvalues.apply(frame, function, *frame.reachable)  # type: ignore[no-untyped-call]
+            return value
+        # Only a whole graph leads to them. The constant C gives it the gradient of the function.
+        matrix = frame.matrix(wanted=torch.is_grad_enabled())
+        value, coefficients = function.of((matrix + matrix.mT) / 2)
+        change = (coefficients * matrix).sum()
+        value = value + (change - change.detach())
+        verify_backward(self.target, value)
+        return value
 
     def _frame(self) -> _Frame:
         frame = _Frame(self.target, routed(self.target, self.settings))
@@ -322,6 +342,32 @@ class _Powers(Function):
             square = matrix @ matrix
             coefficients += 3 * slopes[2] * square + 4 * slopes[3] * square @ matrix
         return None, None, *ctx.frame.contracted(coefficients)
+
+
+class _OfEigenvalues(Function):
+    """A function of the eigenvalues of ``H``, whose backward pass forms it anew, row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, frame: _Frame, function: SpectralFunction, *parameters: Tensor) -> Tensor:
+        matrix = frame.matrix(wanted=False)
+        value, coefficients = function.of((matrix + matrix.mT) / 2)
+        # Parameters and data, too, so that a change of theirs before the backward pass is noticed.
+        ctx.save_for_backward(coefficients, *tensors(frame.target.batch), *parameters)
+        ctx.frame = frame
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        coefficients, *_ = ctx.saved_tensors
+        if torch.is_grad_enabled():  # C would be taken for a constant once more
+            raise RuntimeError(
+                "a function of the Hessian's eigenvalues can be differentiated once, not twice: "
+                "leave out create_graph=True, or take torch.linalg.eigvalsh of "
+                "lowland.dense.dense_hessian, which has a graph"
+            )
+        if not ctx.frame.by_differences:
+            verify(ctx.frame.target.with_others(), 3)
+        return None, None, *ctx.frame.contracted(slopes[0] * coefficients)
 
 
 def _powers(matrix: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowland.brackets import four_moment_bracket
+from lowland.brackets import four_moment_bracket, four_moment_upper
 from lowland.matrices import Matrix
 
 
@@ -119,6 +119,38 @@ class HessianMoments:
         return self.mean + self.std * math.sqrt(self.dim - 1)
 
     @property
+    def four_moment_upper(self) -> Tensor:
+        """The upper bound on the largest eigenvalue from all four moments, with its gradient.
+
+        It is that of ``bracket(1, moments=4)``, and never above :attr:`upper`.
+
+        Raises:
+            ValueError: Without :attr:`higher`.
+
+        Example:
+            >>> import torch
+            >>> from lowland import HessianMoments
+            >>> eigenvalues = torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0]).double()
+            >>> traces = [(eigenvalues**power).sum() for power in (1, 2, 3, 4)]
+            >>> moments = HessianMoments(5, *traces[:2], higher=tuple(traces[2:]))
+            >>> [round(bound.item(), 2) for bound in (moments.four_moment_upper, moments.upper)]
+            [10.0, 10.32]
+        """
+        upper = self.upper
+        narrower = four_moment_upper(self.dim, self._means("four_moment_upper"))
+        return torch.where(narrower < upper, narrower, upper)  # also where it is NaN
+
+    def _means(self, asked: str) -> tuple[Tensor, ...]:
+        """The means of the eigenvalues' first four powers."""
+        if self.higher is None:
+            raise ValueError(
+                f"{asked} needs Tr H^3 and Tr H^4, which were not computed; get them by "
+                "hessian_moments(..., moments=4)"
+            )
+        powers = (self.trace, self.trace_sq, *self.higher)
+        return tuple(power / self.dim for power in powers)
+
+    @property
     def lower(self) -> Tensor:
         """The lower bound ``m - s sqrt(P - 1)`` on the smallest eigenvalue."""
         return self.mean - self.std * math.sqrt(self.dim - 1)
@@ -172,7 +204,8 @@ class HessianMoments:
             k: Between 1 and ``dim``.
             moments: 2 for the bracket from ``trace`` and ``trace_sq``. 4 for the narrower one, from
                 ``higher`` too, by the Chebyshev-Markov-Stieltjes inequalities
-                (:mod:`lowland.brackets`); it is never wider, and has no gradients.
+                (:mod:`lowland.brackets`); it is never wider, and has no gradients
+                (:attr:`four_moment_upper` has).
 
         Returns:
             Two tensors of shape ``(*ensemble)``.
@@ -209,14 +242,9 @@ class HessianMoments:
             high = mean - std / math.sqrt(dim - 1)
         if moments == 2:
             return low, high
-        if self.higher is None:
-            raise ValueError(
-                "bracket(k, moments=4) needs Tr H^3 and Tr H^4, which were not computed; get them "
-                "by hessian_moments(..., moments=4)"
-            )
+        means = self._means("bracket(k, moments=4)")
         low, high = low.detach(), high.detach()
-        powers = (self.trace, self.trace_sq, *self.higher)
-        four_low, four_high = four_moment_bracket(k, dim, tuple(power / dim for power in powers))
+        four_low, four_high = four_moment_bracket(k, dim, means)
         # Where four moments are NaN, fmax and fmin keep to two; rounding cannot swap the ends.
         four_low = torch.fmin(torch.fmax(low, four_low), high)
         return four_low, torch.maximum(torch.fmin(high, four_high), four_low)

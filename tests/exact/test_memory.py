@@ -274,3 +274,24 @@ def test_gradients_in_many_inputs_stay_within_the_budget(order):
         )
         torch.autograd.grad(moments.upper, [x, *weights])
     assert peak.bytes <= budget
+
+
+@pytest.mark.parametrize("name", ["ensemble", "two hidden layers"])
+@pytest.mark.parametrize("method", ["dense", "lanczos"])
+def test_functions_of_eigenvalues_stay_within_the_budget(name, method):
+    network, samples, ensemble = SIZES[name]
+    case = cases.make(network, samples, ensemble=ensemble).with_gradients()
+    settings = {**case.settings, "f": "lambda_max", "method": method}
+    accepted, budget = 0, 1 << 12
+    while accepted < 2:  # the first two that are not refused, which takes no time
+        budget = 5 * budget // 4
+        peak = Peak()
+        try:
+            with peak:
+                value = exact.spectral(*case.arguments, **settings, memory_budget=budget)
+                torch.autograd.grad(value.sum(), case.weights)
+        except ValueError as refusal:
+            assert "raise memory_budget" in str(refusal)  # noqa: PT017 - until it is enough
+            continue
+        accepted += 1
+        assert peak.bytes <= budget

@@ -1,4 +1,4 @@
-"""The closed form: exact moments, their gradient, and what contributes to it."""
+"""The closed form: exact moments, spectral functions, their gradients, and what they consist of."""
 
 from lowland.activations import register_activation
 from lowland.criteria import register_criterion
@@ -9,6 +9,7 @@ from lowland.exact.attribution import (
     pair_contributions,
     sample_contributions,
 )
+from lowland.exact.eigenvalues import spectral
 from lowland.exact.plan import OrderChoice
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "register_activation",
     "register_criterion",
     "sample_contributions",
+    "spectral",
     "trace",
 ]

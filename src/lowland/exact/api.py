@@ -72,7 +72,7 @@ def moments(
             data set. As the sum over pairs of different samples it may come out negative, or
             smaller than any spectrum of that trace has it: see :class:`~lowland.HessianMoments`.
         moments: 4 for ``Tr H^3`` and ``Tr H^4`` as well, which narrow the brackets of eigenvalues;
-            they cost some products of ``P x P`` matrices and carry no gradient.
+            they cost some products of ``P x P`` matrices, and their gradient another contraction.
         matrix: ``"hessian"``; or in its place ``"ggn"``, the Gauss-Newton matrix, which is the
             Fisher matrix, too, for ``"bce"``, ``"ce"`` and ``"mse"``; or ``"residual"``, what the
             Hessian has beyond it (:mod:`lowland.matrices`). The compiled code is for the Hessian.

@@ -246,17 +246,53 @@ def dense(size: Size, blocks: Sequence[tuple[Tile, Tensor]]) -> Tensor:
     """
     networks, dim = len(blocks[0][1]), size.dim
     result = blocks[0][1].new_empty(networks, dim, dim)
-    starts = [
-        sum(r * w for r, w in zip(size.rows[:layer], size.widths[1 : layer + 1], strict=True))
-        for layer in range(size.depth)
-    ]
     for tile, values in blocks:
-        at = [starts[layer] for layer in (tile.lower, tile.upper)]
-        extent = [size.rows[layer] * size.widths[layer + 1] for layer in (tile.lower, tile.upper)]
+        lower, upper = places(size, tile.lower), places(size, tile.upper)
         whole = _unpack(size, tile, values)
-        result[:, at[0] : at[0] + extent[0], at[1] : at[1] + extent[1]] = whole
+        result[:, lower, upper] = whole
         if tile.lower != tile.upper:
-            result[:, at[1] : at[1] + extent[1], at[0] : at[0] + extent[0]] = whole.mT
+            result[:, upper, lower] = whole.mT
+    return result
+
+
+def places(size: Size, layer: int) -> slice:
+    """Where a layer's trained weights stand among all parameters, row by row."""
+    counts = [r * w for r, w in zip(size.rows, size.widths[1:], strict=True)]
+    return slice(sum(counts[:layer]), sum(counts[: layer + 1]))
+
+
+def gathered(size: Size, tile: Tile, matrix: Tensor) -> Tensor:
+    """Of a symmetric matrix ``C`` what each entry of a tile of ``H`` is multiplied by in <C, H>.
+
+    It is the sum of C over all entries of ``H`` that this one stands for: unlike in ``H`` they need
+    not be equal, since ``C`` has no symmetry within the blocks of a layer.
+
+    Args:
+        size: The extent of the problem.
+        tile: The tile.
+        matrix: ``C``, ``(networks, P, P)``, the parameters as in :func:`dense`.
+    """
+    rows, width = size.rows[tile.lower], size.widths[tile.lower + 1]
+    others, other = size.rows[tile.upper], size.widths[tile.upper + 1]
+    block = matrix[:, places(size, tile.lower), places(size, tile.upper)]
+    block = block.reshape(-1, rows, width, others, other)
+    if tile.lower != tile.upper:
+        rows_of_tile = 2 * block[:, tile.start : tile.stop]
+        return rows_of_tile.transpose(2, 3).contiguous().view(-1, *shape(size, tile))
+    k, other_k = pairs_of(rows, matrix.device)
+    chosen = (k >= tile.start) & (k < tile.stop)
+    k, other_k = k[chosen], other_k[chosen]
+    j, other_j = pairs_of(width, matrix.device)
+    # (k, k') and (k', k), once where they are the same; so for (j, j').
+    one_row, one_column = (k == other_k)[:, None], j == other_j
+    result = matrix.new_zeros(len(matrix), len(k), len(j))
+    for a, b, counts_row in ((k, other_k, None), (other_k, k, one_row)):
+        for c, d, counts_column in ((j, other_j, None), (other_j, j, one_column)):
+            share = block[:, a[:, None], c, b[:, None], d]
+            for same in (counts_row, counts_column):
+                if same is not None:
+                    share = share.masked_fill(same, 0)
+            result += share
     return result
 
 

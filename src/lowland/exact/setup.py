@@ -14,7 +14,9 @@ from torch.autograd import grad
 from lowland._limits import DEFAULT_MEMORY_BUDGET, MEBIBYTE
 from lowland._loss_checks import check_loss
 from lowland.activations import Activation, get_activation
+from lowland.exact.blocks import blocks
 from lowland.exact.c_backend import covers
+from lowland.exact.of_matrix import ByMatrix, run
 from lowland.exact.plan import (
     OrderChoice,
     Path,
@@ -92,6 +94,10 @@ class Setup:
         covered = self.covered and matrix == "hessian"
         return replace(self, arch=replace(self.arch, matrix=matrix), covered=covered)
 
+    def of_plain_code(self) -> Setup:
+        """The same without the compiled code."""
+        return replace(self, covered=False)
+
     def moments(
         self,
         order: OrderChoice = "auto",
@@ -116,26 +122,65 @@ class Setup:
         """``Tr H^3`` and ``Tr H^4``, from ``H`` itself and one network at a time."""
         if unbiased:
             raise ValueError("unbiased=True estimates Tr H and Tr H^2 alone; use moments=2")
-        # H, its square, and their product.
-        needed = 3 * self.size.dim**2 * self.size.itemsize
-        if needed > memory_budget:
-            raise ValueError(
-                f"a memory budget of {memory_budget / MEBIBYTE:.3g} MiB is too small: moments=4 "
-                f"squares the Hessian of {self.size.dim} parameters and takes "
-                f"{needed / MEBIBYTE:.3g} MiB; raise memory_budget"
-            )
-        # All blocks have to be held at a time, whatever the budget is otherwise.
-        problem = self.problem("parameters", max(memory_budget, 16 * needed), compiled=False)
-        problem = replace(problem, plan=replace(problem.plan, networks=1))
+        wanted = self.asks_for_gradients
+        # H, its square, and their product; for the gradient those of both, C and its tiles.
+        copies = 6 if wanted else 3
+        what = f"moments=4 squares the Hessian of {self.size.dim} parameters"
+        problem = self.matrix_problem(memory_budget, copies, what)
 
-        def powers(backend: TorchBackend) -> Tensor:
-            matrix = backend.hessian()
+        def powers(matrix: Tensor) -> list[tuple[Tensor, Callable[[], Tensor]]]:
             square = matrix @ matrix
-            return torch.stack([(square * matrix).sum((1, 2)), square.square().sum((1, 2))])
+            return [
+                ((square * matrix).sum((1, 2)), lambda: 3 * square),
+                (square.square().sum((1, 2)), lambda: 4 * (square @ matrix)),
+            ]
 
-        with torch.no_grad():
-            third, fourth = torch.cat(problem.on_torch(self.weights, powers), 1)
+        third, fourth = run(problem, self.weights, ByMatrix(powers, wanted))
         return third.view(self.ensemble), fourth.view(self.ensemble)
+
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Whether somebody may go backward through what is computed now."""
+        varying = (self.data.x, *self.weights)
+        return torch.is_grad_enabled() and any(each.requires_grad for each in varying)
+
+    def matrix_problem(
+        self, memory_budget: int, copies: int, what: str, instead: str = ""
+    ) -> Problem:
+        """The problem of whole matrices ``H``, of which so many copies are held at a time.
+
+        Args:
+            memory_budget: Three quarters of it are theirs, what is left that of a chunk of samples.
+            copies: Of a network's matrix.
+            what: What is to be said of a budget that is too small for one network,
+            instead: and what can be done but to raise it.
+
+        Raises:
+            ValueError: If the budget is too small.
+        """
+        memory_budget = check_budget(memory_budget)
+        room = 3 * memory_budget // 4
+        needed = copies * self.size.dim**2 * self.size.itemsize
+        if needed > room:
+            raise ValueError(
+                f"a memory budget of {memory_budget / MEBIBYTE:.3g} MiB is too small: {what} and "
+                f"takes {needed / 0.75 / MEBIBYTE:.3g} MiB; raise memory_budget{instead}"
+            )
+        try:
+            problem = self.problem("parameters", memory_budget - room, compiled=False)
+        except ValueError as error:  # which knows of an order that is none here
+            raise ValueError(
+                f"a memory budget of {memory_budget / MEBIBYTE:.3g} MiB is too small: {what}, and "
+                f"a quarter of the budget does not hold one sample; raise memory_budget{instead}"
+            ) from error
+        plan = replace(
+            problem.plan,
+            tiles=[list(blocks(self.size))],  # whatever the budget for some of them
+            networks=min(problem.plan.networks, room // needed),
+            # Two matrices at most for each network.
+            keep=2 * self.size.networks * needed // copies <= memory_budget // 4,
+        )
+        return replace(problem, plan=plan)
 
     def relative_cost(self) -> float:
         """What the moments and their gradient are predicted to cost, in gradients of the loss."""
@@ -155,7 +200,7 @@ class Setup:
     def diagonal(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
         """The diagonal of ``H``, as :func:`lowland.exact.diagonal` gives it."""
         # The compiled code has its sum alone.
-        problem = replace(self, covered=False).trace_problem(memory_budget)
+        problem = self.of_plain_code().trace_problem(memory_budget)
         with torch.no_grad():
             found = problem.on_torch(self.weights, TorchBackend.diagonal)
         return self.shaped(join_layers(found, self.weights))

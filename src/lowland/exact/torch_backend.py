@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import grad
 
 from lowland.exact import by_parameters, by_samples, trace_alone
-from lowland.exact.blocks import dense
+from lowland.exact.along import second_derivative
+from lowland.exact.blocks import dense, gathered
 from lowland.exact.by_parameters import Adjoints, Tiles
 from lowland.exact.diagonals import diagonal
 from lowland.exact.plan import Plan
@@ -235,17 +236,62 @@ class TorchBackend:
                     whole.addcmul_(part, weight[:, None, None])
             return total
         for index, summands in self._summands(trace_weight, square_weight, kept):
-            data, leaves, parts = self._leaves_of(self.chunks[index], total)
-            with torch.enable_grad():
-                terms = self.compute_terms(self.leaves, data)
-            adjoints = _add_up(summands(_detached(terms)))
-            _chain(parts, leaves, [terms.named[name] for name in adjoints], list(adjoints.values()))
+            self._pull_back(total, index, summands)
         if self._trace_is_apart:
             for chunk in self.chunks:
                 data, leaves, parts = self._leaves_of(chunk, total)
                 with torch.enable_grad():
                     trace = trace_alone.trace(self.arch, self.leaves, data)
                 _chain(parts, leaves, [trace], [trace_weight])
+        return total
+
+    def _pull_back(self, total: list[Tensor], index: int, summands: Summands) -> None:
+        """Add the gradient of what has these adjoints in a chunk's terms to ``total``."""
+        data, leaves, parts = self._leaves_of(self.chunks[index], total)
+        with torch.enable_grad():
+            terms = self.compute_terms(self.leaves, data)
+        adjoints = _add_up(summands(_detached(terms)))
+        _chain(parts, leaves, [terms.named[name] for name in adjoints], list(adjoints.values()))
+
+    def contraction(self, matrix: Float[Tensor, "networks dim dim"]) -> list[Tensor]:
+        r"""The gradient of :math:`\langle C, H\rangle` in the weights for a constant ``C``.
+
+        Args:
+            matrix: ``C``, symmetric, the parameters as in :meth:`hessian`.
+        """
+        total = self._zeros()
+        for group in self.plan.tiles:
+            tiles = [(tile, gathered(self.size, tile, matrix)) for tile in group]
+            for index in range(len(self.chunks)):
+                self._pull_back(total, index, partial(self._of_tiles, tiles))
+        return total
+
+    def product(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """``H u``; rows that are not trained have zeros.
+
+        Args:
+            direction: ``u``, shaped like the weights, zero in rows that are not trained.
+        """
+        leaves = [part.detach().requires_grad_() for part in direction]
+        total = [torch.zeros_like(weight) for weight in self.weights]
+        for chunk in self.chunks:
+            data = self.data.of_samples(chunk)
+            with torch.enable_grad():
+                value = second_derivative(self.arch, self.weights, leaves, data)
+            _chain(total, leaves, [value], [torch.full_like(value, 0.5)])
+        result = [torch.zeros_like(weight) for weight in self.weights]
+        for whole, part, rows in zip(result, total, self.arch.rows, strict=True):
+            whole[:, rows] = part[:, rows]
+        return result
+
+    def gradient_along(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of ``u^T H u`` in the weights for a constant ``u``."""
+        total = self._zeros()
+        for chunk in self.chunks:
+            data, varying, parts = self._leaves_of(chunk, total)
+            with torch.enable_grad():
+                value = second_derivative(self.arch, self.leaves, direction, data)
+            _chain(parts, varying, [value], [torch.ones_like(value)])
         return total
 
     def sample_gradients(

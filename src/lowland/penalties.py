@@ -25,7 +25,130 @@ from lowland.objective import Objective, objective
 from lowland.validation import is_number
 
 
-class CurvaturePenalty(nn.Module, ABC):
+class Penalty(nn.Module, ABC):
+    """A weighted quantity of ``criterion(model(x), y)``, in some calls or in all of them.
+
+    Args:
+        criterion: The loss whose curvature is penalized.
+        weight: Factor of the penalty, at least zero.
+        parameters: Penalize the curvature in these alone.
+        every: In training mode, apply the penalty in each so many-th call, times as much, and
+            nothing in between.
+        active: The first call in which the penalty is applied, and the first in which it no longer
+            is; counted from 0 in training mode.
+
+    Raises:
+        TypeError: If the criterion cannot be called, or the weight is no number.
+        ValueError: If the weight is negative or not finite, or another setting makes no sense.
+    """
+
+    used: str | None = None
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        weight: float,
+        *,
+        parameters: Iterable[Tensor] | None = None,
+        every: int = 1,
+        active: tuple[float, float] = (0, math.inf),
+    ) -> None:
+        super().__init__()
+        if isinstance(criterion, type) or not callable(criterion):
+            raise TypeError(
+                f"expected a criterion, such as nn.BCEWithLogitsLoss(), then its penalty's weight; "
+                f"got {criterion!r} for the criterion"
+            )
+        if not (is_number(weight) or isinstance(weight, Tensor)):
+            raise TypeError(f"weight must be a finite number of at least 0; got {weight!r}")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight must be a finite number of at least 0; got {weight}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of at least 1; got {every!r}")
+        subset = None if parameters is None else tuple(parameters)
+        if subset == ():
+            raise ValueError("parameters= must name at least one parameter; got none")
+        if not (isinstance(active, tuple) and len(active) == 2 and 0 <= active[0] < active[1]):
+            raise ValueError(
+                f"active must be (start, stop), the first call with the penalty and the first "
+                f"without it again, 0 <= start < stop; got {active!r}"
+            )
+        self.criterion = criterion
+        self.weight = weight
+        # Not in a list of nn.Module's own: they are the model's to move and to save.
+        self._subset = subset
+        self.every, self.active = every, active
+        self.calls = 0
+
+    def forward(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
+        """The penalty, a scalar tensor with a graph to the model's trainable parameters.
+
+        Without ``y`` the batch is a pair of both, or one mapping or object that holds both, with
+        which the criterion is called as it is: ``criterion(model(**x), x)``.
+        """
+        factor = self._factor()
+        if factor is None:
+            return _nothing(model)
+        return factor * self.measure(model, x, y)
+
+    def loss(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
+        """``criterion(model(x), y)`` and the penalty, from one forward pass where that is possible.
+
+        Running statistics of normalizations are updated once, and dropout draws one mask for both.
+        """
+        factor = self._factor()
+        if factor is None:
+            x, y = one_batch(x, y)
+            return scalar_loss(self.criterion, call(model, x), y)
+        loss, quantity = self._loss_and_quantity(self._target(model, x, y))
+        return loss + factor * quantity
+
+    def measure(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
+        """The quantity that is penalized, before its weight."""
+        return self._quantity(self._target(model, x, y))
+
+    @abstractmethod
+    def _quantity(self, target: Objective) -> Tensor:
+        """What is penalized, of one loss; the model's state stays as it is."""
+
+    @abstractmethod
+    def _loss_and_quantity(self, target: Objective) -> tuple[Tensor, Tensor]:
+        """The loss, as a step of training has it, and what is penalized."""
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print(penalty)``."""
+        changed = [
+            f", {name}={now!r}" for name, (now, usual) in self._settings().items() if now != usual
+        ]
+        return f"weight={self.weight}" + "".join(changed)
+
+    def _settings(self) -> dict[str, tuple[Any, Any]]:
+        """What each setting is, and what it usually is."""
+        return {"every": (self.every, 1), "active": (self.active, (0, math.inf))}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What :meth:`state_dict` holds beyond tensors."""
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`get_extra_state` gave."""
+        self.calls = state["calls"]
+
+    def _target(self, model: nn.Module, x: Any, y: Any) -> Objective:
+        return objective(model, self.criterion, x, y, self._subset)
+
+    def _factor(self) -> float | None:
+        """What the quantity is multiplied by in this call; None for nothing."""
+        if not self.training:
+            return self.weight
+        call, (start, stop) = self.calls, self.active
+        self.calls += 1
+        if start <= call < stop and (call - start) % self.every == 0:
+            return self.weight * self.every
+        return None
+
+
+class CurvaturePenalty(Penalty):
     """A weighted function of the Hessian of ``criterion(model(x), y)``.
 
     Add it to the loss and call ``backward()`` once::
@@ -71,7 +194,6 @@ class CurvaturePenalty(nn.Module, ABC):
         what HSR remembers, are part of ``penalty.state_dict()``.
     """
 
-    used: str | None = None
     count: int = 2
     """How many moments :meth:`value` reads: 1 for ``Tr H`` alone, 2, or 4."""
     per_sample: bool = True
@@ -92,75 +214,20 @@ class CurvaturePenalty(nn.Module, ABC):
         active: tuple[float, float] = (0, math.inf),
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
-        super().__init__()
+        super().__init__(criterion, weight, parameters=parameters, every=every, active=active)
         if self.count not in (1, 2, 4):
             raise ValueError(
                 f"count of {type(self).__name__} must be 1, 2 or 4, how many moments its value "
                 f"reads; got {self.count!r}"
             )
-        if isinstance(criterion, type) or not callable(criterion):
-            raise TypeError(
-                f"expected a criterion, such as nn.BCEWithLogitsLoss(), then its penalty's weight; "
-                f"got {criterion!r} for the criterion"
-            )
-        if not (is_number(weight) or isinstance(weight, Tensor)):
-            raise TypeError(f"weight must be a finite number of at least 0; got {weight!r}")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight must be a finite number of at least 0; got {weight}")
         check_method(method)
         if self.count > 2 and method in ("exact", "probes"):
             raise UnsupportedModelError(
                 f"{type(self).__name__} is a function of four moments, of which method={method!r} "
                 "knows no gradient: use method='dense'"
             )
-        estimation = Estimation(probes, products, generator, unbiased, memory_budget)
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1; got {every!r}")
-        subset = None if parameters is None else tuple(parameters)
-        if subset == ():
-            raise ValueError("parameters= must name at least one parameter; got none")
-        if not (isinstance(active, tuple) and len(active) == 2 and 0 <= active[0] < active[1]):
-            raise ValueError(
-                f"active must be (start, stop), the first call with the penalty and the first "
-                f"without it again, 0 <= start < stop; got {active!r}"
-            )
-        self.criterion = criterion
-        self.weight = weight
         self.method: Method = method
-        self.estimation = estimation
-        # Not in a list of nn.Module's own: they are the model's to move and to save.
-        self._subset = subset
-        self.every, self.active = every, active
-        self.calls = 0
-
-    def forward(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
-        """The penalty, a scalar tensor with a graph to the model's trainable parameters.
-
-        Without ``y`` the batch is a pair of both, or one mapping or object that holds both, with
-        which the criterion is called as it is: ``criterion(model(**x), x)``.
-        """
-        factor = self._factor()
-        if factor is None:
-            return _nothing(model)
-        return factor * self.measure(model, x, y)
-
-    def loss(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
-        """``criterion(model(x), y)`` and the penalty, from one forward pass where that is possible.
-
-        Running statistics of normalizations are updated once, and dropout draws one mask for both.
-        """
-        factor = self._factor()
-        if factor is None:
-            x, y = one_batch(x, y)
-            return scalar_loss(self.criterion, call(model, x), y)
-        target = self._target(model, x, y)
-        loss, moments = self._engine(target).loss_and_moments(self.count)
-        return loss + factor * self.value(moments, self._samples(target))
-
-    def measure(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
-        """The quantity that is penalized, before its weight."""
-        target = self._target(model, x, y)
-        return self.value(self._engine(target).moments(self.count), self._samples(target))
+        self.estimation = Estimation(probes, products, generator, unbiased, memory_budget)
 
     @abstractmethod
     def value(self, moments: HessianMoments, samples: int) -> Tensor:
@@ -170,28 +237,21 @@ class CurvaturePenalty(nn.Module, ABC):
         """What the penalty is a function of."""
         return self._engine(self._target(model, x, y)).moments(self.count)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``print(penalty)``."""
-        settings = {
+    def _quantity(self, target: Objective) -> Tensor:
+        return self.value(self._engine(target).moments(self.count), self._samples(target))
+
+    def _loss_and_quantity(self, target: Objective) -> tuple[Tensor, Tensor]:
+        loss, moments = self._engine(target).loss_and_moments(self.count)
+        return loss, self.value(moments, self._samples(target))
+
+    def _settings(self) -> dict[str, tuple[Any, Any]]:
+        return {
+            "method": (self.method, None),
             "probes": (self.estimation.probes, 1),
             "products": (self.estimation.products, "auto"),
             "unbiased": (self.estimation.unbiased, False),
-            "every": (self.every, 1),
-            "active": (self.active, (0, math.inf)),
+            **super()._settings(),
         }
-        changed = [f", {name}={now!r}" for name, (now, usual) in settings.items() if now != usual]
-        return f"weight={self.weight}, method={self.method!r}" + "".join(changed)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What :meth:`state_dict` holds beyond tensors."""
-        return {"calls": self.calls}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`get_extra_state` gave."""
-        self.calls = state["calls"]
-
-    def _target(self, model: nn.Module, x: Any, y: Any) -> Objective:
-        return objective(model, self.criterion, x, y, self._subset)
 
     def _samples(self, target: Objective) -> int:
         """Those of the batch, in all processes in which the model is trained side by side."""
@@ -214,16 +274,6 @@ class CurvaturePenalty(nn.Module, ABC):
         )
         self.used = engine.name
         return engine
-
-    def _factor(self) -> float | None:
-        """What the quantity is multiplied by in this call; None for nothing."""
-        if not self.training:
-            return self.weight
-        call, (start, stop) = self.calls, self.active
-        self.calls += 1
-        if start <= call < stop and (call - start) % self.every == 0:
-            return self.weight * self.every
-        return None
 
 
 class HSR(CurvaturePenalty):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lowland.diagonal import HessianDiagonal, hessian_diagonal
     from lowland.engines import hessian_moments
     from lowland.errors import UnsupportedModelError
+    from lowland.lambda_max import LambdaMax
     from lowland.landscape import LossSurface, surface
     from lowland.moments import HessianMoments
     from lowland.optimizers import SAM
@@ -37,6 +38,7 @@ _HOMES = {
     "HessianDiagonal": "diagonal",
     "HessianMoments": "moments",
     "HessianTrace": "penalties",
+    "LambdaMax": "lambda_max",
     "LossSurface": "landscape",
     "Spectrum": "spectra",
     "UnsupportedModelError": "errors",
@@ -61,6 +63,7 @@ __all__ = [
     "HessianDiagonal",
     "HessianMoments",
     "HessianTrace",
+    "LambdaMax",
     "LossSurface",
     "Spectrum",
     "UnsupportedModelError",

@@ -85,7 +85,7 @@ class Estimate:
         if settings.products == "differences":
             warn_of_kinks(target.model)
         parts = target.halves() if settings.unbiased else [target]
-        average = _average_over_processes(target.outer)
+        average = average_over_processes(target.outer)
         loss, traces, squares = quadratic_forms(
             parts,
             directions,
@@ -197,7 +197,7 @@ def loader_moments(
             found = hessian_products(part, directions, settings.products)
             for total, product in zip(totals, found, strict=True):
                 torch._foreach_add_(total, product, alpha=weight)
-    average = _average_over_processes(target.outer)
+    average = average_over_processes(target.outer)
     if average:  # each process has seen its share of the samples
         counted = torch.tensor([weigh.sum], dtype=totals[0][0].dtype, device=target.device)
         average([counted, *(each for total in totals for each in total)])
@@ -264,7 +264,7 @@ def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
     return (bytes_[:, None].bitwise_right_shift(bits) & 1).to(dtype).mul_(2).sub_(1)
 
 
-def _average_over_processes(model: nn.Module) -> Average | None:
+def average_over_processes(model: nn.Module) -> Average | None:
     parallel = data_parallel(model)
     if parallel is None:
         return None

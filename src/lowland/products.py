@@ -57,6 +57,9 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 # For each direction: (loss, v^T H v, squared norm of H v), the last two with one entry a direction.
 Forms = tuple[Tensor, Tensor, Tensor]
 
+# Of second differences, which rounding drowns sooner than first ones: a longer step.
+_SECOND = 3.0
+
 # Averages tensors over all processes, in place.
 Average = Callable[[Vector], None]
 
@@ -122,6 +125,84 @@ def quadratic_forms(
         result: Forms = _Finite.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
         return result
     return _by_autograd(halves, directions, average)
+
+
+def form_along(
+    part: Objective,
+    direction: Vector,
+    products: Products = "autograd",
+    average: Average | None = None,
+    *,
+    step: float = 1.0,
+) -> tuple[Tensor, Tensor, Vector]:
+    r"""A loss, its second derivative :math:`v^T H v` along one direction, and :math:`Hv`.
+
+    By differences all comes from three gradients, and what goes backward is ready by then:
+
+        H v = (g(t + eps v) - g(t - eps v)) / (2 eps)
+        D^3 L[v, v] = (g(t + eps v) - 2 g(t) + g(t - eps v)) / eps^2
+
+    Args:
+        part: The loss.
+        direction: With one tensor a parameter, of length 1 together.
+        products: ``"autograd"`` or ``"differences"``.
+        average: Over the processes of data-parallel training.
+        step: Of differences: how much longer than usual their steps are.
+
+    Returns:
+        The first two carry gradients if gradients are enabled, as :func:`quadratic_forms` has it;
+        the product does not.
+
+    Raises:
+        ValueError, RuntimeError: As :func:`quadratic_forms`.
+    """
+    if products == "differences":
+        run = _Differences([part], [part.free(direction)], average, _SECOND * step)
+        loss, form, *found = _Central.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
+        return loss, form, found
+    wanted = torch.is_grad_enabled()
+    scale = _loss_scale(part.device)
+    with _derivatives(part):
+        curvature = Curvature(part, scale)
+        loss = curvature.loss
+        found = curvature.product(direction, wanted=wanted)
+        if scale != 1:
+            found = [each / scale for each in found]
+        (value,) = _averaged([[each.detach() for each in found]], average)
+        form = _carry(dot(direction, value), dot(direction, found))
+    if not wanted:
+        return loss.detach(), form.detach(), value
+    if not form.requires_grad:  # the Hessian is constant
+        if not norm(value):
+            raise ValueError(_NO_CURVATURE)
+        form = form + 0 * loss
+    return loss, form, value
+
+
+@contextmanager
+def products_here(
+    part: Objective, products: Products, step: float = 1.0
+) -> Iterator[Callable[[Vector], Vector]]:
+    """``v -> H v`` of one batch at one point, again and again, from one gradient or its graph.
+
+    In the parameters' own precision and without gradients; the model's state stays as it is.
+    """
+    full_precision = torch.autocast(part.device.type, enabled=False)
+    with part.remember()(), frozen_statistics(*part.modules), full_precision:
+        if products == "differences":
+            run = _Differences([part], [], None, step)
+            _, gradient = run.first_gradient(part)
+
+            def multiply(direction: Vector) -> Vector:
+                shift = run.shift() / norm(direction)
+                near = run.gradient(0, plus(run.parameters, part.free(direction), shift))
+                torch._foreach_sub_(near, gradient)
+                return times(near, 1 / shift)
+
+            yield multiply
+        else:
+            with curvature_of(part) as curvature:
+                yield lambda direction: curvature.product(direction, wanted=False)
 
 
 def hessian_products(
@@ -577,6 +658,43 @@ class _Finite(Function):
                 found = run.gradient(part, at)
                 torch._foreach_sub_(found, near)
                 plus_(total, found, 1 / (step * far))
+        return None, *total
+
+
+class _Central(Function):
+    # The gradient of the form is known as soon as its value is: nothing else is kept for it.
+
+    @staticmethod
+    def forward(ctx: Any, run: _Differences, *parameters: Tensor) -> tuple[Tensor, ...]:
+        (part,), (direction,) = run.halves, run.directions
+        loss, gradient = run.first_gradient(part)
+        step = run.shift() / norm(direction)
+        near = run.gradient(0, plus(run.parameters, direction, step))
+        far = run.gradient(0, plus(run.parameters, direction, -step))
+        product = list(torch._foreach_sub(near, far))  # noqa: SLF001
+        torch._foreach_mul_(product, 0.5 / step)
+        torch._foreach_add_(near, far)
+        plus_(near, gradient, step.new_tensor(-2.0))
+        torch._foreach_mul_(near, step.square().reciprocal())
+        (product,) = _averaged([product], run.average)
+        form = dot(direction, product)
+        check_finite(form, "the Hessian's product with a direction")
+        ctx.save_for_backward(*gradient, *near)
+        ctx.mark_non_differentiable(*product)
+        ctx.set_materialize_grads(False)
+        return loss, form, *product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+        in_loss, in_form, *_ = slopes
+        size = len(ctx.saved_tensors) // 2
+        gradient, third = ctx.saved_tensors[:size], ctx.saved_tensors[size:]
+        if in_form is None:
+            in_form = third[0].new_zeros(())
+        total = times(third, in_form)
+        if in_loss is not None:
+            plus_(total, gradient, in_loss)
         return None, *total
 
 

@@ -1,16 +1,18 @@
 r"""The top eigenvector of a matrix that changes slowly, followed by one product a step.
 
-From the product :math:`Hv` with a vector of length 1, :math:`\theta = v^T H v` and the residual
-:math:`r = Hv - \theta v`, a step goes to
+From the product :math:`Hv` with a vector of length 1 come :math:`\theta = v^T H v` and the residual
+:math:`r = Hv - \theta v`, of length :math:`\rho`. In the plane of ``v`` and ``r`` the matrix is
 
-.. math:: v \leftarrow \frac{v + r / d}{\lVert v + r / d \rVert}, \qquad
-    d = \max\left(\theta, \frac{1.2 a + \theta}{2}\right),
+.. math:: \begin{pmatrix} \theta & \rho \\ \rho & \kappa \end{pmatrix}, \qquad
+    \kappa = r^T H r / \rho^2,
 
-which is power iteration on :math:`H + (d - \theta) I`. Without a shift it goes to the eigenvalue of
-largest magnitude. With ``a`` not below the magnitude of the most negative eigenvalue, the shift
-makes the largest eigenvalue the one of largest magnitude, and it is zero where ``a`` is small. ``a``
-is what a few Lanczos products have shown, or the residual's length, where that is more: an
-eigenvalue below :math:`-\theta` shows there before it takes the vector over.
+and the step goes to its top eigenvector, :math:`v + r / (\lambda - \kappa)` with its larger
+eigenvalue :math:`\lambda`. Only :math:`\kappa` would take a second product. It is taken from the
+last residual instead, which the present product shows, since the present vector holds a part of
+it: the lagged steps of Barzilai and Borwein. That needs no shift against negative eigenvalues.
+Where one is about to take over, it is most of the residual, :math:`\kappa` is near it, and the
+step is as short as removes it. Beside power iteration with a shift this halves what is missed along
+training, and loses nothing where each product is of another mini-batch.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from torch import Tensor
 
 from lowland.products import Vector, dot, norm, plus, times
 
-_MARGIN = 1.2  # of what Lanczos has seen of the lower end, which is less than what there is
+_BELOW = 0.2  # how much lower the curvature along the residual is taken at least, relative
+_DEEPEST = 2.0  # and how low at most, in what has been seen below zero
+_LONGEST = 1.0  # of the residual's part in a new vector, relative to the old one's
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,23 @@ class Tracked:
         vector: Of length 1, one tensor a parameter.
         depth: How far the spectrum reaches below zero, a scalar of at least 0.
         steps: Since it was started.
+        last: The last residual, its length, and its part in the vector relative to the rest; None
+            where the vector comes from elsewhere.
     """
 
     vector: Vector
     depth: Tensor
     steps: int = 0
+    last: tuple[Vector, Tensor, Tensor] | None = None
+
+    def like(self, other: Tensor) -> Tracked:
+        """The same on the device of another tensor and in its precision."""
+        vector, last = [part.to(other) for part in self.vector], None
+        if self.last is not None:
+            residual, *numbers = self.last
+            length, part = (number.to(other) for number in numbers)
+            last = [each.to(other) for each in residual], length, part
+        return Tracked(vector, self.depth.to(other), self.steps, last)
 
 
 @dataclass(frozen=True)
@@ -78,23 +94,43 @@ def looked_around(
 
 
 @torch.no_grad()
-def followed(tracked: Tracked, product: Vector) -> tuple[Tracked, Pair]:
-    """One step on, by the product with the tracked vector; what is not finite changes nothing."""
-    vector = tracked.vector
-    value = dot(vector, product)
+def followed(tracked: Tracked, value: Tensor, product: Vector) -> tuple[Tracked, Pair]:
+    """One step on, by ``v' H v`` and ``H v``; what is not finite changes nothing."""
+    vector, value = tracked.vector, value.detach()
     residual = plus(product, vector, -value)
     length = norm(residual)
-    depth = torch.maximum(torch.maximum(tracked.depth, -value), length)
-    divisor = torch.maximum(value, (_MARGIN * depth + value) / 2)
-    least = torch.finfo(divisor.dtype).tiny ** 0.5
-    usable = value.isfinite() & length.isfinite() & (divisor > least)
+    curvature = _curvature(tracked, product)
+    deepest = torch.maximum(torch.maximum(tracked.depth, value.abs()), length)
+    curvature = torch.maximum(curvature, -_DEEPEST * deepest)
+    curvature = torch.minimum(curvature, value - _BELOW * value.abs())
+    apart = value - curvature
+    # lambda - kappa, without a difference of near numbers
+    divisor = (apart + (apart.square() + 4 * length.square()).sqrt()) / 2
+    part = (length / divisor).clamp(max=_LONGEST)
+    usable = part.isfinite() & (part > 0)
     pair = Pair(value, length)
-    if value.device.type == "cpu" and not usable:
+    on_host = value.device.type == "cpu"
+    if on_host and not usable:
         return tracked, pair
-    new = _normalized(plus(vector, residual, torch.where(usable, 1 / divisor, 0)))
-    if value.device.type != "cpu":  # no number is waited for
+    new = plus(vector, residual, part / length)
+    # By its own norm: that of an orthogonal sum would let rounding grow from step to step.
+    torch._foreach_mul_(new, 1 / norm(new))
+    if not on_host:  # no number is waited for
         new = [torch.where(usable, a, b) for a, b in zip(new, vector, strict=True)]
-    return Tracked(new, tracked.depth, tracked.steps + 1), pair
+        residual = [torch.where(usable, part, 0) for part in residual]
+        part, length = torch.where(usable, part, 0), torch.where(usable, length, 0)
+    return Tracked(new, tracked.depth, tracked.steps + 1, (residual, length, part)), pair
+
+
+def _curvature(tracked: Tracked, product: Vector) -> Tensor:
+    """``r' H r / |r|^2`` along the last residual, of which the vector has a part."""
+    unknown = -tracked.depth / 2
+    if tracked.last is None:
+        return unknown
+    residual, length, part = tracked.last
+    whole = (1 + part.square()).sqrt() * dot(residual, product) / length
+    found = (whole - length) / part
+    return torch.where(found.isfinite(), found, unknown)
 
 
 def lanczos(

@@ -265,6 +265,7 @@ def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def average_over_processes(model: nn.Module) -> Average | None:
+    """What averages tensors over the processes of a data-parallel model; None for any other."""
     parallel = data_parallel(model)
     if parallel is None:
         return None

@@ -666,7 +666,7 @@ class _Central(Function):
         (part,), (direction,) = run.halves, run.directions
         loss, gradient = run.first_gradient(part)
         step = run.shift()
-        at = plus(run.parameters, direction, step)
+        at = plus(parameters, direction, step)
         near = run.gradient(0, at)
         plus_(at, direction, -2 * step)
         far = run.gradient(0, at)

@@ -12,7 +12,7 @@ last residual instead, which the present product shows, since the present vector
 it: the lagged steps of Barzilai and Borwein. That needs no shift against negative eigenvalues.
 Where one is about to take over, it is most of the residual, :math:`\kappa` is near it, and the
 step is as short as removes it. Beside power iteration with a shift this halves what is missed along
-training, and loses nothing where each product is of another mini-batch.
+training on all samples, and does about as well where each product is of another mini-batch.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import lowland
-from lowland.penalties import CurvaturePenalty
+from lowland.penalties import Penalty
 
 Step = Callable[[], object]
 
@@ -116,12 +116,16 @@ def adaptive_sam(network: Network) -> Step:
     return sam(network, adaptive=True)
 
 
-def penalized(kind: type[CurvaturePenalty], **settings: object) -> Callable[[Network], Step]:
+def estimated(kind: type[Penalty], **settings: object) -> Callable[[Network], Step]:
+    return penalized(kind, method="probes", **settings)
+
+
+def penalized(kind: type[Penalty], **settings: object) -> Callable[[Network], Step]:
     """A step with a penalty; of one in some steps only, as many as until it comes again."""
 
     def build(network: Network) -> Step:
         optimizer = torch.optim.SGD(network.model.parameters(), **SETTINGS)
-        penalty = kind(network.criterion, 1e-3, method="probes", **settings)
+        penalty = kind(network.criterion, 1e-3, **settings)
 
         def step() -> None:
             for _ in range(penalty.every):
@@ -166,11 +170,13 @@ JOBS = {
     "SAM": Job(sam, 2.05),
     "SAM, adaptive": Job(adaptive_sam),
     "Tr H², by hand": Job(by_hand),
-    "Tr H², exact": Job(penalized(lowland.FlatnessAware), 5.5),
-    "HSR, exact": Job(penalized(lowland.HSR), 5.5),
-    "HSR, finite": Job(penalized(lowland.HSR, products="differences"), 4.2),
-    "HSR, exact, every 4": Job(penalized(lowland.HSR, every=4), 2.2, 4),
-    "HSR, finite, every 4": Job(penalized(lowland.HSR, every=4, products="differences"), 2.2, 4),
+    "Tr H², exact": Job(estimated(lowland.FlatnessAware), 5.5),
+    "HSR, exact": Job(estimated(lowland.HSR), 5.5),
+    "HSR, finite": Job(estimated(lowland.HSR, products="differences"), 4.2),
+    "HSR, exact, every 4": Job(estimated(lowland.HSR, every=4), 2.2, 4),
+    "HSR, finite, every 4": Job(estimated(lowland.HSR, every=4, products="differences"), 2.2, 4),
+    "λ_max, exact": Job(penalized(lowland.LambdaMax, products="autograd"), 4.5),
+    "λ_max, finite": Job(penalized(lowland.LambdaMax, products="differences"), 3.3),
 }
 
 

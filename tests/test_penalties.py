@@ -260,3 +260,35 @@ def test_the_gradient_of_brute_force_can_be_differentiated_again(data):
         total = sum(part.square().sum() for part in first)
         twice.append(torch.autograd.grad(total, parameters))
     torch.testing.assert_close(*twice)
+
+
+@pytest.mark.parametrize("products", ["autograd", "differences"])
+@pytest.mark.parametrize("penalty", [lowland.HSR, lowland.HessianTrace, lowland.LambdaMax])
+def test_within_inference_mode_a_penalty_has_its_value(penalty, products):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    made = penalty(nn.CrossEntropyLoss(), 0.1, products=products).eval()
+    with torch.inference_mode():
+        x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
+        torch.manual_seed(1)
+        found, loss = made(model, x, y), made.loss(model, x, y)
+    assert not found.requires_grad
+    assert not loss.requires_grad
+    torch.manual_seed(1)
+    expected = made(model, x.clone(), y.clone())
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-8)
+
+
+def test_lambda_max_of_a_head_moves_what_is_below_it_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
+    head = model[3].parameters()
+    penalty = lowland.LambdaMax(nn.CrossEntropyLoss(), 1.0, parameters=head)
+    for _ in range(60):
+        penalty.measure(model, x, y)
+    ours = torch.autograd.grad(penalty.measure(model, x, y), model[0].weight)
+    top = lowland.hessian_function(
+        model, nn.CrossEntropyLoss(), x, y, f="lambda_max", parameters=model[3].parameters()
+    )
+    torch.testing.assert_close(ours, torch.autograd.grad(top, model[0].weight), rtol=1e-5, atol=0)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lowland.engines import hessian_moments
     from lowland.errors import UnsupportedModelError
     from lowland.hessian_functions import hessian_function
+    from lowland.lambda_max import LambdaMax
     from lowland.landscape import LossSurface, surface
     from lowland.moments import HessianMoments
     from lowland.optimizers import SAM
@@ -39,6 +40,7 @@ _HOMES = {
     "HessianDiagonal": "diagonal",
     "HessianMoments": "moments",
     "HessianTrace": "penalties",
+    "LambdaMax": "lambda_max",
     "LossSurface": "landscape",
     "Spectral": "spectral_penalty",
     "Spectrum": "spectra",
@@ -65,6 +67,7 @@ __all__ = [
     "HessianDiagonal",
     "HessianMoments",
     "HessianTrace",
+    "LambdaMax",
     "LossSurface",
     "Spectral",
     "Spectrum",

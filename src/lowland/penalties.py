@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -100,12 +101,14 @@ class Penalty(nn.Module, ABC):
         if factor is None:
             x, y = one_batch(x, y)
             return scalar_loss(self.criterion, call(model, x), y)
-        loss, quantity = self._loss_and_quantity(self._target(model, x, y))
-        return loss + factor * quantity
+        with _outside_inference_mode():
+            loss, quantity = self._loss_and_quantity(self._target(model, x, y))
+            return loss + factor * quantity
 
     def measure(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
         """The quantity that is penalized, before its weight."""
-        return self._quantity(self._target(model, x, y))
+        with _outside_inference_mode():
+            return self._quantity(self._target(model, x, y))
 
     @abstractmethod
     def _quantity(self, target: Objective) -> Tensor:
@@ -428,6 +431,16 @@ class FlatnessAware(CurvaturePenalty):
     def value(self, moments: HessianMoments, samples: int) -> Tensor:
         """``Tr H^2 / B``."""
         return moments.trace_sq / samples
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Where a value can be found by derivatives, without a graph, though a caller forbids these."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
 
 
 def _nothing(model: nn.Module) -> Tensor:

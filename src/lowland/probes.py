@@ -59,17 +59,11 @@ class Estimate:
                 "moments=4 needs the closed form or brute force: probes estimate two moments; use "
                 "method='exact' or method='dense'"
             )
-        target = self._reachable
+        target = reachable(self.target, self.settings)
         directions = _draw(target, self.settings)
         # What the model draws, and what it writes to its state, is put back; not so the directions.
         with target.remember()(), target.others_frozen():
             return self._estimate(target, directions)[1]
-
-    @property
-    def _reachable(self) -> Objective:
-        """The loss, with all others that the moments' gradients lead to."""
-        exact = routed(self.target, self.settings).products == "autograd"
-        return self.target.with_others() if exact and torch.is_grad_enabled() else self.target
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
         """Both from one forward pass, which counts as that of a step of training.
@@ -78,7 +72,7 @@ class Estimate:
         of two halves of a batch, whose statistics are not the batch's, or of a data-parallel
         module, which averages the gradients of its own forward passes alone.
         """
-        target = self._reachable
+        target = reachable(self.target, self.settings)
         if target.others or target.parallel or self.settings.unbiased:
             again = remember_state(*target.holders)
             loss = target.step_loss()
@@ -93,7 +87,7 @@ class Estimate:
         if settings.products == "differences":
             warn_of_kinks(target.model)
         parts = target.halves() if settings.unbiased else [target]
-        average = _average_over_processes(target.outer)
+        average = average_over_processes(target.outer)
         loss, traces, squares = quadratic_forms(
             parts,
             directions,
@@ -105,6 +99,12 @@ class Estimate:
         if settings.products == "autograd":
             verify_backward(target, traces, squares)
         return loss, replace(_moments(target, traces, squares), method=self.name)
+
+
+def reachable(target: Objective, settings: Estimation) -> Objective:
+    """The loss, with all others that gradients of quadratic forms lead to: exact ones alone do."""
+    exact = target.others and routed(target, settings).products == "autograd"
+    return target.with_others() if exact and torch.is_grad_enabled() else target
 
 
 def probe_moments(
@@ -205,7 +205,7 @@ def loader_moments(
             found = hessian_products(part, directions, settings.products)
             for total, product in zip(totals, found, strict=True):
                 torch._foreach_add_(total, product, alpha=weight)
-    average = _average_over_processes(target.outer)
+    average = average_over_processes(target.outer)
     if average:  # each process has seen its share of the samples
         counted = torch.tensor([weigh.sum], dtype=totals[0][0].dtype, device=target.device)
         average([counted, *(each for total in totals for each in total)])
@@ -272,7 +272,8 @@ def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
     return (bytes_[:, None].bitwise_right_shift(bits) & 1).to(dtype).mul_(2).sub_(1)
 
 
-def _average_over_processes(model: nn.Module) -> Average | None:
+def average_over_processes(model: nn.Module) -> Average | None:
+    """What averages tensors over the processes of a data-parallel model; None for any other."""
     parallel = data_parallel(model)
     if parallel is None:
         return None

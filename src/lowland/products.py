@@ -124,6 +124,84 @@ def quadratic_forms(
     return _by_autograd(halves, directions, average)
 
 
+def form_along(
+    part: Objective,
+    direction: Vector,
+    products: Products = "autograd",
+    average: Average | None = None,
+    *,
+    step: float = 1.0,
+) -> tuple[Tensor, Tensor, Vector]:
+    r"""A loss, its second derivative :math:`v^T H v` along one direction, and :math:`Hv`.
+
+    By differences all comes from three gradients, and what goes backward is ready by then:
+
+        H v = (g(t + eps v) - g(t - eps v)) / (2 eps)
+        D^3 L[v, v] = (g(t + eps v) - 2 g(t) + g(t - eps v)) / eps^2
+
+    Args:
+        part: The loss.
+        direction: With one tensor a parameter, of length 1 together.
+        products: ``"autograd"`` or ``"differences"``.
+        average: Over the processes of data-parallel training.
+        step: Of differences: how much longer than usual their steps are.
+
+    Returns:
+        The first two carry gradients if gradients are enabled, as :func:`quadratic_forms` has it;
+        the product does not.
+
+    Raises:
+        ValueError, RuntimeError: As :func:`quadratic_forms`.
+    """
+    if products == "differences":
+        run = _Differences([part], [part.free(direction)], average, step * _second(part))
+        loss, form, *found = _Central.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
+        return loss, form, found
+    wanted = torch.is_grad_enabled()
+    scale = _loss_scale(part.device)
+    with derivatives_of(part):
+        curvature = Curvature(part, scale)
+        loss = curvature.loss
+        found = curvature.product(direction, wanted=wanted)
+        if scale != 1:
+            found = [each / scale for each in found]
+        (value,) = _averaged([[each.detach() for each in found]], average)
+        form = _carry(dot(direction, value), dot(direction, found))
+    if not wanted:
+        return loss.detach(), form.detach(), value
+    if not form.requires_grad:  # the Hessian is constant
+        if not norm(value):
+            raise ValueError(_NO_CURVATURE)
+        form = form + 0 * loss
+    return loss, form, value
+
+
+@contextmanager
+def products_here(
+    part: Objective, products: Products, step: float = 1.0
+) -> Iterator[Callable[[Vector], Vector]]:
+    """``v -> H v`` of one batch at one point, again and again, from one gradient or its graph.
+
+    In the parameters' own precision and without gradients; the model's state stays as it is.
+    """
+    full_precision = torch.autocast(part.device.type, enabled=False)
+    with part.remember()(), frozen_statistics(*part.modules), full_precision:
+        if products == "differences":
+            run = _Differences([part], [], None, step)
+            _, gradient = run.first_gradient(part)
+
+            def multiply(direction: Vector) -> Vector:
+                shift = run.shift() / norm(direction)
+                near = run.gradient(0, plus(run.parameters, part.free(direction), shift))
+                torch._foreach_sub_(near, gradient)
+                return times(near, 1 / shift)
+
+            yield multiply
+        else:
+            with curvature_of(part) as curvature:
+                yield lambda direction: curvature.product(direction, wanted=False)
+
+
 def hessian_products(
     target: Objective, directions: Sequence[Vector], products: Products = "autograd"
 ) -> list[Vector]:
@@ -580,6 +658,47 @@ class _Finite(Function):
         return None, *total
 
 
+class _Central(Function):
+    # The gradient of the form is known as soon as its value is: nothing else is kept for it.
+
+    @staticmethod
+    def forward(ctx: Any, run: _Differences, *parameters: Tensor) -> tuple[Tensor, ...]:
+        (part,), (direction,) = run.halves, run.directions
+        loss, gradient = run.first_gradient(part)
+        step = run.shift()
+        at = plus(parameters, direction, step)
+        near = run.gradient(0, at)
+        plus_(at, direction, -2 * step)
+        far = run.gradient(0, at)
+        del at  # fresh memory is dear
+        product = list(torch._foreach_sub(near, far))  # noqa: SLF001
+        torch._foreach_mul_(product, 0.5 / step)
+        torch._foreach_add_(near, far)
+        torch._foreach_add_(near, gradient, alpha=-2)
+        (product,) = _averaged([product], run.average)
+        form = dot(direction, product)
+        check_finite(form, "the Hessian's product with a direction")
+        ctx.save_for_backward(step, *gradient, *near)
+        ctx.mark_non_differentiable(*product)
+        ctx.set_materialize_grads(False)
+        return loss, form, *product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+        in_loss, in_form, *_ = slopes
+        step, *parts = ctx.saved_tensors
+        gradient, third = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+        in_third = step.new_zeros(()) if in_form is None else in_form / step.square()
+        if in_loss is None:
+            return None, *times(third, in_third)
+        if in_loss.device.type == "cpu" and in_loss == 1:  # nearly always: one pass less
+            return None, *plus(gradient, third, in_third)
+        total = times(gradient, in_loss)
+        plus_(total, third, in_third)
+        return None, *total
+
+
 def _along(point: Tensors, origin: Tensors, parts: Tensors) -> Tensor:
     """The inner product with the way from one to the other, which is not stored."""
     return dot(point, parts) - dot(origin, parts)
@@ -616,6 +735,15 @@ def relative_step(dtype: torch.dtype) -> float:
     gradient over the step's square: the least of both is near the third root of the precision.
     """
     return float(0.4 * torch.finfo(dtype).eps ** (1 / 3))
+
+
+def _second(part: Objective) -> float:
+    """How much longer than for two gradients steps are best for three, along sharp directions.
+
+    The error of a second central difference is of the step's square, and of rounding over it: the
+    least of both is near the fourth root of the precision.
+    """
+    return float(0.14 * torch.finfo(part.parameters[0].dtype).eps ** (-1 / 12))
 
 
 def warn_of_kinks(model: nn.Module) -> None:

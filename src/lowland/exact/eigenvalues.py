@@ -64,8 +64,8 @@ def spectral(
         C = \sum_i f'(\lambda_i) \, u_i u_i^T
 
     and alike where ``F`` is no sum. The result can be differentiated (once) in the weights, and in
-    ``x``; the gradient is analytic: autograd never sees a decomposition, so that equal eigenvalues do not
-    make it NaN.
+    ``x``; the gradient is analytic: autograd never sees a decomposition, so that equal eigenvalues
+    do not make it NaN.
 
     Args:
         weights: As for :func:`lowland.exact.moments`, like all that is not named here.

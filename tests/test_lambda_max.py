@@ -49,8 +49,12 @@ def digits():
 # The value and its gradient.
 
 
+def _slow_but(quick, names):
+    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.mark.parametrize("products", PRODUCTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", _slow_but("mlp", MODELS))
 def test_where_nothing_moves_it_is_the_largest_eigenvalue_with_its_gradient(name, products):
     model, x, y = build(name)
     penalty = made(products, 0.5)
@@ -206,6 +210,7 @@ def test_where_all_eigenvalues_are_negative_it_goes_to_the_least_negative_one():
     assert abs(float(pair.eigenvalue) + 1) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_hessian_deeper_than_high():
     """A loss that is its own negative: the magnitude of the lowest eigenvalue is the larger one."""
 

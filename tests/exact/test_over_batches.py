@@ -252,6 +252,7 @@ def test_a_pass_of_something_else_is_refused(how, tmp_path):
 # Several processes.
 
 
+@pytest.mark.slow
 def test_processes_together_are_all_samples(tmp_path):
     results = two_processes.run(parallel_moments.in_parallel, tmp_path)
     expected = parallel_moments.alone()
@@ -266,6 +267,7 @@ def test_processes_together_are_all_samples(tmp_path):
             torch.testing.assert_close((one + other) / 2, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_agree_are_told(tmp_path):
     (first, second) = two_processes.run(parallel_moments.disagreeing, tmp_path)
     for said in (first, second):

@@ -136,11 +136,11 @@ class TorchBackend:
         """``Tr H``; its gradient is added to ``gradient``, if that is given."""
         total = self.weights[0].new_zeros(self.networks)
         for chunk in self.chunks:
-            with torch.set_grad_enabled(bool(gradient)):
-                trace = trace_alone.trace(self.arch, self.leaves, self.data.of_samples(chunk))
-            total += trace.detach()
-            if gradient:
-                _chain(gradient, self.leaves, [trace], [torch.ones_like(total)])
+            trace, parts = trace_alone.trace(
+                self.arch, self.weights, self.data.of_samples(chunk), gradient=bool(gradient)
+            )
+            total += trace
+            _accumulate(gradient or [], parts)
         return total
 
     def _over_samples(self) -> PerNetwork:
@@ -221,10 +221,10 @@ class TorchBackend:
             adjoints = _add_up(summands(_detached(terms)))
             _chain(total, leaves, [terms.named[name] for name in adjoints], list(adjoints.values()))
         if self._trace_is_apart:
-            for chunk in self.chunks:
-                with torch.enable_grad():
-                    trace = trace_alone.trace(self.arch, leaves, self.data.of_samples(chunk))
-                _chain(total, leaves, [trace], [trace_weight])
+            gradient = self._zeros()
+            self._trace(gradient)
+            for whole, part in zip(total, gradient, strict=True):
+                whole.addcmul_(part, trace_weight[:, None, None])
         return total
 
     def sample_gradients(
@@ -267,11 +267,16 @@ class TorchBackend:
             chain(self.chunks[index], partial(self._named_terms, list(adjoints)), one_by_one)
         if self._trace_is_apart:
             for chunk in self.chunks:
-                chain(
-                    chunk,
-                    lambda leaves, data: [trace_alone.trace(self.arch, leaves, data)],
-                    [trace_weight.repeat_interleave(chunk.stop - chunk.start)],
+                data = self.data.of_samples(chunk)
+                # As many networks as samples, as above.
+                weights = [weight.repeat_interleave(data.samples, 0) for weight in self.weights]
+                _, parts = trace_alone.trace(
+                    self.arch, weights, data.one_by_one(self.networks), gradient=True
                 )
+                factor = trace_weight.repeat_interleave(data.samples)[:, None, None]
+                for whole, part in zip(result, parts, strict=True):
+                    if part is not None:
+                        whole[:, chunk] += (factor * part).unflatten(0, (self.networks, -1))
         return result
 
     def _named_terms(
@@ -377,6 +382,12 @@ def _add_up(summands: Iterable[Adjoints]) -> Adjoints:
     return total
 
 
+def _accumulate(total: list[Tensor], parts: Sequence[Tensor | None]) -> None:
+    for whole, part in zip(total, parts, strict=True):
+        if part is not None:
+            whole.add_(part)
+
+
 def _chain(
     total: list[Tensor],
     leaves: list[Tensor],
@@ -394,6 +405,4 @@ def _chain(
     gradients = grad(
         [value for value, _ in used], leaves, [adjoint for _, adjoint in used], allow_unused=True
     )
-    for whole, part in zip(total, gradients, strict=True):
-        if part is not None:
-            whole.add_(part)
+    _accumulate(total, gradients)

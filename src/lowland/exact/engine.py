@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowland.criteria import name_of
+from lowland.criteria import name_of, scalar_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.estimation import Estimation
 from lowland.exact.modules import read
@@ -64,14 +64,36 @@ class ExactEngine:
         """The moments; for ``count=1`` the trace alone, and NaN for the other one."""
         budget, unbiased = self.settings.memory_budget, self.settings.unbiased
         if count == 1:
-            trace = self.setup.trace(budget)
-            unknown = torch.full_like(trace, math.nan)
-            return HessianMoments(
-                self.setup.size.dim, trace, unknown, method=self.name, matrix=self.target.matrix
-            )
+            return self._of_trace(self.setup.trace(budget))
         found = self.setup.moments(memory_budget=budget, unbiased=unbiased, moments=count)
         return replace(found, method=self.name, matrix=self.target.matrix)
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
-        """The model's own loss beside them."""
+        """The model's own loss beside them; ``Tr H`` alone leaves the logits for it too."""
+        if count == 1 and self._is_the_step:
+            found = self.setup.logits_and_trace(self.settings.memory_budget)
+            if found is not None:
+                logits, trace = found
+                y = self.target.batch[1]
+                return scalar_loss(self.target.criterion, logits[0], y), self._of_trace(trace[0])
         return self.target.step_loss(), self.moments(count)
+
+    @property
+    def _is_the_step(self) -> bool:
+        """Whether the logits here are those of a step of training.
+
+        In a wrapper something may happen on the way, autocast rounds them, and parameters that are
+        constants of the Hessian are none of the loss.
+        """
+        target = self.target
+        return (
+            target.outer is target.model
+            and not target.others
+            and not torch.is_autocast_enabled(target.device.type)
+        )
+
+    def _of_trace(self, trace: Tensor) -> HessianMoments:
+        unknown = torch.full_like(trace, math.nan)
+        return HessianMoments(
+            self.setup.size.dim, trace, unknown, method=self.name, matrix=self.target.matrix
+        )

@@ -20,8 +20,6 @@ from torch import Tensor
 from lowland.exact.terms import Data, Matrices, Vectors
 from lowland.losses import LOSSES, Loss, Separable, read_derivatives
 
-Rows = tuple[Matrices, Matrices]
-
 
 class LogitCurvature(ABC):
     """``r`` and ``Q`` of some samples, weighed as these are in the loss."""
@@ -43,13 +41,28 @@ class LogitCurvature(ABC):
         """``rows Q``, of such rows."""
 
     @abstractmethod
-    def chain(self, residual: Vectors | None, alone: Vectors, rows: Rows | None) -> Vectors:
+    def squares(self, outgoing: Tensor) -> Vectors:
+        """The diagonal of ``V Q V^T``, for ``V`` of shape ``(networks, M, K)``."""
+
+    @abstractmethod
+    def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
+        """Of ``sum weights * squares`` the adjoint of ``V``, and ``S = V^T diag(weights) V``.
+
+        ``S`` in the form in which :meth:`chain` takes it, like what :meth:`between` gives.
+        """
+
+    @abstractmethod
+    def between(self, left: Matrices, right: Matrices) -> Tensor:
+        """``S = left^T right``, symmetric, of rows as :meth:`columns` gives them."""
+
+    @abstractmethod
+    def chain(self, residual: Vectors | None, alone: Vectors, inner: Tensor | None) -> Vectors:
         """The adjoint of the logits from those of ``r`` and of ``Q``.
 
         Args:
             residual: That of ``r``, if there is one.
-            alone: That of ``Q`` is ``alone I + left^T right``, symmetric; one row.
-            rows: ``left`` and ``right``, such rows as :meth:`columns` gives.
+            alone: That of ``Q`` is ``alone I + S``; one row.
+            inner: ``S``, as :meth:`weigh` or :meth:`between` gives it.
         """
 
 
@@ -107,13 +120,36 @@ class _Softmax(LogitCurvature):
         mean = (rows * self.others.unsqueeze(1)).sum(2, keepdim=True)
         return (rows - mean).mul_(self.weighed.unsqueeze(1))
 
-    def chain(self, residual: Vectors | None, alone: Vectors, rows: Rows | None) -> Vectors:
-        # <S, Q> = diag(S) . p - p S p, then through the softmax.
+    def squares(self, outgoing: Tensor) -> Vectors:
+        others = self.others
+        rest = others.sum(1, keepdim=True)
+        shape = outgoing.shape[0], outgoing.shape[1], self.top.shape[2]
+        # Of the likeliest class, and the mean over all classes from there.
+        self._likeliest = likeliest = outgoing.gather(2, self.top.expand(shape))
+        self._away = away = torch.addcmul(outgoing @ others, likeliest, rest, value=-1)
+        total = torch.addcmul(outgoing.square() @ others, away, away, value=-1)
+        return total.sub_(likeliest * torch.addcmul(2 * away, likeliest, rest)).mul_(self.weight)
+
+    def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
+        likeliest, away = self._likeliest, self._away
+        weighed, others = self.weight * weights, self.others.mT
+        # p_k (V_k - mean), for the likeliest class from what it is away from the mean.
+        adjoint = outgoing * (weighed @ others)
+        adjoint -= (weighed * likeliest) @ others
+        adjoint -= (weighed * away) @ self.p.mT
+        inner = outgoing.square().mT @ weights
+        inner -= outgoing.mT @ (2 * weights * (likeliest + away))
+        return 2 * adjoint, inner
+
+    def between(self, left: Matrices, right: Matrices) -> Tensor:
+        mean = (right * self.others.unsqueeze(1)).sum(2, keepdim=True)
+        return (left * (right - 2 * mean)).sum(1)
+
+    def chain(self, residual: Vectors | None, alone: Vectors, inner: Tensor | None) -> Vectors:
+        # <S, Q> = diag(S) . p - p S p, then through the softmax: inner is diag(S) - 2 S p.
         along = alone * (1 - 2 * self.p)
-        if rows is not None:
-            left, right = rows
-            mean = (right * self.others.unsqueeze(1)).sum(2, keepdim=True)
-            along = along + (left * (right - 2 * mean)).sum(1)
+        if inner is not None:
+            along = along + inner
         if residual is not None:
             along = along + residual
         # Measured from the likeliest class, for which the difference is small, nothing cancels.
@@ -139,12 +175,18 @@ class _Separable(LogitCurvature):
     def times(self, rows: Matrices) -> Matrices:
         return rows * self.second.unsqueeze(1)
 
-    def chain(self, residual: Vectors | None, alone: Vectors, rows: Rows | None) -> Vectors:
-        diagonal = alone
-        if rows is not None:
-            left, right = rows
-            diagonal = diagonal + (left * right).sum(1)
-        result = self.third * diagonal
+    def squares(self, outgoing: Tensor) -> Vectors:
+        return outgoing.square() @ self.second
+
+    def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
+        adjoint = 2 * outgoing * (weights @ self.second.mT)
+        return adjoint, outgoing.square().mT @ weights
+
+    def between(self, left: Matrices, right: Matrices) -> Tensor:
+        return (left * right).sum(1)  # the diagonal
+
+    def chain(self, residual: Vectors | None, alone: Vectors, inner: Tensor | None) -> Vectors:
+        result = self.third * (alone if inner is None else alone + inner)
         return result if residual is None else torch.addcmul(result, self.second, residual)
 
 
@@ -168,15 +210,29 @@ class _Coupled(LogitCurvature):
     def times(self, rows: Matrices) -> Matrices:
         return (rows.permute(0, 3, 1, 2) @ self.second).permute(0, 2, 3, 1)
 
-    def chain(self, residual: Vectors | None, alone: Vectors, rows: Rows | None) -> Vectors:
-        adjoint = torch.diag_embed(alone.mT.expand(*alone.mT.shape[:2], self.second.shape[2]))
-        if rows is not None:
-            left, right = rows
-            adjoint = adjoint + left.permute(0, 3, 2, 1) @ right.permute(0, 3, 1, 2)
-            adjoint = 0.5 * (adjoint + adjoint.mT)  # symmetric but for rounding
-        if adjoint.shape[0] != self.second.shape[0]:
-            adjoint = adjoint.expand_as(self.second)
+    def squares(self, outgoing: Tensor) -> Vectors:
+        return _pairs(outgoing) @ self.second.flatten(2).mT
+
+    def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
+        size = self.second.shape[2:]
+        by_unit = (weights @ self.second.flatten(2)).unflatten(2, size)
+        adjoint = 2 * (by_unit @ outgoing.unsqueeze(3)).squeeze(3)
+        return adjoint, (weights.mT @ _pairs(outgoing)).unflatten(2, size)
+
+    def between(self, left: Matrices, right: Matrices) -> Tensor:
+        matrices = left.permute(0, 3, 2, 1) @ right.permute(0, 3, 1, 2)
+        return 0.5 * (matrices + matrices.mT)  # symmetric but for rounding
+
+    def chain(self, residual: Vectors | None, alone: Vectors, inner: Tensor | None) -> Vectors:
+        eye = torch.eye(self.second.shape[2], dtype=alone.dtype, device=alone.device)
+        adjoint = alone.mT.unsqueeze(3) * eye
+        adjoint = (adjoint if inner is None else adjoint + inner).expand_as(self.second)
         result = self.third(adjoint)
         if residual is not None:
             result = result + (self.second @ residual.mT.unsqueeze(3)).squeeze(3).mT
         return result
+
+
+def _pairs(outgoing: Tensor) -> Tensor:
+    """Products of all pairs of columns, ``(networks, M, K^2)``."""
+    return (outgoing.unsqueeze(3) * outgoing.unsqueeze(2)).flatten(2)

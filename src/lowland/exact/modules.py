@@ -66,7 +66,7 @@ def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
         x = network.before(x)[0]
     targets = encode(criterion, loss, y, outputs=outputs, like=x)
     return prepare(
-        [_augmented(layer) for layer in network.layers],
+        [_given(layer) for layer in network.layers],
         x,
         targets.y,
         network.activations,
@@ -77,11 +77,14 @@ def read(model: nn.Module, criterion: Criterion, x: Any, y: Any) -> Setup:
     )
 
 
-def _augmented(layer: nn.Linear) -> Tensor:
-    """The layer's weights in the engine's layout: ``(inputs + 1, outputs)``, bias in row 0."""
-    weight = layer.weight.T
-    bias = weight.new_zeros(1, weight.shape[1]) if layer.bias is None else layer.bias.unsqueeze(0)
-    return torch.cat([bias, weight])
+def _given(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The layer's weights and biases; those that are constants now stay so."""
+    matrix, bias = layer.weight, layer.bias
+    return _constant(matrix), None if bias is None else _constant(bias)
+
+
+def _constant(part: Tensor) -> Tensor:
+    return part if part.requires_grad else part.detach()
 
 
 def _trained_rows(layer: nn.Linear) -> slice:

@@ -77,16 +77,50 @@ class _Adjoints:
     bend: dict[int, Tensor] = field(default_factory=dict)
     matrix: dict[int, Tensor] = field(default_factory=dict)
     diagonal: dict[int, Tensor] = field(default_factory=dict)  # of S_l, the derivative in c_l
-    rows: tuple[Matrices, Matrices] | None = None  # E and S E below the logits
+    inner: Tensor | None = None  # the part of S_L from below, as the loss takes it
+
+
+class _Alone:
+    """The one hidden layer below the logits, without a number for each unit and logit.
+
+    Args:
+        units: What the forward pass has left.
+        loss: None for a matrix without ``Q``.
+        layers: Those below the logits, from the lowest that is trained.
+    """
+
+    def __init__(self, units: _Units, loss: LogitCurvature | None, layers: range) -> None:
+        self.units, self.loss, (self.layer,) = units, loss, layers
+        slope, c = units.slope[self.layer], units.c[self.layer]
+        self.traces: dict[int, Vectors] = {}
+        total = None
+        if loss is not None:
+            self.squares = loss.squares(units.outgoing[self.layer])
+            total = slope.square() * self.squares
+        if c is not None:
+            total = _add(total, c)
+        if total is not None:
+            self.traces[self.layer] = total.sum(1, keepdim=True)
+
+    def rise(self, size: list[Tensor], into: _Adjoints) -> None:
+        """The adjoints, from the squared lengths ``m``."""
+        units, layer, m = self.units, self.layer, size[self.layer]
+        into.diagonal[layer] = m
+        if self.loss is None:
+            return
+        weighed = m * units.slope[layer]
+        if units.bend[layer] is not None:
+            into.slope[layer] = 2 * weighed * self.squares
+        outgoing = units.outgoing[layer]
+        into.matrix[layer + 1], into.inner = self.loss.weigh(
+            outgoing, weighed * units.slope[layer]
+        )
 
 
 class _InFactors:
     """``B = J Q J^T``, and next to a bend what that adds to the diagonal.
 
-    Args:
-        units: With bends in the two lowest of these layers at most.
-        loss: None for a matrix without ``Q``.
-        layers: Those below the logits, from the lowest that is trained.
+    The arguments are those of :class:`_Alone`, with bends in the two lowest of the layers at most.
     """
 
     def __init__(self, units: _Units, loss: LogitCurvature | None, layers: range) -> None:
@@ -139,7 +173,7 @@ class _InFactors:
                 scaled = rows * product
                 if layer == last:
                     into.matrix[layer + 1] = 2 * (rows * weighed).sum(3)
-                    into.rows = rows * pulled, product
+                    into.inner = self.loss.between(rows * pulled, product)
                 else:
                     above = units.rows(layer + 1) * self.curved[layer + 1]
                     into.matrix[layer + 1] = 2 * _gram(scaled, above)
@@ -158,7 +192,7 @@ class _InFactors:
 
 
 class _InFull:
-    """``B`` of whole matrices: the arguments are those of :class:`_InFactors`, with any bends."""
+    """``B`` of whole matrices: the arguments are those of :class:`_Alone`, with any bends."""
 
     def __init__(self, units: _Units, loss: LogitCurvature | None, layers: range) -> None:
         self.units, self.loss, self.layers = units, loss, layers
@@ -212,7 +246,7 @@ class _InFull:
         if units.bend[last] is not None:
             into.slope[last] = 2 * (weighed * self.pulled).sum(2)
         into.matrix[last + 1] = 2 * (units.rows(last) * weighed).sum(3)
-        into.rows = jacobian, product
+        into.inner = self.loss.between(jacobian, product)
 
 
 @torch.no_grad()
@@ -259,7 +293,8 @@ class TracePass:
         between = range(self.lowest, self.top)
         far = any(c is not None for c in units.c[self.lowest + 2 :])
         curvature = None if arch.matrix == "residual" else self.loss
-        self.curves = (_InFull if far else _InFactors)(units, curvature, between)
+        kind = _InFull if far else _Alone if len(between) == 1 else _InFactors
+        self.curves = kind(units, curvature, between)
         self.traces = dict(self.curves.traces)
         if curvature is not None:
             self.traces[self.top] = curvature.trace()
@@ -310,7 +345,7 @@ class TracePass:
         alone = sizes[self.top]
         if self.arch.matrix == "residual":
             alone = torch.zeros_like(alone)
-        a = self.loss.chain(residual, alone, adjoints.rows)
+        a = self.loss.chain(residual, alone, adjoints.inner)
         a = a if logits is None else a + logits
         result: list[Layer | None] = []
         for layer in range(self.top, self.lowest - 1, -1):

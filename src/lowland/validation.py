@@ -66,14 +66,13 @@ def _is_batched(value: Tensor) -> bool:
     return False
 
 
-def check_parameters(model: nn.Module) -> None:
+def check_parameters(named: Mapping[str, Tensor]) -> None:
     """Require parameters that have shapes and are all here.
 
     Raises:
         ValueError: If a lazy layer has not seen any data.
         UnsupportedModelError: If each process holds a part of them.
     """
-    named = dict(model.named_parameters())
     lazy = [name for name, part in named.items() if isinstance(part, UninitializedParameter)]
     if lazy:
         raise ValueError(
@@ -198,7 +197,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
         ValueError: With the number of offending values.
     """
     # One sum finds nearly every case without a temporary; only a suspicious one is looked into.
-    if bool(torch.isfinite(tensor.detach().sum())):
+    if math.isfinite(tensor.detach().sum().item()):
         return
     bad = sum(int((~torch.isfinite(run)).sum()) for run in tensor.detach().flatten().split(_RUN))
     if bad:
@@ -345,6 +344,10 @@ def check_labels(y: Tensor, classes: int) -> None:
         return
     if y.is_floating_point():
         check_finite(y, "y")
+    elif y.numel():
+        least, most = y.aminmax()
+        if 0 <= least.item() and most.item() < classes:
+            return
 
     def wrong(run: Tensor) -> Tensor:
         outside = (run < 0) | (run >= classes)

@@ -342,15 +342,14 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         )
     y = as_outputs(y, samples=tuple(x.shape[:-1]), outputs=outputs, loss=loss, like=first)
     check_loss(loss, y, like=first)
+    leading = {*(shape[:-2] for shape in shapes), x.shape[:-2], y.shape[:-2]}
     try:
-        ensemble = torch.broadcast_shapes(
-            *(shape[:-2] for shape in shapes), x.shape[:-2], y.shape[:-2]
-        )
+        ensemble = leading.pop() if len(leading) == 1 else torch.broadcast_shapes(*leading)
     except RuntimeError as error:
-        leading = " and ".join(str(tuple(shape[:-2])) for shape in shapes)
+        of_weights = " and ".join(str(tuple(shape[:-2])) for shape in shapes)
         raise ValueError(
             "the leading (ensemble) dimensions do not broadcast: weights "
-            f"{leading}, x {tuple(x.shape[:-2])}, y {tuple(y.shape[:-2])}"
+            f"{of_weights}, x {tuple(x.shape[:-2])}, y {tuple(y.shape[:-2])}"
         ) from error
     networks = math.prod(ensemble)
     if networks == 0:

@@ -309,7 +309,8 @@ class TracePass:
         bias = float(arch.rows[layer].start == 0 and arch.trains(layer))
         if not arch.trains_beyond_bias(layer):
             return z.new_full((1, 1, z.shape[2]), bias)
-        return z.square().sum(1, keepdim=True) + bias
+        # No temporary of all inputs, as their squares would be.
+        return torch.linalg.vector_norm(z, dim=1, keepdim=True).square_().add_(bias)
 
     def _bend_down(self) -> None:
         """``c_l``, and ``beta_l = V_l+1 g_l+1`` of which it is made, down to the lowest bend."""

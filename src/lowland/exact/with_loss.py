@@ -56,7 +56,9 @@ class _LogitsAndTrace(Function):
         ctx.save_for_backward(data.x, data.y, *flat)
         ctx.passed, ctx.joined = passed, len(flat) == len(arch.rows)
         ctx.set_materialize_grads(False)
-        return passed.logits.mT, passed.trace
+        # Copies: outputs that the pass holds would hold it in turn, until cycles are collected.
+        logits = passed.logits.mT.clone(memory_format=torch.contiguous_format)
+        return logits, passed.trace.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -271,10 +271,14 @@ def as_outputs(
             )
         check_targets(y, loss)
         return y
+    # A column for one output too, as PyTorch's criteria take it.
+    column = loss.targets != "classes" and y.ndim > 1 and tuple(y.shape[-2:]) == (count, 1)
+    y = y.squeeze(-1) if column else y
     if y.ndim < 1 or y.shape[-1] != count:
+        also = "" if loss.targets == "classes" else f" or ({count}, 1)"
         raise ValueError(
             f"x and y do not match: x has {count} samples, so y must have shape "
-            f"({count},); got {tuple(y.shape)}"
+            f"({count},){also}; got {tuple(y.shape)}"
         )
     if loss.targets != "classes":
         check_targets(y, loss)

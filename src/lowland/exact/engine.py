@@ -54,11 +54,8 @@ class ExactEngine:
         return cls(target, setup.of("ggn"), settings)
 
     def relative_cost(self, count: int) -> float:
-        """What so many moments and their gradient are predicted to cost, in gradients.
-
-        ``Tr H`` alone takes time linear in samples and parameters, so that nothing is cheaper.
-        """
-        return 0.0 if count == 1 else self.setup.relative_cost()
+        """What so many moments and their gradient are predicted to cost, in gradients."""
+        return self.setup.relative_cost(count)
 
     def moments(self, count: int = 2) -> HessianMoments:
         """The moments; for ``count=1`` the trace alone, and NaN for the other one."""

@@ -211,13 +211,13 @@ class _Coupled(LogitCurvature):
         return (rows.permute(0, 3, 1, 2) @ self.second).permute(0, 2, 3, 1)
 
     def squares(self, outgoing: Tensor) -> Vectors:
-        return _pairs(outgoing) @ self.second.flatten(2).mT
+        rows = self.columns(outgoing)
+        return (rows * self.times(rows)).sum(2)
 
     def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
-        size = self.second.shape[2:]
-        by_unit = (weights @ self.second.flatten(2)).unflatten(2, size)
-        adjoint = 2 * (by_unit @ outgoing.unsqueeze(3)).squeeze(3)
-        return adjoint, (weights.mT @ _pairs(outgoing)).unflatten(2, size)
+        rows = self.columns(outgoing)
+        weighed = rows * weights.unsqueeze(2)
+        return 2 * self.times(weighed).sum(3), self.between(rows, weighed)
 
     def between(self, left: Matrices, right: Matrices) -> Tensor:
         matrices = left.permute(0, 3, 2, 1) @ right.permute(0, 3, 1, 2)
@@ -232,7 +232,3 @@ class _Coupled(LogitCurvature):
             result = result + (self.second @ residual.mT.unsqueeze(3)).squeeze(3).mT
         return result
 
-
-def _pairs(outgoing: Tensor) -> Tensor:
-    """Products of all pairs of columns, ``(networks, M, K^2)``."""
-    return (outgoing.unsqueeze(3) * outgoing.unsqueeze(2)).flatten(2)

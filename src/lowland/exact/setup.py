@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -20,15 +20,19 @@ from lowland.exact.plan import (
     OrderChoice,
     Path,
     cost,
+    diagonal_floats,
     gradient_cost,
     make_plan,
     make_trace_plan,
     term_floats,
+    trace_cost,
+    trace_floats,
 )
 from lowland.exact.problem import Backend, Problem, join_layers, run_moments
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, ExactMatrix, Quantity
 from lowland.exact.torch_backend import TorchBackend
+from lowland.exact.trace_alone import bends_in_full
 from lowland.exact.with_loss import Given, logits_and_trace
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments
@@ -146,9 +150,15 @@ class Setup:
             third, fourth = torch.cat(problem.on_torch(self.weights, powers), 1)
         return third.view(self.ensemble), fourth.view(self.ensemble)
 
-    def relative_cost(self) -> float:
-        """What the moments and their gradient are predicted to cost, in gradients of the loss."""
+    def relative_cost(self, count: int = 2) -> float:
+        """What moments and their gradient are predicted to cost, in gradients of the loss.
+
+        Args:
+            count: 1 for ``Tr H`` alone.
+        """
         size = self.size
+        if count == 1:
+            return trace_cost(size, in_full=bends_in_full(self.arch)) / gradient_cost(size)
         paths: list[Path] = ["samples", "compiled" if self.covered else "parameters"]
         exact = min(cost(size, path) for path in paths)
         # The prices are those of terms near the cache. Far from it up to 5 times as much was
@@ -181,7 +191,7 @@ class Setup:
     def diagonal(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
         """The diagonal of ``H``, as :func:`lowland.exact.diagonal` gives it."""
         # The compiled code has its sum alone.
-        problem = replace(self, covered=False).trace_problem(memory_budget)
+        problem = replace(self, covered=False).trace_problem(memory_budget, "diagonal")
         with torch.no_grad():
             found = problem.on_torch(self.weights, TorchBackend.diagonal)
         return self.shaped(join_layers(found, self.weights))
@@ -267,11 +277,13 @@ class Setup:
         return Problem(self.arch, self.data, plan, self.size, unbiased=unbiased)
 
     def trace_problem(self, memory_budget: int, quantity: Quantity = "trace") -> Problem:
-        """The problem of ``Tr H`` alone, or of the loss, planned alike: no matrix is formed."""
+        """The problem of ``Tr H`` alone, its diagonal, or the loss: no matrix is formed."""
         memory_budget = check_budget(memory_budget)
+        floats = trace_floats(self.size, in_full=bends_in_full(self.arch))
         plan = make_trace_plan(
             self.size,
             memory_budget,
+            floats if quantity == "trace" else diagonal_floats(self.size),
             on_cpu=self._device.type == "cpu",
             compiled=self.covered,
         )
@@ -390,17 +402,17 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
 
 def _look_at(weights: Sequence[Given]) -> tuple[Tensor, list[torch.Size]]:
     """Check weights; one of their tensors, and the shapes that they have with biases in row 0."""
-    linear = [each for each in weights if isinstance(each, tuple)]
-    if not linear:
-        tensors = [each for each in weights if isinstance(each, Tensor)]
-        check_weights(tensors if len(tensors) == len(weights) else weights)
+    layers = [each for each in weights if isinstance(each, tuple)]
+    if not layers or len(layers) < len(weights):
+        tensors = cast("Sequence[Tensor]", weights)  # or something else, which is refused
+        check_weights(tensors)
         return tensors[0], [each.shape for each in tensors]
-    first, _ = linear[0]
-    for index, layer in enumerate(linear):
+    first, _ = layers[0]
+    for index, layer in enumerate(layers):
         for part in layer:
             if part is not None:
                 check_features(part, like=first, name=f"weights[{index}]")
-    return first, [torch.Size((matrix.shape[1] + 1, matrix.shape[0])) for matrix, _ in linear]
+    return first, [torch.Size((matrix.shape[1] + 1, matrix.shape[0])) for matrix, _ in layers]
 
 
 def _with_biases(matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -249,6 +249,12 @@ class _InFull:
         into.inner = self.loss.between(jacobian, product)
 
 
+def bends_in_full(arch: Architecture) -> bool:
+    """Whether whole ``B`` are needed: for a bend two layers or more above a trained one."""
+    far = arch.activations[arch.lowest + 2 :]
+    return arch.matrix != "ggn" and any(each.negative_slope is None for each in far)
+
+
 @torch.no_grad()
 def trace(
     arch: Architecture, weights: Sequence[Tensor], data: Data, *, gradient: bool
@@ -291,7 +297,7 @@ class TracePass:
         self.loss = at_logits(arch.loss, a, data)
         self._bend_down()
         between = range(self.lowest, self.top)
-        far = any(c is not None for c in units.c[self.lowest + 2 :])
+        far = bends_in_full(arch)
         curvature = None if arch.matrix == "residual" else self.loss
         kind = _InFull if far else _Alone if len(between) == 1 else _InFactors
         self.curves = kind(units, curvature, between)

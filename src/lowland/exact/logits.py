@@ -94,6 +94,7 @@ class _Softmax(LogitCurvature):
         self.p = torch.softmax(logits, 1)
         self.top = logits.argmax(1, keepdim=True)
         self.others = self.p.scatter(1, self.top, 0)
+        self.rest = self.others.sum(1, keepdim=True)  # of the likeliest class 1 - p
         self.target, self.scale = target, scale
         # The target need not sum to one: class weights are in it.
         self.total = target.sum(1, keepdim=True)
@@ -101,15 +102,13 @@ class _Softmax(LogitCurvature):
         self.weighed = self.weight * self.p
 
     def residual(self) -> Vectors:
-        rest = (1 - self.p).scatter(1, self.top, self.others.sum(1, keepdim=True))
+        rest = (1 - self.p).scatter(1, self.top, self.rest)
         # sum_j (p_k target_j - p_j target_k): a fitted sample's terms vanish one by one.
         return (self.p * (self.total - self.target) - self.target * rest) * self.scale
 
     def trace(self) -> Vectors:
-        others = self.others
-        rest = others.sum(1, keepdim=True)
-        likeliest = self.p.gather(1, self.top)
-        return self.weight * ((others * (1 - others)).sum(1, keepdim=True) + likeliest * rest)
+        rest = (1 - self.p).scatter_(1, self.top, self.rest)
+        return (self.weighed * rest).sum(1, keepdim=True)
 
     def columns(self, outgoing: Tensor) -> Matrices:
         shape = outgoing.shape[0], outgoing.shape[1], self.top.shape[2]
@@ -121,8 +120,7 @@ class _Softmax(LogitCurvature):
         return (rows - mean).mul_(self.weighed.unsqueeze(1))
 
     def squares(self, outgoing: Tensor) -> Vectors:
-        others = self.others
-        rest = others.sum(1, keepdim=True)
+        others, rest = self.others, self.rest
         shape = outgoing.shape[0], outgoing.shape[1], self.top.shape[2]
         # Of the likeliest class, and the mean over all classes from there.
         self._likeliest = likeliest = outgoing.gather(2, self.top.expand(shape))

@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lowland.activations import Activation
 from lowland.exact.logits import LogitCurvature, at_logits
 from lowland.exact.terms import Architecture, Data, Matrices, Vectors, batched_matmul
 
@@ -120,7 +121,8 @@ class _Alone:
 class _InFactors:
     """``B = J Q J^T``, and next to a bend what that adds to the diagonal.
 
-    The arguments are those of :class:`_Alone`, with bends in the two lowest of the layers at most.
+    The arguments are those of :class:`_Alone`, of none or several layers with bends in the two
+    lowest at most.
     """
 
     def __init__(self, units: _Units, loss: LogitCurvature | None, layers: range) -> None:
@@ -128,6 +130,7 @@ class _InFactors:
         # By layer P = V J of J = diag(phi') P, and P Q.
         self.pulled: dict[int, Matrices] = {}
         self.curved: dict[int, Matrices] = {}
+        self.squares: dict[int, Vectors] = {}  # the diagonal of P Q P^T
         self.near: dict[int, Vectors] = {}  # (V o V) c of the layer above
         self.traces: dict[int, Vectors] = {}
         for layer in reversed(layers):
@@ -139,7 +142,7 @@ class _InFactors:
                     pulled = _product(outgoing, units.rows(layer + 1) * self.pulled[layer + 1])
                 curved = loss.times(pulled)
                 self.pulled[layer], self.curved[layer] = pulled, curved
-                total = (pulled * curved).sum(2)
+                total = self.squares[layer] = (pulled * curved).sum(2)
             if layer < layers[-1] and (above := units.c[layer + 1]) is not None:
                 self.near[layer] = outgoing.square() @ above
                 total = _add(total, self.near[layer])
@@ -160,17 +163,18 @@ class _InFactors:
             curves, m = units.bend[layer] is not None, size[layer]
             into.diagonal[layer] = m if diagonal is None else m + diagonal
             if self.loss is not None:
-                pulled, curved = self.pulled[layer], self.curved[layer]
-                own = (m * slope).unsqueeze(2)
-                product = own * pulled if carried is None else carried + own * pulled
-                # A Q, which is m J Q where nothing comes from below
-                if carried is None:
-                    weighed = own * curved
-                elif curves or layer == last:
-                    weighed = self.loss.times(product)
-                if curves:
-                    into.slope[layer] = 2 * (weighed * pulled).sum(2)
-                scaled = rows * product
+                pulled, own = self.pulled[layer], m * slope
+                if carried is None:  # the lowest layer, where A = m J
+                    if curves:
+                        into.slope[layer] = 2 * own * self.squares[layer]
+                    scaled = (own * slope).unsqueeze(2) * pulled
+                else:
+                    product = torch.addcmul(carried, own.unsqueeze(2), pulled)
+                    if curves or layer == last:
+                        weighed = self.loss.times(product)
+                    if curves:
+                        into.slope[layer] = 2 * (weighed * pulled).sum(2)
+                    scaled = rows * product
                 if layer == last:
                     into.matrix[layer + 1] = 2 * (rows * weighed).sum(3)
                     into.inner = self.loss.between(rows * pulled, product)
@@ -286,12 +290,11 @@ class TracePass:
         self.units = units = _Units([data.x.mT], [], [], [], [v.mT for v, _ in layers[1:]])
         a = _affine(layers[0], units.z[0])
         for activation, layer in zip(arch.activations, layers[1:], strict=True):
-            value, slope, bend, twist = activation(a)
-            curved = activation.negative_slope is None
+            value, slope, bend, twist = _activate(activation, a)
             units.z.append(value)
             units.slope.append(slope)
-            units.bend.append(bend if curved else None)
-            units.twist.append(twist if curved else None)
+            units.bend.append(bend)
+            units.twist.append(twist)
             a = _affine(layer, value)
         self.logits = a
         self.loss = at_logits(arch.loss, a, data)
@@ -392,6 +395,19 @@ class TracePass:
             more = in_beta @ self.g[layer + 1].mT
             adjoints.matrix[layer + 1] = _add(adjoints.matrix.get(layer + 1), more)
         return in_g
+
+
+def _activate(
+    activation: Activation, a: Vectors
+) -> tuple[Vectors, Vectors, Tensor | None, Tensor | None]:
+    """An activation and its derivatives, without the zeros of straight pieces."""
+    below = activation.negative_slope
+    if below is None:
+        return activation(a)
+    slope = (a > 0).to(a.dtype)
+    if below:
+        slope = slope.mul_(1 - below).add_(below)
+    return a * slope, slope, None, None
 
 
 def _affine(layer: Layer, z: Vectors) -> Vectors:

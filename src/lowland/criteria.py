@@ -443,7 +443,8 @@ def encode(criterion: Criterion, loss: Loss, y: Tensor, *, outputs: int, like: T
             what was registered for the criterion is another loss.
     """
     y = _one_a_sample(y, len(like), outputs, loss)
-    reduction: Reduction = "sum" if criterion.reduction == "sum" else "mean"
+    # As read_loss has found it: of a module, and one of the two.
+    reduction: Reduction = "sum" if getattr(criterion, "reduction", None) == "sum" else "mean"
     if isinstance(criterion, nn.Module) and _is_registered(criterion):
         _check_registered(criterion, loss, y, outputs, like)
     if isinstance(criterion, nn.CrossEntropyLoss):

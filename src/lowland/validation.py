@@ -8,7 +8,7 @@ from numbers import Real
 from typing import TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.parameter import UninitializedParameter
 
@@ -350,7 +350,7 @@ def check_labels(y: Tensor, classes: int) -> None:
         check_finite(y, "y")
     elif y.numel():
         least, most = y.aminmax()
-        if 0 <= least.item() and most.item() < classes:
+        if least.item() >= 0 and most.item() < classes:
             return
 
     def wrong(run: Tensor) -> Tensor:

@@ -191,9 +191,7 @@ class _Separable(LogitCurvature):
 class _Coupled(LogitCurvature):
     """A loss of one's own, by the whole ``Q``: ``(networks, samples, K, K)``."""
 
-    def __init__(
-        self, first: Vectors, second: Tensor, third: Callable[[Tensor], Vectors]
-    ) -> None:
+    def __init__(self, first: Vectors, second: Tensor, third: Callable[[Tensor], Vectors]) -> None:
         self.first, self.second, self.third = first, second, third
 
     def residual(self) -> Vectors:
@@ -229,4 +227,3 @@ class _Coupled(LogitCurvature):
         if residual is not None:
             result = result + (self.second @ residual.mT.unsqueeze(3)).squeeze(3).mT
         return result
-

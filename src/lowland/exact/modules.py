@@ -124,8 +124,8 @@ def _read_layers(model: nn.Module) -> _Network:
                 before = compose(activation, before)
     if activations and activations[-1] is not None and last is not None:
         raise UnsupportedModelError(
-            f"{_named(*last)}, stands after the last Linear layer; the closed form takes logits, the "
-            "outputs of a Linear layer, and a criterion on logits; remove it, or "
+            f"{_named(*last)}, stands after the last Linear layer; the closed form takes logits, "
+            "the outputs of a Linear layer, and a criterion on logits; remove it, or "
             f"{ANY_MODULE}"
         )
     _require_fit(layers)

@@ -185,9 +185,7 @@ def make_plan(
     return _plan_over_parameters(size, budget, on_cpu=on_cpu)
 
 
-def make_trace_plan(
-    size: Size, budget: int, floats: int, *, on_cpu: bool, compiled: bool
-) -> Plan:
+def make_trace_plan(size: Size, budget: int, floats: int, *, on_cpu: bool, compiled: bool) -> Plan:
     """The plan of ``Tr H`` alone, for which no matrix is formed; the loss's gradient needs less.
 
     Args:

@@ -1,7 +1,8 @@
 r"""``Tr H`` alone and its gradient, without any block of ``H``.
 
     Tr H = sum_i sum_l m_l Tr B_ll        m_l = |z~_l|^2 over trained rows
-    B_ll = E_l B_l+1,l+1 E_l^T + diag(c_l)        E_l = diag(phi'_l) V_l+1,   c_l = phi''_l V_l+1 g_l+1
+    B_ll = E_l B_l+1,l+1 E_l^T + diag(c_l)
+    E_l = diag(phi'_l) V_l+1              c_l = phi''_l o V_l+1 g_l+1
 
 with ``B`` of the logits their curvature ``Q``. Read from below, the same sum is
 :math:`\langle S_L, Q \rangle + \sum_l c_l \cdot \mathrm{diag}(S_l)` of
@@ -113,9 +114,7 @@ class _Alone:
         if units.bend[layer] is not None:
             into.slope[layer] = 2 * weighed * self.squares
         outgoing = units.outgoing[layer]
-        into.matrix[layer + 1], into.inner = self.loss.weigh(
-            outgoing, weighed * units.slope[layer]
-        )
+        into.matrix[layer + 1], into.inner = self.loss.weigh(outgoing, weighed * units.slope[layer])
 
 
 class _InFactors:
@@ -157,7 +156,7 @@ class _InFactors:
         """Go up with ``A = S J``, from the squared lengths ``m``."""
         units, last = self.units, self.layers[-1] if self.layers else -1
         carried: Matrices | None = None  # E^T A of the layer below
-        diagonal: Tensor | None = None  # what the layer below adds to that of S
+        diagonal: Tensor | None = None  # what the layer below adds to that of S, next to a bend
         for layer in self.layers:
             slope, rows, outgoing = units.slope[layer], units.rows(layer), units.outgoing[layer]
             curves, m = units.bend[layer] is not None, size[layer]
@@ -184,15 +183,21 @@ class _InFactors:
                     carried = _product(outgoing.mT, scaled)
             if layer == last:
                 break
-            squares = slope.square() * m
-            # Of layers further up the diagonal is not asked for.
-            diagonal = outgoing.square().mT @ squares if units.c[layer + 1] is not None else None
-            if (above := units.c[layer + 1]) is not None:
-                if curves:
-                    more = 2 * m * slope * self.near[layer]
-                    into.slope[layer] = _add(into.slope.get(layer), more)
-                more = 2 * outgoing * batched_matmul(squares, above.mT)
-                into.matrix[layer + 1] = _add(into.matrix.get(layer + 1), more)
+            diagonal = None
+            if units.c[layer + 1] is not None:
+                diagonal = self._rise_beside_a_bend(layer, m, into)
+
+    def _rise_beside_a_bend(self, layer: int, m: Tensor, into: _Adjoints) -> Tensor:
+        """Of ``E_l diag(c_l+1) E_l^T``, where ``S_l`` is ``m_l I``; and ``diag(E_l^T S_l E_l)``."""
+        units, outgoing, slope = self.units, self.units.outgoing[layer], self.units.slope[layer]
+        squares, above = slope.square() * m, units.c[layer + 1]
+        assert above is not None  # noqa: S101 - which is why it is called
+        if units.bend[layer] is not None:
+            more = 2 * m * slope * self.near[layer]
+            into.slope[layer] = _add(into.slope.get(layer), more)
+        more = 2 * outgoing * batched_matmul(squares, above.mT)
+        into.matrix[layer + 1] = _add(into.matrix.get(layer + 1), more)
+        return outgoing.square().mT @ squares
 
 
 class _InFull:
@@ -308,9 +313,10 @@ class TracePass:
         if curvature is not None:
             self.traces[self.top] = curvature.trace()
         self.sizes = [self._size(layer) for layer in range(self.top + 1)]
-        self.trace: PerNetwork = a.new_zeros(a.shape[0])
-        for layer, trace in self.traces.items():
-            self.trace = self.trace + (self.sizes[layer] * trace).sum((1, 2))
+        total = a.new_zeros(a.shape[0])
+        for index, trace in self.traces.items():
+            total = total + (self.sizes[index] * trace).sum((1, 2))
+        self.trace: PerNetwork = total
 
     def _size(self, layer: int) -> Vectors:
         """``m_l``."""
@@ -319,7 +325,8 @@ class TracePass:
         if not arch.trains_beyond_bias(layer):
             return z.new_full((1, 1, z.shape[2]), bias)
         # No temporary of all inputs, as their squares would be.
-        return torch.linalg.vector_norm(z, dim=1, keepdim=True).square_().add_(bias)
+        length: Tensor = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        return length.square_().add_(bias)
 
     def _bend_down(self) -> None:
         """``c_l``, and ``beta_l = V_l+1 g_l+1`` of which it is made, down to the lowest bend."""
@@ -406,7 +413,7 @@ def _activate(
         return activation(a)
     slope = (a > 0).to(a.dtype)
     if below:
-        slope = slope.mul_(1 - below).add_(below)
+        slope.masked_fill_(slope == 0, below)
     return a * slope, slope, None, None
 
 
@@ -422,7 +429,7 @@ def _add(total: Tensor | None, more: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Matrices) -> Matrices:
     """``left @ right`` of each sample, with one ``left`` for all."""
-    return (left @ right.flatten(2)).unflatten(2, right.shape[2:])
+    return (left @ right.flatten(2)).view(*left.shape[:2], *right.shape[2:])
 
 
 def _by_sample(left: Matrices, right: Matrices) -> Matrices:

@@ -65,10 +65,12 @@ def jobs(case: Case) -> dict[str, Callable[[], None]]:
 def report(rounds: int) -> str:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    head = (
+        f"One thread, float32, medians of {rounds} rounds: "
+        '`HessianTrace(method="exact").loss` and its gradient, in gradients of the loss alone.'
+    )
     lines = [
-        "One thread, float32, medians of "
-        f'{rounds} rounds: `HessianTrace(method="exact").loss` and its gradient, in gradients of '
-        "the loss alone.\n",
+        f"{head}\n",
         "| network | batch | a gradient, ms | with Tr H, exact | reach |",
         "| --- | --- | --- | --- | --- |",
     ]

@@ -40,6 +40,10 @@ class LogitCurvature(ABC):
     def times(self, rows: Matrices) -> Matrices:
         """``rows Q``, of such rows."""
 
+    def quadratic(self, rows: Matrices) -> Vectors:
+        """The diagonal of ``rows Q rows^T``, ``(networks, M, samples)``."""
+        return (rows * self.times(rows)).sum(2)
+
     @abstractmethod
     def squares(self, outgoing: Tensor) -> Vectors:
         """The diagonal of ``V Q V^T``, for ``V`` of shape ``(networks, M, K)``."""
@@ -118,6 +122,11 @@ class _Softmax(LogitCurvature):
     def times(self, rows: Matrices) -> Matrices:
         mean = (rows * self.others.unsqueeze(1)).sum(2, keepdim=True)
         return (rows - mean).mul_(self.weighed.unsqueeze(1))
+
+    def quadratic(self, rows: Matrices) -> Vectors:
+        weighed = rows * self.others.unsqueeze(1)
+        mean = weighed.sum(2)
+        return torch.addcmul(weighed.mul_(rows).sum(2), mean, mean, value=-1) * self.weight
 
     def squares(self, outgoing: Tensor) -> Vectors:
         others, rest = self.others, self.rest

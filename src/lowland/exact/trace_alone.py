@@ -126,10 +126,10 @@ class _InFactors:
 
     def __init__(self, units: _Units, loss: LogitCurvature | None, layers: range) -> None:
         self.units, self.loss, self.layers = units, loss, layers
-        # By layer P = V J of J = diag(phi') P, and P Q.
+        # By layer P = V J of J = diag(phi') P; and P Q above the lowest, which needs no more than
+        # the diagonal of P Q P^T.
         self.pulled: dict[int, Matrices] = {}
         self.curved: dict[int, Matrices] = {}
-        self.squares: dict[int, Vectors] = {}  # the diagonal of P Q P^T
         self.near: dict[int, Vectors] = {}  # (V o V) c of the layer above
         self.traces: dict[int, Vectors] = {}
         for layer in reversed(layers):
@@ -139,9 +139,12 @@ class _InFactors:
                     pulled = loss.columns(outgoing)
                 else:
                     pulled = _product(outgoing, units.rows(layer + 1) * self.pulled[layer + 1])
-                curved = loss.times(pulled)
-                self.pulled[layer], self.curved[layer] = pulled, curved
-                total = self.squares[layer] = (pulled * curved).sum(2)
+                self.pulled[layer] = pulled
+                if layer > layers[0]:
+                    self.curved[layer] = loss.times(pulled)
+                    total = (pulled * self.curved[layer]).sum(2)
+                else:
+                    total = self.squares = loss.quadratic(pulled)
             if layer < layers[-1] and (above := units.c[layer + 1]) is not None:
                 self.near[layer] = outgoing.square() @ above
                 total = _add(total, self.near[layer])
@@ -165,7 +168,7 @@ class _InFactors:
                 pulled, own = self.pulled[layer], m * slope
                 if carried is None:  # the lowest layer, where A = m J
                     if curves:
-                        into.slope[layer] = 2 * own * self.squares[layer]
+                        into.slope[layer] = 2 * own * self.squares
                     scaled = (own * slope).unsqueeze(2) * pulled
                 else:
                     product = torch.addcmul(carried, own.unsqueeze(2), pulled)

@@ -14,6 +14,7 @@ from torch.func import functional_call, hessian
 
 import lowland
 from lowland.exact import with_loss
+from lowland.exact.modules import read
 from lowland.exact.trace_alone import TracePass, bends_in_full
 
 CE, BCE, MSE = nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.MSELoss()
@@ -168,7 +169,7 @@ def test_batches_and_types_may_change():
 def test_pieces_of_a_batch_give_what_the_whole_gives(kinds):
     model = network((3, *(4 for _ in kinds), 3), kinds)
     data = batch(CE, 3, 3, 40)
-    setup = lowland.exact.engine.read(model, CE, *data)
+    setup = read(model, CE, *data)
     low, high = 1, 1 << 24
     while low < high:  # the smallest budget
         middle = (low + high) // 2

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import traces
 from networks import GPT, resnet18
 from page import keep
 from timing import interleaved, median_ratio
@@ -250,8 +251,11 @@ def main() -> None:
     first, second = ("\n".join(table) for table in tables)
     report = f"{head}\n\n{first}\n\n{memory}\n\n{second}"
     print(report)
+    exact = traces.report(arguments.rounds)
+    print(f"\n{exact}")
     if arguments.keep:
         keep("training.py", report)
+        keep("traces.py", exact)
 
 
 if __name__ == "__main__":

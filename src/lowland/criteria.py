@@ -449,7 +449,8 @@ def encode(criterion: Criterion, loss: Loss, y: Tensor, *, outputs: int, like: T
             what was registered for the criterion is another loss.
     """
     y = _one_a_sample(y, len(like), outputs, loss)
-    reduction: Reduction = "sum" if is_sum(criterion) else "mean"
+    # As read_loss has found it: of a module, and one of the two.
+    reduction: Reduction = "sum" if getattr(criterion, "reduction", None) == "sum" else "mean"
     if isinstance(criterion, nn.Module) and _is_registered(criterion):
         _check_registered(criterion, loss, y, outputs, like)
     if isinstance(criterion, nn.CrossEntropyLoss):
@@ -546,7 +547,7 @@ def _weigh_classes(
         if y.device.type != "cpu" or bool(ignored.any()):
             kept, y = (~ignored).to(like.dtype), torch.where(ignored, 0, y)
         check_labels(y, classes)
-        y = functional.one_hot(y.long(), classes).to(like.dtype)
+        y = like.new_zeros(len(y), classes).scatter_(1, y.long().unsqueeze(1), 1)
     if weights is not None:
         _check_weights(criterion, "weight")
     if weights is not None and weights.numel() != classes:
@@ -554,7 +555,7 @@ def _weigh_classes(
             f"CrossEntropyLoss(weight=...) must hold one value for each of {classes} outputs; got "
             f"shape {tuple(weights.shape)}"
         )
-    target = (1 - smoothing) * y + smoothing / classes
+    target = (1 - smoothing) * y + smoothing / classes if smoothing else y
     weighed = y
     if weights is not None:
         target, weighed = target * weights.to(like.dtype), weighed * weights.to(like.dtype)

@@ -249,7 +249,8 @@ def _choose(part: Objective, method: Method, settings: Estimation) -> tuple[_Way
 def _by_closed_form(part: Objective, settings: Estimation) -> _Found:
     with torch.enable_grad():
         setup = ExactEngine.read(part, settings).setup
-    pairs = zip(setup.weights, setup.diagonal(settings.memory_budget), strict=True)
+        given = setup.weights
+    pairs = zip(given, setup.diagonal(settings.memory_budget), strict=True)
     used = [(weight, each.view_as(weight)) for weight, each in pairs if weight.requires_grad]
     # The weights are the parameters in another order, and a gradient takes what belongs to them the
     # same way back.

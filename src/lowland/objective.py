@@ -351,13 +351,14 @@ def over(
     check_matrix(matrix)
     check_callable(criterion)
     inside = unwrap(model)
-    check_parameters(inside)
-    if any(p.is_inference() for p in inside.parameters()):
+    every = dict(inside.named_parameters())
+    check_parameters(every)
+    if any(p.is_inference() for p in every.values()):
         raise ValueError(
             "the model's parameters were made within torch.inference_mode(), where there are no "
             "derivatives of them, ever; make the model outside of it"
         )
-    named, others = trainable(inside), []
+    named, others = trainable(every), []
     if parameters is not None:
         wanted = check_subset(inside, parameters)
         others = [p for p in named.values() if id(p) not in wanted]
@@ -445,13 +446,13 @@ def function_of(node: Any) -> Any:
     return getattr(type(node), "_forward_cls", None)
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are not frozen, by name.
+def trainable(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a model's parameters that are not frozen, by name.
 
     Raises:
         ValueError: If there are none.
     """
-    named: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    named = {n: p for n, p in parameters.items() if p.requires_grad}
     if not named:
         raise ValueError(
             "the model has no trainable parameter, so its Hessian is empty; set requires_grad on "

@@ -192,7 +192,7 @@ def weighted_layers(model: nn.Module) -> list[nn.Module]:
 
 def _copy(model: nn.Module) -> nn.Sequential:
     sequence = _sequence(model)
-    check_parameters(sequence)
+    check_parameters(dict(sequence.named_parameters()))
     try:
         return deepcopy(sequence)
     except RuntimeError as error:

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.parameter import UninitializedParameter
 
@@ -66,14 +66,13 @@ def _is_batched(value: Tensor) -> bool:
     return False
 
 
-def check_parameters(model: nn.Module) -> None:
+def check_parameters(named: Mapping[str, Tensor]) -> None:
     """Require parameters that have shapes and are all here.
 
     Raises:
         ValueError: If a lazy layer has not seen any data.
         UnsupportedModelError: If each process holds a part of them.
     """
-    named = dict(model.named_parameters())
     lazy = [name for name, part in named.items() if isinstance(part, UninitializedParameter)]
     if lazy:
         raise ValueError(
@@ -198,7 +197,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
         ValueError: With the number of offending values.
     """
     # One sum finds nearly every case without a temporary; only a suspicious one is looked into.
-    if bool(torch.isfinite(tensor.detach().sum())):
+    if math.isfinite(tensor.detach().sum().item()):
         return
     bad = sum(int((~torch.isfinite(run)).sum()) for run in tensor.detach().flatten().split(_RUN))
     if bad:
@@ -272,10 +271,14 @@ def as_outputs(
             )
         check_targets(y, loss)
         return y
+    # A column for one output too, as PyTorch's criteria take it.
+    column = loss.targets != "classes" and y.ndim > 1 and tuple(y.shape[-2:]) == (count, 1)
+    y = y.squeeze(-1) if column else y
     if y.ndim < 1 or y.shape[-1] != count:
+        also = "" if loss.targets == "classes" else f" or ({count}, 1)"
         raise ValueError(
             f"x and y do not match: x has {count} samples, so y must have shape "
-            f"({count},); got {tuple(y.shape)}"
+            f"({count},){also}; got {tuple(y.shape)}"
         )
     if loss.targets != "classes":
         check_targets(y, loss)
@@ -345,6 +348,10 @@ def check_labels(y: Tensor, classes: int) -> None:
         return
     if y.is_floating_point():
         check_finite(y, "y")
+    elif y.numel():
+        least, most = y.aminmax()
+        if least.item() >= 0 and most.item() < classes:
+            return
 
     def wrong(run: Tensor) -> Tensor:
         outside = (run < 0) | (run >= classes)

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowland.exact import blocks, plan
-from lowland.exact.plan import LONGEST_CHUNK, cost, make_plan, make_trace_plan, work
+from lowland.exact.plan import (
+    LONGEST_CHUNK,
+    cost,
+    make_plan,
+    make_trace_plan,
+    trace_floats,
+    work,
+)
 from lowland.exact.size import Size
 
 GENEROUS = 1 << 38
@@ -142,9 +149,10 @@ def test_chunks_are_about_equal_and_fit_the_cache_of_a_processor(order):
 def test_the_trace_alone_takes_chunks_four_times_as_long():
     size = size_of(3, 4, 2, samples=4 * LONGEST_CHUNK + 2)
     assert (
-        make_trace_plan(size, GENEROUS, on_cpu=True, compiled=False).chunk == 2 * LONGEST_CHUNK + 1
+        make_trace_plan(size, GENEROUS, 200, on_cpu=True, compiled=False).chunk
+        == 2 * LONGEST_CHUNK + 1
     )
-    on_device = make_trace_plan(size, GENEROUS, on_cpu=False, compiled=False)
+    on_device = make_trace_plan(size, GENEROUS, 200, on_cpu=False, compiled=False)
     assert on_device.chunk == 4 * LONGEST_CHUNK + 2
 
 
@@ -152,10 +160,10 @@ def test_the_trace_alone_takes_chunks_four_times_as_long():
 def test_a_budget_for_the_trace_holds_the_weights_and_a_sample(samples):
     size = size_of(200, 100, 3, samples=samples)
     weights = 6 * 8 * (201 * 100 + 101 * 3)
+    floats = trace_floats(size, in_full=False)
     with pytest.raises(ValueError, match="one sample's terms take"):
-        make_trace_plan(size, weights, on_cpu=True, compiled=False)
-    one = plan._trace_floats(size) * 8
-    found = make_trace_plan(size, weights + one, on_cpu=True, compiled=False)
+        make_trace_plan(size, weights, floats, on_cpu=True, compiled=False)
+    found = make_trace_plan(size, weights + 8 * floats, floats, on_cpu=True, compiled=False)
     assert (found.chunk, found.networks) == (1, 1)
 
 

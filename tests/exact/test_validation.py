@@ -54,10 +54,9 @@ SHAPES = {
     "too few inputs": ({"x": zeros(6, 2)}, r"bias in row 0; got \(6, 2\)"),
     "more targets than samples": (
         {"y": zeros(7)},
-        r"x has 6 samples, so y must have shape \(6,\); got \(7,\)",
+        r"x has 6 samples, so y must have shape \(6,\) or \(6, 1\); got \(7,\)",
     ),
-    "targets as a column": ({"y": zeros(6, 1)}, r"y must have shape \(6,\); got \(6, 1\)"),
-    "a scalar target": ({"y": zeros(())}, r"y must have shape \(6,\); got \(\)"),
+    "a scalar target": ({"y": zeros(())}, r"y must have shape \(6,\) or \(6, 1\); got \(\)"),
     "layers that do not chain": (
         {"v": zeros(4, 1)},
         r"do not chain: .*\(4, 4\) has 4 outputs, so weights\[1\] must have 5 rows.*\(4, 1\)",

@@ -72,30 +72,53 @@ class ExactEngine:
     def relative_cost(self, count: int) -> float:
         """What so many moments and their gradient are predicted to cost, in gradients.
 
-        ``Tr H`` alone takes time linear in samples and parameters, so that nothing is cheaper. Of
-        the last layers of a model the gradient is dearer than theirs.
+        Of the last layers of a model the gradient is dearer than theirs.
         """
-        return 0.0 if count == 1 else self.setup.relative_cost() * self.part
+        return self.setup.relative_cost(count) * self.part
 
     def moments(self, count: int = 2) -> HessianMoments:
         """The moments; for ``count=1`` the trace alone, and NaN for the other one."""
         budget, unbiased = self.settings.memory_budget, self.settings.unbiased
         if count == 1:
-            trace = self.setup.trace(budget)
-            unknown = torch.full_like(trace, math.nan)
-            return HessianMoments(
-                self.setup.size.dim, trace, unknown, method=self.name, matrix=self.target.matrix
-            )
+            return self._of_trace(self.setup.trace(budget))
         found = self.setup.moments(memory_budget=budget, unbiased=unbiased, moments=count)
         return replace(found, method=self.name, matrix=self.target.matrix)
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
-        """The model's own loss beside them, from the same pass where that leaves no trace."""
+        """The model's own loss beside them, from one pass where that leaves no trace."""
+        if count == 1 and self._is_the_step:
+            found = self.setup.logits_and_trace(self.settings.memory_budget)
+            if found is not None:
+                logits, trace = found
+                y = self.target.batch[1]
+                return scalar_loss(self.target.criterion, logits[0], y), self._of_trace(trace[0])
         target = self.target
         if self.output is None or _leaves_traces(target):
             return target.step_loss(), self.moments(count)
         _, y = target.batch
         return scalar_loss(target.criterion, self.output, y), self.moments(count)
+
+    @property
+    def _is_the_step(self) -> bool:
+        """Whether the logits here are those of a step of training.
+
+        In a wrapper something may happen on the way, autocast rounds them, and parameters that are
+        constants of the Hessian are none of the loss.
+        """
+        target = self.target
+        return (
+            self.output is None
+            and not self.setup.data.inputs_vary
+            and target.outer is target.model
+            and not target.others
+            and not torch.is_autocast_enabled(target.device.type)
+        )
+
+    def _of_trace(self, trace: Tensor) -> HessianMoments:
+        unknown = torch.full_like(trace, math.nan)
+        return HessianMoments(
+            self.setup.size.dim, trace, unknown, method=self.name, matrix=self.target.matrix
+        )
 
 
 def _leaves_traces(target: Objective) -> bool:

@@ -51,6 +51,8 @@ def read(
             targets require gradients.
         TypeError, ValueError: As :func:`lowland.exact.moments`.
     """
+    named = dict(model.named_parameters())
+    check_parameters(named)
     network = _read_layers(model)
     chosen = model.parameters() if parameters is None else parameters
     trained = {id(parameter) for parameter in chosen if parameter.requires_grad}
@@ -63,7 +65,7 @@ def read(
                 f"{ANY_MODULE}"
             )
         check_tensor(part, name)
-    check_types(dict(model.named_parameters()))
+    check_types(named)
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:
         x = x.flatten(1)
@@ -82,7 +84,7 @@ def read(
         x, *_ = activate(x, network.before)
     targets = encode(criterion, loss, y, outputs=outputs, like=x)
     return prepare(
-        [_augmented(layer) for layer in network.layers],
+        [_given(layer) for layer in network.layers],
         x,
         targets.y,
         network.activations,
@@ -94,11 +96,14 @@ def read(
     )
 
 
-def _augmented(layer: nn.Linear) -> Tensor:
-    """The layer's weights in the engine's layout: ``(inputs + 1, outputs)``, bias in row 0."""
-    weight = layer.weight.T
-    bias = weight.new_zeros(1, weight.shape[1]) if layer.bias is None else layer.bias.unsqueeze(0)
-    return torch.cat([bias, weight])
+def _given(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The layer's weights and biases; those that are constants now stay so."""
+    matrix, bias = layer.weight, layer.bias
+    return _constant(matrix), None if bias is None else _constant(bias)
+
+
+def _constant(part: Tensor) -> Tensor:
+    return part if part.requires_grad else part.detach()
 
 
 def _trained_rows(layer: nn.Linear, trained: set[int]) -> slice:
@@ -108,36 +113,35 @@ def _trained_rows(layer: nn.Linear, trained: set[int]) -> slice:
 
 
 def _read_layers(model: nn.Module) -> _Network:
-    check_parameters(model)
     if type(model) is not nn.Linear and not is_plain_sequence(model):
         raise UnsupportedModelError(
             "the closed form reads nn.Linear, or nn.Sequential of Linear layers and activations; "
             f"got {type(model).__name__}; {ANY_MODULE}"
         )
     flat, before = False, None
-    last = ""  # the activation read last
+    last: tuple[str, nn.Module] | None = None  # the activation read last
     layers: list[nn.Linear] = []
     activations: list[Activation | None] = []  # after each layer
-    for name, layer in _leaves(model):
+    for path, layer in _leaves(model):
         if type(layer) is nn.Linear:
             layers.append(layer)
             activations.append(None)
         elif type(layer) is nn.Flatten:
-            _require_plain_flatten(layer, name)
+            _require_plain_flatten(layer, path)
             flat = flat or not layers  # beyond them there is nothing left to flatten
         elif not _does_nothing(layer):
             activation = read_activation(layer)
             if activation is None:
-                raise UnsupportedModelError(_not_covered(name, layer))
+                raise UnsupportedModelError(_not_covered(path, layer))
             if layers:
                 activations[-1] = compose(activation, activations[-1])
-                last = name
+                last = path, layer
             else:
                 before = compose(activation, before)
-    if activations and activations[-1] is not None:
+    if activations and activations[-1] is not None and last is not None:
         raise UnsupportedModelError(
-            f"{last}, stands after the last Linear layer; the closed form takes logits, the "
-            "outputs of a Linear layer, and a criterion on logits; remove it, or "
+            f"{_named(*last)}, stands after the last Linear layer; the closed form takes logits, "
+            "the outputs of a Linear layer, and a criterion on logits; remove it, or "
             f"{ANY_MODULE}"
         )
     _require_fit(layers)
@@ -146,18 +150,22 @@ def _read_layers(model: nn.Module) -> _Network:
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers in a model and in sequences within it, with names for messages."""
+    """The layers in a model and in sequences within it, each with its path."""
     for path, module in walk(model):
-        # A sequence would print all its layers.
-        shown = type(module).__name__ if isinstance(module, nn.Sequential) else module
-        name = f"layer {path} of the model, {shown}" if path else "the model"
         if has_hooks(module):
             raise UnsupportedModelError(
-                f"forward hooks on {name} may change its outputs, and the closed form would leave "
-                f"them out; remove them, or {ANY_MODULE}"
+                f"forward hooks on {_named(path, module)} may change its outputs, and the closed "
+                f"form would leave them out; remove them, or {ANY_MODULE}"
             )
         if not is_plain_sequence(module):
-            yield name, module
+            yield path, module
+
+
+def _named(path: str, module: nn.Module) -> str:
+    """What messages call a layer."""
+    # A sequence would print all its layers.
+    shown = type(module).__name__ if isinstance(module, nn.Sequential) else module
+    return f"layer {path} of the model, {shown}" if path else "the model"
 
 
 def _does_nothing(layer: nn.Module) -> bool:
@@ -166,12 +174,14 @@ def _does_nothing(layer: nn.Module) -> bool:
     return type(layer) is nn.Identity
 
 
-def _require_plain_flatten(layer: nn.Flatten, name: str) -> None:
+def _require_plain_flatten(layer: nn.Flatten, path: str) -> None:
     if (layer.start_dim, layer.end_dim) != (1, -1):
+        name = _named(path, layer)
         raise UnsupportedModelError(f"{name}, is covered with its default dimensions; {ANY_MODULE}")
 
 
-def _not_covered(name: str, layer: nn.Module) -> str:
+def _not_covered(path: str, layer: nn.Module) -> str:
+    name = _named(path, layer)
     if type(layer) is nn.Dropout:
         return (
             f"{name}, draws a new mask in each call while it is in training mode, so the loss has "
@@ -183,7 +193,9 @@ def _not_covered(name: str, layer: nn.Module) -> str:
 def _require_fit(layers: list[nn.Linear]) -> None:
     seen: dict[int, int] = {}
     for index, layer in enumerate(layers, start=1):
-        for parameter in layer.parameters():
+        for parameter in (layer.weight, layer.bias):
+            if parameter is None:
+                continue
             other = seen.setdefault(id(parameter), index)
             if other != index:
                 raise UnsupportedModelError(

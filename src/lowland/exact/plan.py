@@ -111,6 +111,31 @@ def gradient_cost(size: Size) -> float:
     return sum(a * price for a, price in zip(amounts, PRICES["parameters"], strict=True))
 
 
+def trace_cost(size: Size, *, in_full: bool) -> float:
+    """Predicted seconds for ``Tr H`` alone and its gradient, one network, at the same prices.
+
+    Args:
+        size: The extent of the problem.
+        in_full: Whether bends make it carry whole ``B`` along (:mod:`lowland.exact.trace_alone`).
+    """
+    n, outputs = size.samples, size.widths[-1]
+    # The units' own passes, as a gradient of the loss has them, and what lies in between.
+    products = 3.0 * n * sum(a * b for a, b in pairwise(size.widths))
+    touched = n * sum(16.0 * width for width in size.widths[1:-1]) + 3.0 * n * size.widths[0]
+    hidden = size.widths[size.trained[0] + 1 : -1]
+    for a, b in pairwise(hidden):
+        # B down and S up, two products each, and the one for the adjoint of V; or J, A and this.
+        products += n * (3.0 * a * b * (a + b) if in_full else 3.0 * a * b * outputs)
+        touched += n * (8.0 * a * (a + b) if in_full else 16.0 * a * outputs)
+    if len(hidden) > 1:  # else V Q V^T by products alone
+        touched += 16.0 * n * hidden[-1] * outputs
+    elif hidden:
+        products += 6.0 * n * hidden[0] * outputs
+    # Much of what a small call takes is the reading of the model and the batch, once.
+    amounts = (products, touched, 60.0 * (1 + size.depth))
+    return sum(a * price for a, price in zip(amounts, PRICES["parameters"], strict=True))
+
+
 def make_plan(
     size: Size,
     order: OrderChoice,
@@ -160,13 +185,20 @@ def make_plan(
     return _plan_over_parameters(size, budget, on_cpu=on_cpu)
 
 
-def make_trace_plan(size: Size, budget: int, *, on_cpu: bool, compiled: bool) -> Plan:
+def make_trace_plan(size: Size, budget: int, floats: int, *, on_cpu: bool, compiled: bool) -> Plan:
     """The plan of ``Tr H`` alone, for which no matrix is formed; the loss's gradient needs less.
+
+    Args:
+        size: The extent of the problem.
+        budget: Bytes of temporaries that must not be exceeded.
+        floats: Of one sample, as :func:`trace_floats` or :func:`diagonal_floats` counts them.
+        on_cpu: As for :func:`make_plan`.
+        compiled: Whether compiled code covers the problem.
 
     Raises:
         ValueError: If the budget is too small for one sample.
     """
-    per_sample, fixed = _trace_floats(size) * size.itemsize, _weight_copies(size) * size.itemsize
+    per_sample, fixed = floats * size.itemsize, _weight_copies(size) * size.itemsize
     if per_sample + fixed > budget:
         raise ValueError(
             f"a memory budget of {budget / MEBIBYTE:.3g} MiB is too small: one sample's terms take "
@@ -320,8 +352,25 @@ def term_floats(size: Size, *, in_factors: bool = False) -> int:
     return floats
 
 
-def _trace_floats(size: Size) -> int:
-    """Floats of one sample in ``Tr H`` and its gradient.
+def trace_floats(size: Size, *, in_full: bool) -> int:
+    """Floats of one sample in ``Tr H`` alone and its gradient.
+
+    A bound for losses and activations of one's own, whose temporaries cannot be counted here, has
+    to leave room.
+    """
+    outputs, hidden = size.widths[-1], size.widths[1:-1]
+    floats = 3 * size.widths[0] + 16 + 8 * outputs * outputs + 16 * outputs
+    for index, width in enumerate(hidden):
+        # What phi gives and is made of, and the adjoints; P, P Q and what is made of them on the
+        # way up; B and V B V^T, half a product, and as much for S.
+        floats += 30 * width + 8 * width * outputs
+        if in_full:
+            floats += 8 * width * max(hidden[index : index + 2])
+    return floats
+
+
+def diagonal_floats(size: Size) -> int:
+    """Floats of one sample in the diagonal of ``H``.
 
     Measured: 0.1 to 0.6 of it. A bound for losses and activations of one's own, whose temporaries
     cannot be counted here, has to leave room.

@@ -58,7 +58,7 @@ class Problem:
         self, weights: Sequence[Tensor], compute: Callable[[TorchBackend], Result]
     ) -> list[Result]:
         """``compute`` in PyTorch, for as many networks at a time as the plan says."""
-        with _full_precision(weights[0]):
+        with full_precision(weights[0]):
             return [compute(self._torch_backend(weights, some)) for some in self._slices(weights)]
 
     def on_backend(
@@ -69,7 +69,7 @@ class Problem:
         It is given the networks' places in the ensemble, too.
         """
         make = self._c_backend if self.plan.compiled else self._torch_backend
-        with _full_precision(weights[0]):
+        with full_precision(weights[0]):
             return [compute(some, make(weights, some)) for some in self._slices(weights)]
 
     def _torch_backend(self, weights: Sequence[Tensor], networks: slice) -> TorchBackend:
@@ -101,7 +101,14 @@ class Problem:
         return (slice(start, start + size) for start in range(0, networks, size))
 
 
-def _full_precision(tensor: Tensor) -> torch.autocast:
+TWICE = (
+    "the exact moments can be differentiated once, not twice: their gradient is a closed form "
+    "without a graph of its own; for higher derivatives use "
+    "lowland.hessian_moments(..., method='dense')"
+)
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
     """Keep a caller's autocast out: it would round the factors of each product to 16 bits."""
     return torch.autocast(tensor.device.type, enabled=False)
 
@@ -176,11 +183,7 @@ class _Gradient(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        raise RuntimeError(
-            "the exact moments can be differentiated once, not twice: their gradient is a closed "
-            "form without a graph of its own; for higher derivatives use "
-            "lowland.hessian_moments(..., method='dense')"
-        )
+        raise RuntimeError(TWICE)
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

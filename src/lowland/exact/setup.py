@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -21,15 +22,20 @@ from lowland.exact.plan import (
     OrderChoice,
     Path,
     cost,
+    diagonal_floats,
     gradient_cost,
     make_plan,
     make_trace_plan,
     term_floats,
+    trace_cost,
+    trace_floats,
 )
 from lowland.exact.problem import Backend, Problem, join_layers, run_moments
 from lowland.exact.size import Size
 from lowland.exact.terms import Architecture, Data, ExactMatrix, Quantity
 from lowland.exact.torch_backend import TorchBackend
+from lowland.exact.trace_alone import bends_in_full
+from lowland.exact.with_loss import Given, logits_and_trace
 from lowland.losses import Loss, get_loss
 from lowland.moments import HessianMoments
 from lowland.validation import (
@@ -57,8 +63,8 @@ class Setup:
     Attributes:
         arch: What the networks share: activations, loss, trained rows.
         data: The samples.
-        weights: Of each layer, ``(networks, inputs + 1, outputs)``: the ensemble's dimensions as
-            one.
+        given: Of each layer what the caller has, in one of the forms of
+            :data:`lowland.exact.with_loss.Given`: the ensemble's dimensions as one.
         ensemble: The ensemble's dimensions, which results are given.
         size: The extent of it all.
         is_mean: Whether the loss is a mean over samples that all weigh the same.
@@ -67,16 +73,23 @@ class Setup:
 
     arch: Architecture
     data: Data
-    weights: tuple[Tensor, ...]
+    given: tuple[Given, ...]
     ensemble: torch.Size
     size: Size
     is_mean: bool
     covered: bool
 
+    @cached_property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Of each layer, ``(networks, inputs + 1, outputs)``, with the biases in row 0."""
+        return tuple(
+            each if isinstance(each, Tensor) else _with_biases(*each) for each in self.given
+        )
+
     def at(self, weights: Sequence[Tensor]) -> Setup:
         """The setup at other weights of the same shapes, which are not checked."""
         shaped = zip(weights, self.weights, strict=True)
-        return replace(self, weights=tuple(new.reshape(old.shape) for new, old in shaped))
+        return replace(self, given=tuple(new.reshape(old.shape) for new, old in shaped))
 
     def of(self, matrix: ExactMatrix) -> Setup:
         """The same networks and data for another matrix than the Hessian.
@@ -182,9 +195,15 @@ class Setup:
         )
         return replace(problem, plan=plan)
 
-    def relative_cost(self) -> float:
-        """What the moments and their gradient are predicted to cost, in gradients of the loss."""
+    def relative_cost(self, count: int = 2) -> float:
+        """What moments and their gradient are predicted to cost, in gradients of the loss.
+
+        Args:
+            count: 1 for ``Tr H`` alone.
+        """
         size = self.size
+        if count == 1:
+            return trace_cost(size, in_full=bends_in_full(self.arch)) / gradient_cost(size)
         paths: list[Path] = ["samples", "compiled" if self.covered else "parameters"]
         exact = min(cost(size, path) for path in paths)
         # The prices are those of terms near the cache. Far from it up to 5 times as much was
@@ -194,13 +213,30 @@ class Setup:
 
     def trace(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> Tensor:
         """``Tr H`` alone, as :func:`lowland.exact.trace` gives it."""
+        found = self.logits_and_trace(memory_budget)
+        if found is not None:
+            return found[1].view(self.ensemble)
         first, _ = run_moments(self.trace_problem(memory_budget), self.weights)
         return first.view(self.ensemble)
+
+    def logits_and_trace(
+        self, memory_budget: int = DEFAULT_MEMORY_BUDGET
+    ) -> tuple[Tensor, Tensor] | None:
+        """The logits, ``(networks, samples, K)``, and ``Tr H``, where one piece of work gives both.
+
+        None where samples or networks have to be taken in turn, or compiled code does it.
+        """
+        plan = self.trace_problem(memory_budget).plan
+        whole = plan.chunk >= self.size.samples and plan.networks >= self.size.networks
+        # Transforms of torch.func cannot see into it.
+        if plan.compiled or not whole or torch._C._are_functorch_transforms_active():  # noqa: SLF001
+            return None
+        return logits_and_trace(self.arch, self.given, self.data)
 
     def diagonal(self, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> tuple[Tensor, ...]:
         """The diagonal of ``H``, as :func:`lowland.exact.diagonal` gives it."""
         # The compiled code has its sum alone.
-        problem = self.of_plain_code().trace_problem(memory_budget)
+        problem = self.of_plain_code().trace_problem(memory_budget, "diagonal")
         with torch.no_grad():
             found = problem.on_torch(self.weights, TorchBackend.diagonal)
         return self.shaped(join_layers(found, self.weights))
@@ -286,11 +322,13 @@ class Setup:
         return Problem(self.arch, self.data, plan, self.size, unbiased=unbiased)
 
     def trace_problem(self, memory_budget: int, quantity: Quantity = "trace") -> Problem:
-        """The problem of ``Tr H`` alone, or of the loss, planned alike: no matrix is formed."""
+        """The problem of ``Tr H`` alone, its diagonal, or the loss: no matrix is formed."""
         memory_budget = check_budget(memory_budget)
+        floats = trace_floats(self.size, in_full=bends_in_full(self.arch))
         plan = make_trace_plan(
             self.size,
             memory_budget,
+            floats if quantity == "trace" else diagonal_floats(self.size),
             on_cpu=self._device.type == "cpu",
             compiled=self.covered,
         )
@@ -298,7 +336,7 @@ class Setup:
 
     @property
     def _device(self) -> torch.device:
-        return self.weights[0].device
+        return self.data.x.device
 
     def _check_unbiased(self) -> None:
         """Require pairs of different samples, and a loss of which they make an unbiased estimate.
@@ -320,7 +358,7 @@ class Setup:
 
 
 def prepare(  # noqa: PLR0917 - the arguments of every public function, in their order
-    weights: Sequence[Tensor],
+    weights: Sequence[Given],
     x: Tensor,
     y: Tensor,
     activation: Activations,
@@ -334,7 +372,8 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
     """Check all arguments and bring them into the shapes of :class:`Setup`.
 
     Args:
-        weights: As for :func:`lowland.exact.moments`, like all that follows.
+        weights: As for :func:`lowland.exact.moments`, like all that follows; or each layer's as
+            PyTorch's Linear has them, ``(outputs, inputs)`` and biases.
         x: Inputs.
         y: Targets; for classes also a distribution over them for each sample.
         activation: Of all layers but the last, or one for each of them.
@@ -349,31 +388,30 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
     loss = get_loss(loss)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"unknown reduction {reduction!r}: expected 'mean' or 'sum'")
-    check_weights(weights)
+    first, shapes = _look_at(weights)
     activations = _read_activations(activation, len(weights) - 1)
-    first, outputs = weights[0], weights[-1].shape[-1]
+    outputs = shapes[-1][-1]
     check_features(x, like=first)
     inputs_vary = inputs_vary and x.requires_grad and torch.is_grad_enabled()
     if not inputs_vary:
         check_constant(x, "x")
     check_constant(y, "y")
-    if x.ndim < 2 or x.shape[-1] + 1 != first.shape[-2]:
+    if x.ndim < 2 or x.shape[-1] + 1 != shapes[0][-2]:
         raise ValueError(
-            f"x and weights[0] do not match: expected x of shape (samples, {first.shape[-2] - 1}) "
-            f"for weights[0] of shape {tuple(first.shape)} (inputs + 1, outputs), bias in row 0; "
+            f"x and weights[0] do not match: expected x of shape (samples, {shapes[0][-2] - 1}) "
+            f"for weights[0] of shape {tuple(shapes[0])} (inputs + 1, outputs), bias in row 0; "
             f"got {tuple(x.shape)}"
         )
     y = as_outputs(y, samples=tuple(x.shape[:-1]), outputs=outputs, loss=loss, like=first)
     check_loss(loss, y, like=first)
+    leading = {*(shape[:-2] for shape in shapes), x.shape[:-2], y.shape[:-2]}
     try:
-        ensemble = torch.broadcast_shapes(
-            *(weight.shape[:-2] for weight in weights), x.shape[:-2], y.shape[:-2]
-        )
+        ensemble = leading.pop() if len(leading) == 1 else torch.broadcast_shapes(*leading)
     except RuntimeError as error:
-        leading = " and ".join(str(tuple(weight.shape[:-2])) for weight in weights)
+        of_weights = " and ".join(str(tuple(shape[:-2])) for shape in shapes)
         raise ValueError(
             "the leading (ensemble) dimensions do not broadcast: weights "
-            f"{leading}, x {tuple(x.shape[:-2])}, y {tuple(y.shape[:-2])}"
+            f"{of_weights}, x {tuple(x.shape[:-2])}, y {tuple(y.shape[:-2])}"
         ) from error
     networks = math.prod(ensemble)
     if networks == 0:
@@ -386,7 +424,7 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         scale = 1 / terms if reduction == "mean" else 1.0
     if isinstance(scale, Tensor):
         scale = _flatten(scale if scale.ndim == y.ndim else scale.unsqueeze(-1), ensemble)
-    rows = tuple(rows or (slice(0, weight.shape[-2]) for weight in weights))
+    rows = tuple(rows or (slice(0, shape[-2]) for shape in shapes))
     arch = Architecture(activations, loss, rows)
     # Autograd adds up what networks that share x have in it.
     x = x.expand(*ensemble, *x.shape[-2:]) if inputs_vary else x.detach()
@@ -394,7 +432,7 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
     size = Size(
         networks,
         samples,
-        (x.shape[-1], *(weight.shape[-1] for weight in weights)),
+        (x.shape[-1], *(shape[-1] for shape in shapes)),
         tuple(part.stop - part.start for part in rows),
         first.element_size(),
     )
@@ -403,6 +441,8 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         data,
         tuple(
             weight.expand(*ensemble, *weight.shape[-2:]).reshape(networks, *weight.shape[-2:])
+            if isinstance(weight, Tensor)
+            else weight
             for weight in weights
         ),
         ensemble,
@@ -411,6 +451,28 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         # The compiled code differentiates in the weights alone.
         covered=not inputs_vary and covers(arch, size, data),
     )
+
+
+def _look_at(weights: Sequence[Given]) -> tuple[Tensor, list[torch.Size]]:
+    """Check weights; one of their tensors, and the shapes that they have with biases in row 0."""
+    layers = [each for each in weights if isinstance(each, tuple)]
+    if not layers or len(layers) < len(weights):
+        tensors = cast("Sequence[Tensor]", weights)  # or something else, which is refused
+        check_weights(tensors)
+        return tensors[0], [each.shape for each in tensors]
+    first, _ = layers[0]
+    for index, layer in enumerate(layers):
+        for part in layer:
+            if part is not None:
+                check_features(part, like=first, name=f"weights[{index}]")
+    return first, [torch.Size((matrix.shape[1] + 1, matrix.shape[0])) for matrix, _ in layers]
+
+
+def _with_biases(matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Of one network: ``(1, inputs + 1, outputs)``."""
+    weight = matrix.T
+    row = weight.new_zeros(1, weight.shape[1]) if bias is None else bias.unsqueeze(0)
+    return torch.cat([row, weight]).unsqueeze(0)
 
 
 def _read_activations(activation: Activations, count: int) -> tuple[Activation, ...]:

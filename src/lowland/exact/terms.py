@@ -47,8 +47,9 @@ Name = tuple[str, int | tuple[int, int]]
 # has beyond it in the first: either is the Hessian of a loss without the other ones.
 ExactMatrix = Literal["hessian", "ggn", "residual"]
 
-# What is wanted of a network: both traces, Tr H alone, or only the loss's own gradient.
-Quantity = Literal["moments", "trace", "loss"]
+# What is wanted of a network: both traces, Tr H alone, the diagonal that it is the sum of, or only
+# the loss's own gradient.
+Quantity = Literal["moments", "trace", "diagonal", "loss"]
 
 
 @dataclass(frozen=True)

@@ -151,12 +151,10 @@ class TorchBackend:
         """``Tr H``; its gradient is added to ``gradient``, if that is given."""
         total = self.weights[0].new_zeros(self.networks)
         for chunk in self.chunks:
-            data, leaves, parts = self._leaves_of(chunk, gradient or [])
-            with torch.set_grad_enabled(bool(gradient)):
-                trace = trace_alone.trace(self.arch, self.leaves, data)
-            total += trace.detach()
-            if gradient:
-                _chain(parts, leaves, [trace], [torch.ones_like(total)])
+            data, _, parts = self._leaves_of(chunk, gradient or [])
+            trace, found = trace_alone.trace(self.arch, self.weights, data, gradient=bool(gradient))
+            total += trace
+            _accumulate(parts, found)
         return total
 
     def _over_samples(self) -> PerNetwork:
@@ -238,11 +236,10 @@ class TorchBackend:
         for index, summands in self._summands(trace_weight, square_weight, kept):
             self._pull_back(total, index, summands)
         if self._trace_is_apart:
-            for chunk in self.chunks:
-                data, leaves, parts = self._leaves_of(chunk, total)
-                with torch.enable_grad():
-                    trace = trace_alone.trace(self.arch, self.leaves, data)
-                _chain(parts, leaves, [trace], [trace_weight])
+            gradient = self._zeros()
+            self._trace(gradient)
+            for whole, part in zip(total, gradient, strict=True):
+                whole.addcmul_(part, trace_weight[:, None, None])
         return total
 
     def _pull_back(self, total: list[Tensor], index: int, summands: Summands) -> None:
@@ -334,11 +331,16 @@ class TorchBackend:
             chain(self.chunks[index], partial(self._named_terms, list(adjoints)), one_by_one)
         if self._trace_is_apart:
             for chunk in self.chunks:
-                chain(
-                    chunk,
-                    lambda leaves, data: [trace_alone.trace(self.arch, leaves, data)],
-                    [trace_weight.repeat_interleave(chunk.stop - chunk.start)],
+                data = self.data.of_samples(chunk)
+                # As many networks as samples, as above.
+                weights = [weight.repeat_interleave(data.samples, 0) for weight in self.weights]
+                _, parts = trace_alone.trace(
+                    self.arch, weights, data.one_by_one(self.networks), gradient=True
                 )
+                factor = trace_weight.repeat_interleave(data.samples)[:, None, None]
+                for whole, part in zip(result, parts, strict=True):
+                    if part is not None:
+                        whole[:, chunk] += (factor * part).unflatten(0, (self.networks, -1))
         return result
 
     def _named_terms(
@@ -441,6 +443,12 @@ def _add_up(summands: Iterable[Adjoints]) -> Adjoints:
     return total
 
 
+def _accumulate(total: list[Tensor], parts: Sequence[Tensor | None]) -> None:
+    for whole, part in zip(total, parts, strict=True):
+        if part is not None:
+            whole.add_(part)
+
+
 def _chain(
     total: list[Tensor],
     leaves: list[Tensor],
@@ -458,6 +466,4 @@ def _chain(
     gradients = grad(
         [value for value, _ in used], leaves, [adjoint for _, adjoint in used], allow_unused=True
     )
-    for whole, part in zip(total, gradients, strict=True):
-        if part is not None:
-            whole.add_(part)
+    _accumulate(total, gradients)

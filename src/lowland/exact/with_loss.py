@@ -1,0 +1,94 @@
+"""``Tr H`` beside the logits, as one differentiable function: a loss and its trace of one pass.
+
+Both gradients in a layer's weights are products with the layer's inputs, which are taken together:
+what the trace costs on top of the loss is what lies between the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lowland.exact.problem import TWICE, full_precision
+from lowland.exact.terms import Architecture, Data
+from lowland.exact.trace_alone import Layer, TracePass, joined, split
+
+# A layer's weights as PyTorch's Linear has them, (outputs, inputs), and its biases; or those of
+# networks, (networks, inputs + 1, outputs), with the biases in row 0.
+Given = tuple[Tensor, Tensor | None] | Tensor
+
+
+def logits_and_trace(
+    arch: Architecture, given: Sequence[Given], data: Data
+) -> tuple[Tensor, Tensor]:
+    """The logits, ``(networks, samples, K)``, and ``Tr H`` of each network.
+
+    Both can be differentiated once in the weights.
+    """
+    flat = [part for each in given for part in (each if isinstance(each, tuple) else (each,))]
+    logits, trace = _LogitsAndTrace.apply(arch, data, *flat)  # type: ignore[no-untyped-call]
+    return logits, trace
+
+
+def _layers(arch: Architecture, flat: Sequence[Tensor | None]) -> list[Layer]:
+    if len(flat) == len(arch.rows):
+        return [split(weight) for weight in flat if weight is not None]
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    return [
+        (weight.unsqueeze(0), None if bias is None else bias[None, :, None])
+        for weight, bias in pairs
+        if weight is not None
+    ]
+
+
+class _LogitsAndTrace(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, arch: Architecture, data: Data, *flat: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with full_precision(data.x):
+            passed = TracePass(arch, _layers(arch, flat), data)
+        # For the guard against changes in place; what the pass holds beside them is its own.
+        ctx.save_for_backward(data.x, data.y, *flat)
+        ctx.passed, ctx.joined = passed, len(flat) == len(arch.rows)
+        ctx.set_materialize_grads(False)
+        # Copies: outputs that the pass holds would hold it in turn, until cycles are collected.
+        logits = passed.logits.mT.clone(memory_format=torch.contiguous_format)
+        return logits, passed.trace.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.saved_tensors  # noqa: B018 - raises if one has changed, or the graph is freed
+        return None, None, *_Gradient.apply(ctx.passed, ctx.joined, *grads)  # type: ignore[no-untyped-call]
+
+
+class _Gradient(Function):
+    """The backward pass as a function of its own, whose own backward pass says no."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ARG004
+        passed: TracePass,
+        as_joined: bool,  # noqa: FBT001
+        logits: Tensor | None,
+        trace: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        weight = torch.zeros_like(passed.trace) if trace is None else trace
+        with full_precision(weight):
+            found, _ = passed.gradient(weight, None if logits is None else logits.mT)
+        if as_joined:
+            return tuple(None if part is None else joined(part) for part in found)
+        flat: list[Tensor | None] = []
+        for part in found:
+            matrix, bias = part or (None, None)
+            flat.append(None if matrix is None else matrix.squeeze(0))
+            flat.append(None if bias is None else bias.view(-1))
+        return tuple(flat)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
+        raise RuntimeError(TWICE)

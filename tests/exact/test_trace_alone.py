@@ -1,0 +1,275 @@
+"""``Tr H`` beside the loss: one forward pass for both, and nothing left from another call."""
+
+import gc
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from cases import OF_ONES_OWN, TOLERANCES, cases, prepare, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call, hessian
+
+import lowland
+from lowland.exact import with_loss
+from lowland.exact.modules import read
+from lowland.exact.trace_alone import TracePass, bends_in_full
+
+CE, BCE, MSE = nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.MSELoss()
+UNITS = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.GELU, nn.Identity)
+
+
+def network(widths, kinds, seed=0, dtype=torch.float64, *, bias=True):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(widths[0], widths[1], bias=bias)]
+    for kind, (one, other) in zip(kinds, pairwise(widths[1:]), strict=True):
+        layers += [kind(), nn.Linear(one, other, bias=bias)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def batch(criterion, inputs, outputs, samples=6, dtype=torch.float64):
+    x = torch.randn(samples, inputs, dtype=dtype)
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        return x, torch.arange(samples) % outputs
+    y = torch.randn(samples, outputs, dtype=dtype)
+    return x, (y > 0).to(dtype) if isinstance(criterion, nn.BCEWithLogitsLoss) else y
+
+
+def by_hand(model, criterion, x, y, weight):
+    """Loss and penalty by brute force, and the gradient of their sum."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values):
+        return criterion(functional_call(model, values, (x,)), y)
+
+    total = loss(trained)
+    blocks = hessian(loss)(trained)
+    for name, p in trained.items():
+        block = blocks[name][name].reshape(p.numel(), p.numel())
+        total = total + weight * block.trace()
+    return total, torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+
+
+def ours(penalty, model, x, y):
+    total = penalty.loss(model, x, y)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return total, torch.autograd.grad(total, trained, allow_unused=True)
+
+
+def require_same(found, expected, tolerance=1e-10):
+    (total, gradient), (right, theirs) = found, expected
+    torch.testing.assert_close(total, right, rtol=tolerance, atol=tolerance)
+    scale = max(1.0, *(float(each.abs().max()) for each in theirs if each is not None))
+    for mine, each in zip(gradient, theirs, strict=True):
+        apart = mine if each is None else mine - each
+        assert float(apart.abs().max()) <= 10 * tolerance * scale
+
+
+@st.composite
+def problems(draw):
+    depth = draw(st.integers(0, 4), label="hidden layers")
+    criterion = draw(st.sampled_from([CE, nn.CrossEntropyLoss(label_smoothing=0.2), BCE, MSE]))
+    widths = [draw(st.integers(1, 4)) for _ in range(depth + 1)]
+    widths.append(draw(st.integers(2 if isinstance(criterion, nn.CrossEntropyLoss) else 1, 4)))
+    kinds = [draw(st.sampled_from(UNITS)) for _ in range(depth)]
+    model = network(widths, kinds, draw(st.integers(0, 9999)), bias=draw(st.booleans()))
+    for parameter in model.parameters():
+        parameter.requires_grad_(draw(st.integers(0, 3)) > 0)
+    next(model[-1].parameters()).requires_grad_()
+    return model, criterion, batch(criterion, widths[0], widths[-1], draw(st.integers(1, 7)))
+
+
+@given(problems())
+def test_loss_and_trace_are_those_of_brute_force(problem):
+    model, criterion, data = problem
+    penalty = lowland.HessianTrace(criterion, 0.3, method="exact")
+    require_same(ours(penalty, model, *data), by_hand(model, criterion, *data, 0.3), 1e-9)
+
+
+@given(cases(), st.sampled_from(["hessian", "ggn", "residual"]))
+def test_the_trace_is_that_of_the_blocks(case, matrix):
+    case = case.with_gradients()
+    setup = prepare(case).of(matrix)
+    both = setup.moments("parameters").trace, setup.trace()
+    gradients = [
+        torch.autograd.grad(each.sum(), case.weights, materialize_grads=True) for each in both
+    ]
+    _, slopes = TOLERANCES[torch.float64]
+    torch.testing.assert_close(both[1], both[0], rtol=1e-9, atol=1e-12)
+    scale = max(float(part.abs().max()) for part in gradients[0])
+    for one, other in zip(*gradients, strict=True):
+        assert float((one - other).abs().max()) <= slopes * scale + 1e-12
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_loss_of_ones_own_couples_its_logits(depth):
+    from cases import make  # noqa: PLC0415
+    from oracle import Network  # noqa: PLC0415
+
+    case = make(
+        Network(3, (4,) * depth, ("tanh",) * depth, "distance", "mean", 3), 5, ensemble=(2,)
+    ).with_gradients()
+    setup = prepare(case)
+    assert setup.arch.loss is OF_ONES_OWN["distance"]
+    assert bends_in_full(setup.arch) == (depth > 2)
+    both = setup.moments("parameters").trace, setup.trace()
+    torch.testing.assert_close(*both, rtol=1e-10, atol=1e-12)
+    gradients = [torch.autograd.grad(each.sum(), case.weights) for each in both]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def changes():
+    """What may change between two calls, and how."""
+    yield "activation", lambda model, _: model.__setitem__(1, nn.GELU())
+    yield "negative slope", lambda model, _: setattr(model[3], "negative_slope", 0.4)
+    yield "frozen", lambda model, _: model[0].weight.requires_grad_(requires_grad=False)
+    yield "thawed", lambda model, _: model[4].bias.requires_grad_()
+    yield "smoothing", lambda _, criterion: setattr(criterion, "label_smoothing", 0.3)
+    yield "sum", lambda _, criterion: setattr(criterion, "reduction", "sum")
+    yield (
+        "weights of classes",
+        lambda _, criterion: setattr(criterion, "weight", torch.tensor([1.0, 2, 3]).double()),
+    )
+    yield "ignored", lambda _, criterion: setattr(criterion, "ignore_index", 1)
+    yield "other layer", lambda model, _: model.__setitem__(2, nn.Linear(5, 4).double())
+    yield "numbers", lambda model, _: model[0].weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in changes()])
+def test_nothing_is_left_from_the_call_before(name):
+    change = dict(changes())[name]
+    model, criterion = network((3, 5, 4, 3), (nn.Tanh, nn.LeakyReLU)), nn.CrossEntropyLoss()
+    model[4].bias.requires_grad_(requires_grad=False)
+    penalty = lowland.HessianTrace(criterion, 0.3, method="exact")
+    data = batch(criterion, 3, 3)
+    before, _ = ours(penalty, model, *data)
+    change(model, criterion)
+    after = ours(penalty, model, *data)
+    require_same(after, by_hand(model, criterion, *data, 0.3))
+    assert not torch.equal(before, after[0])
+
+
+def test_batches_and_types_may_change():
+    model = network((3, 5, 3), (nn.Tanh,))
+    penalty = lowland.HessianTrace(CE, 0.3, method="exact")
+    for samples in (6, 1, 9):
+        data = batch(CE, 3, 3, samples)
+        require_same(ours(penalty, model, *data), by_hand(model, CE, *data, 0.3))
+    data = batch(CE, 3, 3)
+    expected = by_hand(model, CE, *data, 0.3)[0]
+    single = penalty.loss(model.float(), data[0].float(), data[1])
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [(nn.GELU,), (nn.GELU, nn.Tanh), (nn.GELU, nn.Tanh, nn.Tanh)])
+def test_pieces_of_a_batch_give_what_the_whole_gives(kinds):
+    model = network((3, *(4 for _ in kinds), 3), kinds)
+    data = batch(CE, 3, 3, 40)
+    setup = read(model, CE, *data)
+    low, high = 1, 1 << 24
+    while low < high:  # the smallest budget
+        middle = (low + high) // 2
+        try:
+            setup.trace_problem(middle)
+        except ValueError:
+            low = middle + 1
+        else:
+            high = middle
+    assert setup.logits_and_trace(low) is None
+    whole, pieces = (
+        ours(lowland.HessianTrace(CE, 0.3, method="exact", memory_budget=budget), model, *data)
+        for budget in (1 << 28, low)
+    )
+    require_same(pieces, whole)
+
+
+def test_it_is_differentiated_once_and_no_tensor_may_change_before_that():
+    model = network((3, 5, 3), (nn.Tanh,))
+    penalty, data = lowland.HessianTrace(CE, 0.3, method="exact"), batch(CE, 3, 3)
+    first, second = (
+        torch.autograd.grad(total, list(model.parameters()), retain_graph=True)
+        for total in [penalty.loss(model, *data)] * 2
+    )
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+    slopes = torch.autograd.grad(
+        penalty.loss(model, *data), list(model.parameters()), create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once, not twice"):
+        torch.autograd.grad(slopes[0].sum(), list(model.parameters()))
+    for tensor in (model[0].weight.data, data[0]):
+        total = penalty.loss(model, *data)
+        with torch.no_grad():
+            model[0].weight.mul_(1.1) if tensor is not data[0] else data[0].mul_(1.1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+
+
+def test_what_a_step_held_is_free_without_the_collector(monkeypatch):
+    made = []
+
+    class Watched(TracePass):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(with_loss, "TracePass", Watched)
+    model, data = network((3, 5, 3), (nn.Tanh,)), batch(CE, 3, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        lowland.HessianTrace(CE, 0.3, method="exact").loss(model, *data).backward()
+        assert made
+        assert made[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_the_loss_is_in_parameters_too_that_the_trace_is_not_in():
+    model, data = network((3, 5, 3), (nn.Tanh,)), batch(CE, 3, 3)
+    head = lowland.HessianTrace(CE, 0.3, method="exact", parameters=model[2].parameters())
+    head.loss(model, *data).backward()
+    found = model[0].weight.grad
+    (expected,) = torch.autograd.grad(CE(model(data[0]), data[1]), model[0].weight)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kinds", [(nn.ReLU,), (nn.GELU, nn.GELU)])
+def test_of_fitted_samples_single_precision_keeps_its_digits(kinds):
+    # All probability is in one class but for 1e-9: differences from one would leave nothing.
+    model = network((3, *(6 for _ in kinds), 3), kinds)
+    with torch.no_grad():
+        model[-1].bias.copy_(torch.tensor([0.0, 20.0, 1.0]))
+    x, y = torch.randn(8, 3).double(), torch.ones(8, dtype=torch.long)
+    penalty = lowland.HessianTrace(CE, 1.0, method="exact")
+    exact = torch.autograd.grad(penalty(model, x, y), list(model.parameters()))
+    model.float()
+    single = torch.autograd.grad(penalty(model, x.float(), y), list(model.parameters()))
+    for one, other in zip(single, exact, strict=True):
+        assert relative_error(one, other) < 1e-4
+
+
+def test_one_output_takes_a_column_of_targets():
+    weights = [torch.randn(4, 5).double(), torch.randn(6, 1).double()]
+    x, y = torch.randn(7, 3).double(), torch.rand(7).double()
+    settings = {"activation": "tanh", "loss": "bce"}
+    for call in (lowland.exact.trace, lambda *a, **k: lowland.exact.moments(*a, **k).trace_sq):
+        flat, column = (call(weights, x, each, **settings) for each in (y, y.unsqueeze(1)))
+        assert torch.equal(flat, column)
+    many = [torch.randn(7, 4, 5).double(), torch.randn(6, 1).double()]
+    own = torch.rand(7, 7, 1).double()
+    flat, column = (lowland.exact.trace(many, x, each, **settings) for each in (own[..., 0], own))
+    assert flat.shape == (7,)
+    assert torch.equal(flat, column)
+
+
+@pytest.mark.parametrize(("kind", "engine"), [(nn.ReLU, "exact"), (nn.Tanh, "probes")])
+def test_bends_of_deep_networks_are_left_to_probes(kind, engine):
+    model = network((8, *[64] * 20, 5), [kind] * 20, dtype=torch.float32)
+    penalty = lowland.HessianTrace(CE, 0.1)
+    penalty.loss(model, *batch(CE, 8, 5, 64, torch.float32))
+    assert penalty.used == engine

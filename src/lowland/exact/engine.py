@@ -108,7 +108,6 @@ class ExactEngine:
         target = self.target
         return (
             self.output is None
-            and not self.setup.data.inputs_vary
             and target.outer is target.model
             and not target.others
             and not torch.is_autocast_enabled(target.device.type)

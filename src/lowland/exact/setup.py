@@ -82,9 +82,10 @@ class Setup:
     @cached_property
     def weights(self) -> tuple[Tensor, ...]:
         """Of each layer, ``(networks, inputs + 1, outputs)``, with the biases in row 0."""
-        return tuple(
-            each if isinstance(each, Tensor) else _with_biases(*each) for each in self.given
-        )
+        with torch.enable_grad():  # they are kept, and may be wanted with a graph later
+            return tuple(
+                each if isinstance(each, Tensor) else _with_biases(*each) for each in self.given
+            )
 
     def at(self, weights: Sequence[Tensor]) -> Setup:
         """The setup at other weights of the same shapes, which are not checked."""
@@ -224,8 +225,11 @@ class Setup:
     ) -> tuple[Tensor, Tensor] | None:
         """The logits, ``(networks, samples, K)``, and ``Tr H``, where one piece of work gives both.
 
-        None where samples or networks have to be taken in turn, or compiled code does it.
+        None where samples or networks have to be taken in turn, compiled code does it, or
+        derivatives in the data are wanted.
         """
+        if self.data.inputs_vary:
+            return None
         plan = self.trace_problem(memory_budget).plan
         whole = plan.chunk >= self.size.samples and plan.networks >= self.size.networks
         # Transforms of torch.func cannot see into it.

@@ -415,3 +415,91 @@ def test_what_a_pass_counts_as_a_step_counts_once():
         criterion = Weighing()
         lowland.HSR(criterion, 0.1, products=products).loss(model, x, y)
         assert criterion.calls == 1
+
+
+class Follower(nn.Module):
+    """An encoder that follows another one, in parameters that are constants."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.own, self.key, self.head = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.key.requires_grad_(False)
+        self.rate = rate
+
+    def forward(self, x):
+        with torch.no_grad():
+            pairs = zip(self.key.parameters(), self.own.parameters(), strict=True)
+            for mine, other in pairs:
+                mine.mul_(1 - self.rate).add_(other, alpha=self.rate)
+        return self.head(torch.tanh(self.own(x) + self.key(x)))
+
+
+def following(rate=0.001):
+    torch.manual_seed(0)
+    return Follower(rate).double(), torch.randn(12, 4).double(), torch.arange(12) % 3
+
+
+@pytest.mark.parametrize("products", ["autograd", "differences"])
+def test_constants_that_a_forward_pass_writes_to_are_state(products):
+    model, x, y = following()
+    before = [p.clone() for p in model.key.parameters()]
+    criterion = nn.CrossEntropyLoss()
+    found = lowland.hessian_moments(model, criterion, x, y, method="dense", products=products)
+    lowland.spectrum(model, criterion, [(x, y)], k=1)
+    lowland.hessian_diagonal(model, criterion, x, y)
+    for now, then in zip(model.key.parameters(), before, strict=True):
+        assert torch.equal(now, then)
+    plain, _, _ = following(0.0)
+    with torch.no_grad():
+        for mine, other in zip(plain.key.parameters(), plain.own.parameters(), strict=True):
+            mine.mul_(0.999).add_(other, alpha=0.001)
+    right = lowland.hessian_moments(plain, criterion, x, y, method="dense")
+    torch.testing.assert_close(found.trace, right.trace, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("products", ["autograd", "differences"])
+@pytest.mark.parametrize("penalty", [lowland.HSR, lowland.HessianTrace, lowland.LambdaMax])
+def test_a_penalty_writes_to_constants_once_a_step(penalty, products):
+    (model, x, y), (other, _, _) = following(), following()
+    made = penalty(nn.CrossEntropyLoss(), 0.1, products=products)
+    for _ in range(3):
+        made.loss(model, x, y)
+        other(x)
+        for mine, theirs in zip(model.key.parameters(), other.key.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+class Hidden(nn.Module):
+    """Modules that are not registered, in a list, a dictionary and a partial function."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.held = [nn.BatchNorm1d(2, affine=False)]
+        self.named = {"norm": nn.BatchNorm1d(2, affine=False)}
+        self.called = functools.partial(nn.BatchNorm1d(2, affine=False).forward)
+
+    def forward(self, x):
+        return self.called(self.named["norm"](self.held[0](self.layer(x))))
+
+
+def test_modules_that_are_not_registered_keep_their_state():
+    torch.manual_seed(0)
+    model, x, y = Hidden(), torch.randn(8, 3), torch.arange(8) % 2
+    norms = [model.held[0], model.named["norm"], model.called.func.__self__]
+    lowland.hessian_moments(model, nn.CrossEntropyLoss(), x, y)
+    assert all(not norm.running_mean.any() for norm in norms)
+    lowland.HSR(nn.CrossEntropyLoss(), 0.1).loss(model, x, y)
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traced_modules_are_measured_and_stay():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(8, 3).double(), torch.arange(8) % 2
+    traced = torch.jit.trace(plain, x)
+    for method in ("auto", "dense"):
+        found = lowland.hessian_moments(traced, nn.CrossEntropyLoss(), x, y, method=method)
+        right = lowland.hessian_moments(plain, nn.CrossEntropyLoss(), x, y)
+        torch.testing.assert_close(found.trace_sq, right.trace_sq.detach())

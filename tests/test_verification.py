@@ -1,11 +1,12 @@
 """What PyTorch has wrong, or a model says wrongly of itself, is told before there is a number."""
 
+import itertools
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from helpers.any_models import CROSS_ENTROPY, build, differences, flat
+from helpers.any_models import CROSS_ENTROPY, build, differences, differences_of_loss, flat
 from torch import nn
 
 import lowland
@@ -654,3 +655,120 @@ def test_a_pass_that_writes_to_its_batch_is_refused_and_leaves_it(method):
         assert torch.equal(y, before[1])
     inside = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 2))
     lowland.hessian_moments(inside, nn.MSELoss(), x, y, method=method)
+
+
+class Counting(nn.Module):
+    """A model whose output depends on how often it has run, which it keeps out of sight."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.step = nn.Linear(3, 2), itertools.count(1)
+
+    def forward(self, x):
+        Counting.calls += 1
+        return self.layer(x) * next(self.step)
+
+
+def in_a_class(output, y):
+    Counting.calls += 1
+    return nn.functional.cross_entropy(output, y) * Counting.calls
+
+
+@pytest.mark.parametrize("method", ["probes", "dense", "auto"])
+def test_a_loss_that_is_another_one_each_time_is_refused(method):
+    x, y = torch.randn(30, 3), torch.arange(30) % 2
+    for model, criterion in ((Counting(), nn.CrossEntropyLoss()), (nn.Linear(3, 2), in_a_class)):
+        with pytest.raises(ValueError, match="on the same data"):
+            lowland.hessian_moments(model, criterion, x, y, method=method)
+        with pytest.raises(ValueError, match="on the same data"):
+            lowland.HSR(criterion, 0.1).loss(model, x, y)
+
+
+class Gated(nn.Module):
+    """All rows run the same operations, of which one counts for few of them."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.first, self.last, self.odd = nn.Linear(4, 3), nn.Linear(3, 2), odd
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.last(torch.where(x[:, :1] > 5, self.odd(hidden), hidden.sin()))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_wrong_for_few_rows_is_seen(rows):
+    torch.manual_seed(rows)
+    x, y = torch.randn(60, 4).clamp(max=2).double(), torch.arange(60) % 2
+    x[7 : 7 + rows, 0] = 9
+    model = Gated(cube("product")).double()
+    with pytest.raises(RuntimeError, match="second derivatives of this loss are wrong"):
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y, method="probes", products="autograd")
+    found = lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    expected = differences_of_loss(model, lambda: CROSS_ENTROPY(model(x), y))
+    assert found.method == "dense, differences"
+    torch.testing.assert_close(found.trace, expected.trace(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "raised", "message"),
+    [
+        ({"scale_grad_by_freq": True}, RuntimeError, "scale_grad_by_freq"),
+        ({"max_norm": 0.7}, ValueError, "writes to its parameter '0.weight'"),
+    ],
+)
+@pytest.mark.parametrize("used", [False, True])
+def test_embeddings_whose_gradients_are_not_the_losses_are_refused_by_name(
+    options, raised, message, used
+):
+    model = nn.Sequential(nn.Embedding(90, 2, **options), nn.Linear(2, 2))
+    ids = torch.arange(40)
+    if used:
+        model(ids)
+    with pytest.raises(raised, match=message):
+        lowland.hessian_moments(model, CROSS_ENTROPY, ids, ids % 2)
+    model[0].weight.requires_grad_(False)
+    lowland.hessian_moments(model, CROSS_ENTROPY, ids, ids % 2)
+
+
+class Sinc(nn.Module):
+    """A smooth function whose second derivative PyTorch has as NaN at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2, bias=False)
+
+    def forward(self, x):
+        return torch.sinc(self.layer(x))
+
+
+@pytest.mark.parametrize("method", ["auto", "dense"])
+def test_second_derivatives_that_are_no_numbers_are_wrong_ones(method):
+    torch.manual_seed(0)
+    model, x, y = Sinc().double(), torch.randn(20, 4).double(), torch.arange(20) % 2
+    x[3] = 0
+    found = lowland.hessian_moments(model, CROSS_ENTROPY, x, y, method=method)
+    expected = differences_of_loss(model, lambda: CROSS_ENTROPY(model(x), y))
+    torch.testing.assert_close(found.trace, expected.trace(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match="NaN or infinite where it has finite ones"):
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y, products="autograd")
+
+
+class Rebinding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        self.layer.weight = nn.Parameter(self.layer.weight.detach().clone())
+        return self.layer(x)
+
+
+def test_a_parameter_that_is_replaced_in_a_pass_is_refused_and_put_back():
+    model, x, y = Rebinding(), torch.randn(20, 4), torch.arange(20) % 2
+    weight = model.layer.weight
+    with pytest.raises(ValueError, match="puts another tensor in the place of 'weight'"):
+        lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
+    assert model.layer.weight is weight

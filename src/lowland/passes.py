@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import CellType, NoneType
-from typing import Any
+from types import CellType, MethodType, NoneType
+from typing import Any, no_type_check
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 
@@ -88,33 +90,37 @@ def remember_state(*models: Any) -> Callable[[], AbstractContextManager[None]]:
 class _State:
     """What one holder keeps beside parameters and the modules within it.
 
-    A holder is a module, another object with attributes, a list or dictionary, or the variable that
-    a function shares with another one.
+    A holder is a module, another object with attributes, or the variable that a function shares
+    with another one. Of parameters it has those that are constants and written to all the same.
     """
 
     holder: Any
     buffers: dict[str, Tensor | None]
     data: Any
+    written: dict[str, Tensor]
 
     @classmethod
     def of(cls, holder: Any) -> _State:
         if isinstance(holder, CellType):
-            return cls(holder, {}, {"cell_contents": _kept(_content(holder))})
-        if not hasattr(holder, "__dict__") or isinstance(holder, dict | list):
-            return cls(holder, {}, _kept(holder))
-        attributes = vars(holder)
-        buffers = dict(attributes["_buffers"]) if isinstance(holder, nn.Module) else {}
+            return cls(holder, {}, {"cell_contents": _kept(_content(holder))}, {})
+        attributes, buffers, written = vars(holder), {}, {}
+        if isinstance(holder, nn.Module):
+            buffers = dict(holder._buffers.items())  # noqa: SLF001
+            constants = holder._parameters.items()  # noqa: SLF001
+            names = _written.get(holder, ())
+            written = {n: p.data for n, p in constants if n in names and p is not None}
         data = {
             name: _kept(value)
             for name, value in attributes.items()
             if isinstance(value, _DATA) and not (name in _OWN and isinstance(holder, nn.Module))
         }
-        return cls(holder, buffers, data)
+        return cls(holder, buffers, data, written)
 
     def copied(self, copy: Callable[[Any], Any]) -> _State:
         """The same with other tensors."""
         buffers = {name: copy(buffer) for name, buffer in self.buffers.items()}
-        return _State(self.holder, buffers, _mapped(copy, self.data))
+        written = {name: copy(value) for name, value in self.written.items()}
+        return _State(self.holder, buffers, _mapped(copy, self.data), written)
 
     def put(self) -> None:
         """Give it to its holder."""
@@ -123,9 +129,6 @@ class _State:
             value = _given(self.data["cell_contents"])
             if value is not _EMPTY:
                 holder.cell_contents = value
-            return
-        if not isinstance(self.data, dict):
-            _given(self.data)
             return
         attributes = vars(holder)
         new = [n for n, v in attributes.items() if n not in self.data and isinstance(v, _DATA)]
@@ -136,6 +139,8 @@ class _State:
             attributes[name] = _given(value)
         if isinstance(holder, nn.Module):
             self._put_buffers(holder)
+            for name, value in self.written.items():
+                holder._parameters[name].data = value  # type: ignore[union-attr]  # noqa: SLF001
 
     def _put_buffers(self, module: nn.Module) -> None:
         buffers = module._buffers  # noqa: SLF001
@@ -249,20 +254,39 @@ def _content(cell: CellType) -> Any:
 
 
 def _states_of(holders: Iterable[Any]) -> list[_State]:
-    found: dict[int, Any] = {}
-    for holder in holders:
-        inside = holder.modules() if isinstance(holder, nn.Module) else [holder]
-        for each in inside:
-            # The wrapper's own numbers say how far its communication has come.
-            if not isinstance(each, DistributedDataParallel):
-                found[id(each)] = each
-                found.update((id(other), other) for other in _objects_in(each))
-    return list(map(_State.of, found.values()))
+    found, ahead = dict[int, Any](), list(holders)
+    while ahead:
+        holder = ahead.pop()
+        if id(holder) not in found:
+            found[id(holder)] = holder
+            inside = holder.children() if isinstance(holder, nn.Module) else ()
+            ahead += [*inside, *_held_in(holder)]
+    # The wrapper's own numbers say how far its communication has come.
+    kept = (each for each in found.values() if not isinstance(each, DistributedDataParallel))
+    return list(map(_State.of, kept))
 
 
-def _objects_in(holder: Any) -> list[Any]:
-    """Objects of a user's own classes that an object holds: meters, counters, caches."""
-    return [value for value in getattr(holder, "__dict__", {}).values() if is_holder(value)]
+def _held_in(holder: Any) -> list[Any]:
+    """Modules that an object holds without saying so, as in a list, and a module's own objects.
+
+    These are of a user's classes: meters, counters, caches. What they hold in turn is theirs.
+    """
+    around = isinstance(holder, nn.Module)
+    values: list[Any] = []
+    for name, value in getattr(holder, "__dict__", {}).items():
+        if not (around and name in _OWN):
+            values += [value, *_parts_of(value)]
+    return [v for v in values if isinstance(v, nn.Module) or (around and is_holder(v))]
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    if isinstance(value, partial):
+        return (value.func, *_parts_of(value.func), *value.args, *value.keywords.values())
+    if not isinstance(value, (*_COLLECTIONS, tuple)) or len(value) > _MANY:
+        return ()
+    return value.values() if isinstance(value, dict) else value
 
 
 _STRANGERS = sys.stdlib_module_names | {"lowland", "numpy", "torch"}
@@ -309,11 +333,76 @@ def _running_from(remembered: Sequence[_State]) -> Iterator[None]:
         for state in _copies(remembered):
             state.put()
     try:
-        yield
+        with _constants_watched([state.holder for state in now]):
+            yield
     finally:
         with torch.no_grad():
             for state in now:
                 state.put()
+
+
+# Names of parameters that are constants, of which it is known that passes write to them or do not:
+# encoders that follow others, code books.
+_written: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_watched: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _constants_watched(holders: Iterable[Any]) -> Iterator[None]:
+    """See, in the first pass, which parameters that are constants are written to; put these back.
+
+    From then on they are part of the state. To copy all of them each time would be dear.
+    """
+    new: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in holders:
+        if isinstance(module, nn.Module) and not isinstance(module, ScriptModule):
+            known = _watched.get(module, ())
+            named = module._parameters.items()  # noqa: SLF001
+            new += [
+                (module, name, p)
+                for name, p in named
+                if p is not None and not p.requires_grad and name not in known and not is_lazy(p)
+            ]
+    if not new:
+        yield
+        return
+    watch = _Writes([p for _, _, p in new])
+    try:
+        with watch:
+            yield
+    finally:
+        for module, name, p in new:
+            _watched.setdefault(module, set()).add(name)
+            if (before := watch.before.get(id(p))) is not None:
+                _written.setdefault(module, set()).add(name)
+                p.data = before
+
+
+class _Writes(TorchDispatchMode):
+    """Keeps what stood in parameters before something writes to them."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.before: dict[int, Tensor] = {}
+        self._by_memory = {p.untyped_storage().data_ptr(): p for p in parameters if p.numel()}
+
+    @no_type_check  # called for each operation of PyTorch
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, schema = kwargs or {}, func._schema  # noqa: SLF001 - no public name
+        if schema.is_mutable:
+            for index, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    given = args[index] if index < len(args) else kwargs.get(argument.name)
+                    for each in given if isinstance(given, list | tuple) else [given]:
+                        self._about_to_write(each)
+        return func(*args, **kwargs)
+
+    def _about_to_write(self, target: Any) -> None:
+        if not isinstance(target, Tensor) or target.layout is not torch.strided:
+            return
+        p = self._by_memory.get(target.untyped_storage().data_ptr())
+        if p is not None and id(p) not in self.before:
+            self.before[id(p)] = p.detach().clone()
 
 
 def unsteady(module: nn.Module) -> str | None:

@@ -42,6 +42,7 @@ from lowland.objective import (
     is_scripted,
     not_compiled,
     objective,
+    places_of,
     without_hooks,
 )
 from lowland.passes import random_states
@@ -62,6 +63,8 @@ from lowland.torch_fixes import is_ordinary
 Order = Literal[2, 3]
 
 _ROWS = 6  # samples that are looked at
+_MANY = 128  # samples that are, where a model has code of its own
+_SAME = 1e-4  # of two losses that differ by rounding alone
 _AGREED = 1e-3  # of two differences that say the same
 _UNCLEAR = 0.1  # of two that say nothing
 _OFF = 0.01  # of a derivative that is wrong
@@ -249,6 +252,8 @@ def verdict(target: Objective, order: Order = 2) -> Verdict:
 def _look(target: Objective, order: Order) -> Verdict:
     with parameters_untouched(target):
         small = _on_few_samples(target)
+    if reason := _known_as_wrong(target):
+        return Verdict("gradient", reason)
     with meeting(target.model, _look_again):
         found = _judged(small, order)
         _meet(small)
@@ -256,7 +261,23 @@ def _look(target: Objective, order: Order) -> Verdict:
         steps = _steps_of(target)
         if not steps <= met_by(target.model):
             found = _judged_beyond(target, steps, order)
+    if found.what is None and small is not target and not target.is_ordinary:
+        # What is wrong for a few samples only, by the same operations, is not among six of them.
+        many = _judged(_on_samples(target, _MANY), order)
+        found = many if many.what is not None else found
     return found
+
+
+def _known_as_wrong(target: Objective) -> str | None:
+    """What is known of a layer beforehand, whatever some samples show; None for nothing."""
+    wanted = {id(p) for p in target.parameters}
+    for name, module in target.model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and id(module.weight) in wanted:
+            if module.scale_grad_by_freq:
+                return _BY_FREQUENCY.format(name, type(module).__name__)
+            if module.max_norm is not None:
+                raise ValueError(_WRITES.format(f"{name}.weight"))
+    return None
 
 
 def _look_again(target: Objective, steps: frozenset[Step]) -> None:
@@ -361,6 +382,7 @@ def parameters_untouched(target: Objective) -> Iterator[None]:
         ValueError: If it has.
     """
     before = [p.detach().clone() for p in target.parameters]
+    places = places_of(target.model, target.parameters)
     try:
         yield
     finally:  # after an error or an interruption too
@@ -369,47 +391,82 @@ def parameters_untouched(target: Objective) -> Iterator[None]:
         with torch.no_grad():
             for _, p, value in written:
                 p.copy_(value)
+        others = [place for place in places if not _is_there(*place)]
+        for holder, name, p in others:
+            holder[name] = p
     if written:
+        raise ValueError(_WRITES.format(written[0][0]))
+    if others:
         raise ValueError(
-            f"the model's forward pass writes to its parameter {written[0][0]!r}, so there is no "
-            "one loss to differentiate. If the layer chooses its parameters by the first data that "
-            "it sees, call model(x) once before; if it renormalizes them each time, as "
-            "nn.Embedding(max_norm=...) does, do that after the optimizer's step instead"
+            f"the model's forward pass puts another tensor in the place of {others[0][1]!r}, so "
+            "there is no one loss to differentiate; compute it from the parameter each time"
         )
+
+
+def _is_there(holder: dict[Any, Any] | list[Any], name: Any, value: Tensor) -> bool:
+    return (holder.get(name) if isinstance(holder, dict) else holder[name]) is value
+
+
+_WRITES = (
+    "the model's forward pass writes to its parameter {!r}, so there is no "
+    "one loss to differentiate. If the layer chooses its parameters by the first data that "
+    "it sees, call model(x) once before; if it renormalizes them each time, as "
+    "nn.Embedding(max_norm=...) does, do that after the optimizer's step instead"
+)
+_BY_FREQUENCY = (
+    "the gradient of this loss is not its derivative: layer {!r}, {}, has scale_grad_by_freq=True, "
+    "which divides it by how often an index occurs; such a loss has no Hessian. Leave it out, or "
+    "take the derivatives as they are, within lowland.unchecked()"
+)
 
 
 def _on_few_samples(target: Objective) -> Objective:
     """The loss on some rows of the batch, evenly spread, where that is a loss too.
 
     Raises:
-        ValueError: If a pass writes to the batch.
+        ValueError: If a pass writes to the batch, or the loss is another one each time.
     """
-    x, y = target.batch
-    few = target
-    with suppress(Exception):  # whatever a model says of half a batch
-        some = target.on((spread(x, _ROWS), spread(y, _ROWS)))
-        with differentiating(), some.remember()():
-            few = some if bool(some.value().isfinite()) else target
+    few = _on_samples(target, _ROWS)
     _check_unwritten(few)
     return few
 
 
+def _on_samples(target: Objective, count: int) -> Objective:
+    x, y = target.batch
+    few = target
+    with suppress(Exception):  # whatever a model says of half a batch
+        some = target.on((spread(x, count), spread(y, count)))
+        with differentiating(), some.remember()():
+            few = some if bool(some.value().isfinite()) else target
+    return few
+
+
 def _check_unwritten(target: Objective) -> None:
-    """Refuse a loss that is another one each time, since its pass writes to the batch.
+    """Refuse a loss that is another one each time.
 
     Raises:
-        ValueError: If it is.
+        ValueError: If its pass writes to the batch, or goes on from something that is not seen.
     """
     copies = mapped(Tensor.clone, target.batch)
     before = [_numbers(tensor).clone() for tensor in tensors(copies)]
-    with suppress(RuntimeError, TypeError, ValueError), differentiating(), target.remember()():
-        target.on(copies).value()
+    values = []
+    with suppress(RuntimeError, TypeError, ValueError), differentiating():
+        for batch in (copies, mapped(Tensor.clone, target.batch)):
+            with target.remember()():
+                values.append(float(target.on(batch).value().detach()))
     pairs = zip(before, map(_numbers, tensors(copies)), strict=True)
     if any(not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
         raise ValueError(
             "the model or the criterion writes to the batch that it is given, which is another one "
             "afterwards, with another loss; let it begin with a copy, x = x.clone(), or leave out "
             "inplace=True in the first layer"
+        )
+    if len(values) == 2 and abs(values[0] - values[1]) > _SAME * abs(values[0]):
+        raise ValueError(
+            f"the loss is {values[0]:.6g} and then {values[1]:.6g} on the same data, though all "
+            "that modules and criterion keep in attributes has been put back: something counts or "
+            "draws where that is not seen, as in a global variable, a generator (itertools.count), "
+            "__slots__, or an attribute of a class. Keep it in an attribute of the module"
         )
 
 
@@ -479,6 +536,8 @@ class _Comparison:
             found, third = self._products(order)
         except RuntimeError as error:
             return Verdict("none", f"{error}\nThat comes from {_WHERE}")
+        except ValueError:  # it is not finite
+            return self._of_no_number()
         size = float(norm(self._first(0.0)[1]))
         of_gradients = self.of_gradients(self._visible(float(norm(found)), size))
         off = of_gradients.apart_from(found)
@@ -492,6 +551,13 @@ class _Comparison:
         if off > _OFF:
             return Verdict("third", _WRONG.format("third", off, "products", _WHERE))
         return Verdict(clear=of_gradients.clear and of_products.clear)
+
+    def _of_no_number(self) -> Verdict:
+        """What a product says that is not finite: nothing, unless the differences are."""
+        seen = self.of_gradients()
+        if seen.clear and all(bool(part.isfinite().all()) for part in seen.parts):
+            return Verdict("product", _NO_NUMBER.format(_WHERE))
+        return Verdict(clear=False)
 
     def of_gradients(self, visible: float = 0.0) -> _Slope:
         """``H v`` by differences; ``visible`` as for :func:`_slope`."""
@@ -602,6 +668,13 @@ _WRONG = (
     "PyTorch's {} derivatives of this loss are wrong: some are {:.2g} of their size off the "
     "difference of two {}. They come from {}; write that out in plain operations, or use "
     "products='differences', which takes gradients alone"
+)
+
+
+_NO_NUMBER = (
+    "PyTorch's second derivatives of this loss are NaN or infinite where it has finite ones, by "
+    "the difference of two gradients. They come from {}; write that out in other operations, or "
+    "use products='differences', which takes gradients alone"
 )
 
 

@@ -53,7 +53,8 @@ def assert_gradients(case, actual, quantity):
         )
         mine = oracle.flatten([part[index] for part in actual])
         assert mine.dtype == case.x.dtype
-        assert (mine.double() - expected).abs().max() <= tolerance * scale
+        # Far out in a tail of GELU brute force has few digits of its own.
+        assert (mine.double() - expected).abs().max() <= tolerance * scale + 1e-20
 
 
 @pytest.mark.slow

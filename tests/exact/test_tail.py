@@ -229,8 +229,25 @@ class Dictionary(Body):
         return {"logits": self.head(self.below(x))}
 
 
+class Normed(Body):
+    def forward(self, x):
+        return self.head(self.below(x) * self.head[0].weight.detach().norm())
+
+
+class FedBack(Body):
+    def forward(self, x):
+        features = self.below(x)
+        with torch.no_grad():
+            first = functional.linear(features, self.head[0].weight)
+        return self.head(features + first.mean(1, keepdim=True))
+
+
 @pytest.mark.parametrize(
-    "kind", [Scaled, Written, WrittenData, Between, Twice, Used, Changed, Checkpointed, Dictionary]
+    "kind",
+    [
+        *(Scaled, Written, WrittenData, Between, Twice, Used, Changed, Checkpointed, Dictionary),
+        *(Normed, FedBack),
+    ],
 )
 def test_layers_that_are_not_the_end_of_the_model_are_refused(kind, build, data):
     model = build(kind).eval()
@@ -238,7 +255,7 @@ def test_layers_that_are_not_the_end_of_the_model_are_refused(kind, build, data)
     chosen = list(model.head.parameters())
     with pytest.raises(lowland.UnsupportedModelError, match="use method='probes'"):
         lowland.hessian_moments(model, CE, x, y, "exact", parameters=chosen)
-    if kind not in (Dictionary, Checkpointed, WrittenData, Changed):
+    if kind not in (Dictionary, Checkpointed, WrittenData, Changed, Normed, FedBack):
         found = lowland.hessian_moments(model, CE, x, y, "auto", parameters=chosen)
         assert found.method == "dense"
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from lowland._call import call
+from lowland._circumstances import once_a_model
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.objective import (
     Objective,
@@ -112,9 +113,35 @@ def find(target: Objective) -> Tail:
             raise _refused(f"the model runs {run.layer} more than once")
     if inputs._version != chain[0].given_version:  # noqa: SLF001 - no public name
         raise _refused("something writes to the inputs of these layers later")
+    if _moves_its_inputs(target, chain[0].layer):
+        raise _refused("what comes into these layers depends on their own parameters")
     if not torch.is_grad_enabled():
         inputs, output = inputs.detach(), output.detach()
     return Tail(tail, inputs, output)
+
+
+@once_a_model
+def _moves_its_inputs(target: Objective, lowest: nn.Module) -> bool:
+    """Whether other parameters give the last layers other inputs, though no graph leads there.
+
+    So it is where a norm of theirs, or a first prediction, is detached and fed back.
+    """
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, given: tuple[Tensor]) -> None:
+        seen.append(given[0].detach().clone())
+
+    x, _ = target.batch
+    hook = lowest.register_forward_pre_hook(keep)
+    try:
+        for factor in (1.0, 1.25):
+            moved = [factor * p.detach() for p in target.parameters]
+            with torch.no_grad(), not_compiled(), target.remember()(), target.moved(moved):
+                call(target.model, x)
+    finally:
+        hook.remove()
+    one, other = seen[0], seen[len(seen) // 2]
+    return not torch.allclose(one, other, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def test_residuals_keep_the_tolerance_that_was_asked_for(tolerance):
     values = torch.linspace(-1, 2, 80, dtype=torch.float64)
     found = ends(values, k=3, which="both", tolerance=tolerance)  # without a warning
     assert (found.residuals <= found.tolerance).all()
-    assert found.tolerance <= 2 * tolerance
+    assert found.tolerance <= 2 * tolerance * (1 + 1e-12)
     expected = values.flip(0)[found.ranks - 1]
     assert (found.eigenvalues - expected).abs().max() <= found.tolerance
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from lowland._lanczos import need_scipy
 from lowland._limits import DENSE_LIMIT, DENSE_MEMORY
 from lowland._weights import Count
 from lowland.matrices import Matrix
+from lowland.spectra.lanczos import lanczos_pairs
 from lowland.spectra.result import Spectrum
 from lowland.spectra.solve import (
     Which,
@@ -22,7 +22,6 @@ from lowland.spectra.solve import (
     dense_pairs,
     density_of,
     ends_of,
-    lanczos_pairs,
     smooth,
     trace_of,
 )
@@ -305,26 +304,29 @@ def _measure(surface: Surface, settings: _Settings) -> Spectrum:
     dim = surface.dim
     method = _method(dim, settings)
     operator = surface.operator()
-    if surface.products == "autograd":  # differences are symmetric to their own precision alone
-        check_products(operator, settings.seed)
+    # Differences are symmetric to their own precision alone.
+    check = surface.products == "autograd"
     k = dim if settings.k is None else settings.k
     curve = None
     if method == "dense":
+        if check:
+            check_products(operator, settings.seed)
         everything = dense_pairs(operator)
         pairs = ends_of(everything, k, settings.which)
         trace, stderr = float(everything.values.sum()), 0.0
         if settings.density:
             curve = smooth([(everything.values, torch.full((dim,), 1 / dim).double())])
     else:
-        pairs = lanczos_pairs(
+        pairs, space = lanczos_pairs(
             operator,
             k,
             settings.which,
             tolerance=settings.tolerance,
             restarts=settings.restarts,
             seed=settings.seed,
+            check=check,
         )
-        trace, stderr = trace_of(operator, pairs, probes=settings.trace_probes, seed=settings.seed)
+        trace, stderr = trace_of(operator, space, probes=settings.trace_probes, seed=settings.seed)
         if settings.density:
             curve = density_of(
                 operator,
@@ -376,5 +378,4 @@ def _method(dim: int, settings: _Settings) -> Literal["dense", "lanczos"]:
             f"parameters on; got k={k}, which={settings.which!r} and {dim} parameters: use a "
             "smaller k or method='dense'"
         )
-    need_scipy()
     return "lanczos"

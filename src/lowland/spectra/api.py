@@ -192,7 +192,8 @@ def spectrum(
 
     References:
         K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems,
-        SIAM Journal on Matrix Analysis and Applications 22 (2000); M. Hutchinson, Communications in Statistics: Simulation and Computation
+        SIAM Journal on Matrix Analysis and Applications 22 (2000); M. Hutchinson, Communications in
+        Statistics: Simulation and Computation
         18 (1989), for the trace; V. Papyan, Journal of Machine Learning Research 21 (2020), for
         the density. J. Kwon et al., ASAM,
         ICML 2021 (arXiv:2102.11600), and M. Andriushchenko et al., A modern look at the

@@ -8,8 +8,9 @@ these with the difference of two losses, and a third derivative, where one is wa
 difference of two products. That is done for the first call of a model, a criterion and a mode, on a
 few samples and in double precision, where ``eps`` is so small that hardly a kink lies between; two
 steps of different length tell what rounding and kinks leave of a difference. Of a difference that
-says nothing, each layer of the model is looked at alone. A model with code of its own is looked at on
-more samples too, and again when a batch takes operations that were not met (:mod:`lowland._watch`).
+says nothing, each layer of the model is looked at alone. A model with code of its own is looked at
+on more samples too, and again when a batch takes operations that were not met
+(:mod:`lowland._watch`).
 """
 
 from __future__ import annotations

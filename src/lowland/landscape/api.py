@@ -106,8 +106,6 @@ def surface(
         The losses with their coordinates and directions, and the path, to plot or to turn.
 
     Raises:
-        ImportError: Without SciPy, ``pip install 'lowland[spectrum]'``, for ``"eigenvectors"`` of a
-            large model.
         TypeError: If data, directions or a checkpoint have another form.
         ValueError: If an argument is out of range, the directions do not fit the model, are zero or
             lie on one line, a checkpoint is of another model, the path spans fewer directions; or

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,14 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lowland._lanczos import Array, eigsh, start_vector
 from lowland.probes import rademacher
 
 Which = Literal["LA", "SA", "both"]
 
 _COLUMNS = 256  # multiplied after one forward pass; each takes a vector's memory, twice
-_FIRST = 8  # vectors of the first, rough look at a spectrum
-_KEPT = {"LA": 20, "SA": 60}  # vectors: the smallest crowd at zero, where few of them stagnate
+_CHUNK = 2**16  # entries that are taken to double precision at a time
 _GRID = 1024
 _WIDTH = 0.01  # of the kernel of a density, as a fraction of the spectrum's range
 
@@ -34,6 +30,19 @@ class Pairs:
     ranks: Int[Tensor, " k"]
     residuals: Float[Tensor, " k"]
     tolerance: float
+
+
+@dataclass(frozen=True)
+class Space:
+    """A space in which a matrix is known.
+
+    Attributes:
+        basis: Orthonormal, in rows; of the operator's type and on its device.
+        trace: ``Tr Q^T H Q``.
+    """
+
+    basis: Float[Tensor, "m parameters"]
+    trace: float
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,17 @@ def product(operator: Any, vectors: Tensor) -> Tensor:
     return result
 
 
+def inner(
+    basis: Float[Tensor, "m parameters"], vector: Float[Tensor, " parameters"]
+) -> Float[Tensor, " m"]:
+    """Inner products in double precision: long sums in single precision lose four digits."""
+    parts = zip(basis.split(_CHUNK, dim=1), vector.split(_CHUNK), strict=True)
+    total = torch.zeros(len(basis), dtype=torch.float64, device=basis.device)
+    for rows, part in parts:
+        total += rows.double() @ part.double()
+    return total
+
+
 def check_products(operator: Any, seed: int) -> None:
     """Look at two products before there are many.
 
@@ -79,7 +99,7 @@ def check_products(operator: Any, seed: int) -> None:
             a matrix that is not symmetric.
         ValueError: As :func:`product`.
     """
-    u, v = (_start(operator, seed + i) for i in range(2))
+    u, v = (random_start(operator, seed + i) for i in range(2))
     try:
         hu, hv = product(operator, u), product(operator, v)
     except torch.OutOfMemoryError:
@@ -96,12 +116,22 @@ def check_products(operator: Any, seed: int) -> None:
     size = float(torch.linalg.vector_norm(hu) + torch.linalg.vector_norm(hv))
     # Rounding in single precision alone leaves some percent where a network has converged.
     if abs(one - other) > max(room * size, 0.05 * max(abs(one), abs(other))):
-        raise RuntimeError(
-            f"products with the Hessian are not symmetric: u'Hv = {one:.6g} and v'Hu = {other:.6g} "
-            "for random u and v, so a layer's or the criterion's derivatives are wrong: those of a "
-            "torch.autograd.Function of your own, or PyTorch's; write that layer out in plain "
-            "operations"
-        )
+        raise asymmetry(one, other)
+
+
+def asymmetry(one: float, other: float) -> RuntimeError:
+    """What to say of two products that contradict each other."""
+    return RuntimeError(
+        f"products with the Hessian are not symmetric: u'Hv = {one:.6g} and v'Hu = {other:.6g}, so "
+        "a layer's or the criterion's derivatives are wrong: those of a torch.autograd.Function of "
+        "your own, or PyTorch's; write that layer out in plain operations"
+    )
+
+
+def random_start(operator: Any, seed: int) -> Tensor:
+    """Random numbers to begin with, the same for the same seed."""
+    vector = np.random.default_rng(seed).standard_normal(operator.shape[0])
+    return torch.as_tensor(vector, dtype=operator.dtype, device=operator.device)
 
 
 def dense_pairs(operator: Any) -> Pairs:
@@ -136,68 +166,22 @@ def ends_of(pairs: Pairs, k: int, which: Which) -> Pairs:
     )
 
 
-def lanczos_pairs(
-    operator: Any, k: int, which: Which, *, tolerance: float, restarts: int, seed: int
-) -> Pairs:
-    """Eigenvalues at the ends of the spectrum, by SciPy's implicitly restarted Lanczos.
+def trace_of(operator: Any, space: Space, *, probes: int, seed: int) -> tuple[float, float]:
+    r"""``Tr H`` and its standard error, by Hutchinson's estimator beside a known part.
 
-    Raises:
-        RuntimeError: If they do not converge.
-    """
-    dim = operator.shape[0]
-    ends = ("LA", "SA") if which == "both" else (which,)
-    ranks = {"LA": torch.arange(1, k + 1), "SA": torch.arange(dim - k + 1, dim + 1)}
-    scale = _scale(operator, seed)
-    if scale == 0:  # every vector is an eigenvector, which ARPACK takes for an error
-        count = k * len(ends)
-        return Pairs(
-            torch.zeros(count, dtype=torch.float64),
-            torch.eye(dim, count, dtype=torch.float64),
-            torch.cat([ranks[end] for end in ends]),
-            torch.zeros(count, dtype=torch.float64),
-            0.0,
-        )
-    found = [
-        _one_end(operator, k, end, scale, tolerance=tolerance, restarts=restarts, seed=seed)
-        for end in ends
-    ]
-    values = torch.cat([part for part, _ in found])
-    vectors = torch.cat([part for _, part in found], dim=1)
-    residuals = torch.stack(
-        [_residual(operator, values[i], vectors[:, i]) for i in range(len(values))]
-    )
-    pairs = Pairs(
-        values, vectors, torch.cat([ranks[end] for end in ends]), residuals, tolerance * scale
-    )
-    if bool((residuals > pairs.tolerance).any()):
-        warnings.warn(
-            f"residual norms reach {float(residuals.max()):.2g}, beyond the tolerance of "
-            f"{tolerance:g} * {scale:.3g}, since products in "
-            f"{str(operator.dtype).removeprefix('torch.')} are no more exact: use model.double() "
-            "or a larger tolerance",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return pairs
-
-
-def trace_of(operator: Any, known: Pairs, *, probes: int, seed: int) -> tuple[float, float]:
-    r"""``Tr H`` and its standard error, by Hutchinson's estimator beside known eigenvectors.
-
-    .. math:: \mathrm{Tr} H = \sum_i \lambda_i + \mathrm{Tr} \, (I - V V^T) H (I - V V^T)
+    .. math:: \mathrm{Tr} H = \mathrm{Tr} \, Q^T H Q
+        + \mathrm{Tr} \, (I - Q Q^T) H (I - Q Q^T)
 
     The first term, often most of it, is known, and the second one's estimate varies less.
     """
-    basis = torch.linalg.qr(known.vectors)[0].to(operator.device, operator.dtype)
     generator = torch.Generator().manual_seed(seed)
     like = torch.empty(operator.shape[0], dtype=operator.dtype, device=operator.device)
     found = torch.empty(probes, dtype=torch.float64)
     for index in range(probes):
         (signs,) = rademacher([like], generator)
-        outside = signs - basis @ (basis.T @ signs)
-        found[index] = torch.dot(outside, product(operator, outside)).double()
-    trace = float(known.values.sum() + found.mean())
-    return trace, float(found.std() / math.sqrt(probes))
+        outside = signs - inner(space.basis, signs).to(signs) @ space.basis
+        found[index] = inner(outside[None], product(operator, outside))
+    return space.trace + float(found.mean()), float(found.std() / math.sqrt(probes))
 
 
 def density_of(operator: Any, *, probes: int, steps: int, seed: int) -> Density:
@@ -259,79 +243,3 @@ def smooth(rules: list[tuple[Tensor, Tensor]]) -> Density:
     if len(rules) == 1:
         return Density(grid, curves[0], torch.zeros_like(grid), width)
     return Density(grid, curves.mean(0), curves.std(0) / math.sqrt(len(rules)), width)
-
-
-def _start(operator: Any, seed: int) -> Tensor:
-    return _on(operator, start_vector(operator.shape[0], seed))
-
-
-def _on(operator: Any, vector: Array) -> Tensor:
-    return torch.as_tensor(vector, dtype=operator.dtype, device=operator.device)
-
-
-def _image(operator: Any, vector: Array) -> Array:
-    flat: Array = product(operator, _on(operator, vector)).double().cpu().numpy()
-    return flat
-
-
-def _scale(operator: Any, seed: int) -> float:
-    """The largest magnitude of an eigenvalue, to within a few percent, never too large."""
-    if not bool(product(operator, _start(operator, seed)).any()):
-        return 0.0
-    (value,) = eigsh(
-        partial(_image, operator),
-        operator.shape[0],
-        seed=seed,
-        k=1,
-        which="LM",
-        ncv=_FIRST,
-        tol=0.1,
-        return_eigenvectors=False,
-    )
-    return abs(float(value))
-
-
-def _one_end(
-    operator: Any,
-    k: int,
-    end: str,
-    scale: float,
-    *,
-    tolerance: float,
-    restarts: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """``k`` eigenvalues, descending, and their vectors."""
-    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence  # noqa: PLC0415 - optional
-
-    # ARPACK stops when a residual is small beside its own eigenvalue, which those close to zero
-    # hardly ever are; after the shift all that are asked for are about as large as the largest.
-    shift = scale if end == "LA" else -scale
-    try:
-        values, vectors = eigsh(
-            partial(_image, operator),
-            operator.shape[0],
-            seed=seed,
-            shift=shift,
-            k=k,
-            which=end,
-            ncv=min(operator.shape[0], max(2 * k + 1, _KEPT[end])),
-            tol=tolerance / 3,
-            maxiter=restarts,
-        )
-    except ArpackNoConvergence as error:
-        raise RuntimeError(
-            f"{len(error.eigenvalues)} of {k} eigenvalues ({end!r}) converged to the tolerance "
-            f"{tolerance:g} within {restarts} restarts; ask for fewer, or use a larger tolerance "
-            "or more restarts"
-        ) from error
-    except ArpackError as error:
-        raise RuntimeError(f"SciPy's eigsh failed on this Hessian: {error}") from error
-    order = np.argsort(values)[::-1].copy()
-    return torch.as_tensor(values[order] - shift), torch.as_tensor(vectors[:, order])
-
-
-def _residual(operator: Any, value: Tensor, vector: Tensor) -> Tensor:
-    image = product(operator, vector.to(operator.device, operator.dtype)).double().cpu()
-    norm: Tensor = torch.linalg.vector_norm(image - value * vector)
-    return norm

@@ -114,8 +114,8 @@ def test_compiled_matrices_and_contractions_agree_with_pytorch(case, data):
                 lambda some, backend: (backend.hessian(), *backend.contraction(constant[some])),
             )
         )
-    mine, theirs = (map(torch.cat, zip(*parts, strict=True)) for parts in found)
-    for mine, theirs in zip(mine, theirs, strict=True):
+    whole = [map(torch.cat, zip(*parts, strict=True)) for parts in found]
+    for mine, theirs in zip(*whole, strict=True):
         assert cases.relative_error(mine.view_as(theirs), theirs) <= case.tolerances[1]
 
 

@@ -97,6 +97,29 @@ def test_compiled_code_agrees_with_pytorch(case, quantity):
 
 
 @needs_library
+@settings(max_examples=40)
+@given(cases.cases(networks=COVERED), st.data())
+def test_compiled_matrices_and_contractions_agree_with_pytorch(case, data):
+    setup = cases.prepare(case, rows=data.draw(trained_rows(case.network)))
+    dim, networks = setup.size.dim, setup.size.networks
+    half = torch.linspace(-1, 2, networks * dim * dim, dtype=torch.float64).view(-1, dim, dim)
+    constant = half.sin() + half.sin().mT
+    found = []
+    for each in (setup, setup.of_plain_code()):
+        problem = each.matrix_problem(DEFAULT_MEMORY_BUDGET, 8, "this")
+        assert problem.plan.compiled == each.covered
+        found.append(
+            problem.on_backend(
+                each.weights,
+                lambda some, backend: (backend.hessian(), *backend.contraction(constant[some])),
+            )
+        )
+    whole = [map(torch.cat, zip(*parts, strict=True)) for parts in found]
+    for mine, theirs in zip(*whole, strict=True):
+        assert cases.relative_error(mine.view_as(theirs), theirs) <= case.tolerances[1]
+
+
+@needs_library
 @settings(max_examples=20)
 @given(
     st.sampled_from(sorted(oracle.ACTIVATIONS)),

@@ -16,7 +16,7 @@ FUNCTIONS = {
     "spectral_norm": ({}, lambda values: values.abs().max()),
     "nuclear": ({}, lambda values: values.abs().sum()),
     "schatten": ({"p": 2.5}, lambda values: values.abs().pow(2.5).sum() ** 0.4),
-    "soft_max": ({"beta": 3.0}, lambda values: (3 * values).exp().sum().log() / 3),
+    "soft_max": ({"beta": 3.0}, lambda values: (3 * values).logsumexp(0) / 3),
     "log_det": ({"alpha": 0.3}, lambda values: (values.clamp(min=0) + 0.3).log().sum() / 2),
     "effective_dim": ({"alpha": 0.3}, lambda values: (1 - 0.3 / (values.clamp(min=0) + 0.3)).sum()),
     (torch.sin, torch.cos): ({}, lambda values: values.sin().sum()),

@@ -17,11 +17,11 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowland.activations import ACTIVATIONS, Activation
@@ -140,6 +140,25 @@ def packed_entries(inputs: int, hidden: int, outputs: int) -> int:
     return pairs + inputs * hidden * outputs + outputs * outputs
 
 
+@lru_cache(64)
+def _places(inputs: int, hidden: int, outputs: int) -> Int[Tensor, "dim dim"]:
+    """Where each entry of ``H`` stands in its packed row: ``W`` row by row, and then ``v``."""
+    ww = _symmetric(inputs)[:, None, :, None] * (hidden * (hidden + 1) // 2)
+    ww = (ww + _symmetric(hidden)[:, None]).flatten(2).flatten(0, 1)
+    start = packed_entries(inputs, hidden, 0)
+    wv = start + torch.arange(len(ww) * outputs).view(len(ww), outputs)
+    vv = start + wv.numel() + torch.arange(outputs * outputs).view(outputs, outputs)
+    return torch.cat([torch.cat([ww, wv], 1), torch.cat([wv.T, vv], 1)])
+
+
+def _symmetric(count: int) -> Int[Tensor, "count count"]:
+    """The places of a symmetric matrix's entries, packed row by row from the diagonal on."""
+    first, second = torch.triu_indices(count, count)
+    result = torch.empty(count, count, dtype=torch.int64)
+    result[first, second] = result[second, first] = torch.arange(len(first))
+    return result
+
+
 def workspace_bytes(size: Size, chunk: int, *, trace_alone: bool = False) -> int:
     """What one thread needs beside the packed Hessian, for chunks of so many samples."""
     floats = _floats_per_sample(size, trace_alone=trace_alone) * chunk + _floats_beside(size)
@@ -238,6 +257,24 @@ class CBackend:
             trace_weight=trace_weight.contiguous(),
             square_weight=square_weight.contiguous(),
         )
+
+    def hessian(self) -> Float[Tensor, "networks dim dim"]:
+        """``H`` itself, the parameters as in :func:`lowland.exact.blocks.dense`."""
+        return self._accumulate()[:, _places(*self._shape())]
+
+    def contraction(self, matrix: Float[Tensor, "networks dim dim"]) -> tuple[Tensor, Tensor]:
+        r"""The gradient of :math:`\langle C, H\rangle` in ``W`` and ``v`` for a constant ``C``.
+
+        Args:
+            matrix: ``C``, symmetric, the parameters as in :meth:`hessian`.
+        """
+        places = _places(*self._shape()).flatten()
+        # The compiled code contracts with C = 2 b H, given H as packed. Entries of C need not be
+        # equal where those of H are: there only their mean counts.
+        packed = matrix.new_zeros(len(matrix), packed_entries(*self._shape()))
+        packed.index_add_(1, places, matrix.flatten(1)).div_(places.bincount())
+        nothing = matrix.new_zeros(len(matrix))
+        return self.gradient(nothing, torch.full_like(nothing, 0.5), [packed])
 
     def loss_gradient(self) -> tuple[Tensor, Tensor]:
         """The gradient of the loss itself in ``W`` and ``v``."""

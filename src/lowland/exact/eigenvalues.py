@@ -178,7 +178,8 @@ def evaluate(
         value, coefficients = function.of(matrices)
         return [(value, lambda: coefficients)]
 
-    (value,) = run(problem, setup.weights, ByMatrix(decomposed, setup.asks_for_gradients))
+    keep = setup.asks_for_gradients and problem.plan.keep
+    (value,) = run(problem, setup.weights, ByMatrix(decomposed, keep))
     return value.view(setup.ensemble)
 
 

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lowland.exact.problem import Problem, join_layers
-from lowland.exact.torch_backend import PerNetwork, TorchBackend
+from lowland.exact.problem import Backend, Problem, join_layers
+from lowland.exact.torch_backend import PerNetwork
 
 
 @runtime_checkable
 class Way(Protocol):
-    """How to come to functions of ``H``, and to their gradients."""
+    """How to come to functions of ``H``, and to their gradients, with a backend of the plan's."""
 
-    def look(self, backend: TorchBackend) -> tuple[list[PerNetwork], list[Tensor]]:
+    def look(self, backend: Any) -> tuple[list[PerNetwork], list[Tensor]]:
         """Of each function its values; and what, if kept, spares the gradient from looking again.
 
         All tensors have the networks in front.
         """
 
     def gradient(
-        self, backend: TorchBackend, slopes: Sequence[PerNetwork], kept: Sequence[Tensor]
+        self, backend: Any, slopes: Sequence[PerNetwork], kept: Sequence[Tensor]
     ) -> list[Tensor]:
         """The gradient of the functions' sum, each times its slope, in each layer's weights.
 
@@ -47,27 +47,26 @@ class ByMatrix:
 
     Attributes:
         functions: Of matrices each function's value, and what makes its ``C``.
-        wanted: Whether the gradient will be asked for.
+        keep: Whether the gradient will be asked for, and the plan has room for ``C``.
     """
 
     functions: OfMatrix
-    wanted: bool
+    keep: bool
 
-    def look(self, backend: TorchBackend) -> tuple[list[PerNetwork], list[Tensor]]:
-        """The values; ``C`` only where the gradient is wanted and the plan has room for it."""
+    def look(self, backend: Backend) -> tuple[list[PerNetwork], list[Tensor]]:
+        """The values, and what is kept."""
         found = list(self.functions(backend.hessian()))
-        keep = self.wanted and backend.plan.keep
-        return [value for value, _ in found], [make() for _, make in found] if keep else []
+        return [value for value, _ in found], [make() for _, make in found] if self.keep else []
 
     def gradient(
-        self, backend: TorchBackend, slopes: Sequence[PerNetwork], kept: Sequence[Tensor]
+        self, backend: Backend, slopes: Sequence[PerNetwork], kept: Sequence[Tensor]
     ) -> list[Tensor]:
         """One contraction, with the sum of all ``C``."""
         matrices = kept or [make() for _, make in self.functions(backend.hessian())]
         weighed = [
             slope[:, None, None] * matrix for slope, matrix in zip(slopes, matrices, strict=True)
         ]
-        return backend.contraction(torch.stack(weighed).sum(0))
+        return list(backend.contraction(torch.stack(weighed).sum(0)))
 
 
 def run(problem: Problem, weights: Sequence[Tensor], way: Way) -> tuple[Tensor, ...]:
@@ -103,7 +102,8 @@ class _OfMatrix(Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         problem = problem.on(x, y, scale)
-        pieces = problem.on_torch(weights, way.look)  # of some networks after the others
+        # Of some networks after the others.
+        pieces = problem.on_backend(weights, lambda _, backend: way.look(backend))
         values = torch.cat([torch.stack(values, 1) for values, _ in pieces])
         return values, *map(torch.cat, zip(*(kept for _, kept in pieces), strict=True))
 
@@ -147,15 +147,12 @@ class _Gradient(Function):
     ) -> tuple[Tensor, ...]:
         problem = problem.on(x, y, scale)
         weights, kept = rest[:layers], rest[layers:]
-        starts = iter(range(0, len(slopes), problem.plan.networks))
 
-        def gradient(backend: TorchBackend) -> list[Tensor]:
-            start = next(starts)
-            some = slice(start, start + backend.networks)
+        def gradient(some: slice, backend: Backend) -> list[Tensor]:
             return way.gradient(backend, slopes[some].unbind(1), [each[some] for each in kept])
 
         like = [*weights, x] if problem.data.inputs_vary else weights
-        return join_layers(problem.on_torch(weights, gradient), like)
+        return join_layers(problem.on_backend(weights, gradient), like)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -149,7 +149,7 @@ class Setup:
                 (square.square().sum((1, 2)), lambda: 4 * (square @ matrix)),
             ]
 
-        third, fourth = run(problem, self.weights, ByMatrix(powers, wanted))
+        third, fourth = run(problem, self.weights, ByMatrix(powers, wanted and problem.plan.keep))
         return third.view(self.ensemble), fourth.view(self.ensemble)
 
     @property
@@ -181,7 +181,7 @@ class Setup:
                 f"takes {needed / 0.75 / MEBIBYTE:.3g} MiB; raise memory_budget{instead}"
             )
         try:
-            problem = self.problem("parameters", memory_budget - room, compiled=False)
+            problem = self.problem("parameters", memory_budget - room)
         except ValueError as error:  # which knows of an order that is none here
             raise ValueError(
                 f"a memory budget of {memory_budget / MEBIBYTE:.3g} MiB is too small: {what}, and "

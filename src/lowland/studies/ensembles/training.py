@@ -14,8 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lowland import exact
+from lowland._limits import DEFAULT_MEMORY_BUDGET
 from lowland.errors import UserError
 from lowland.exact.api import Setup, prepare
+from lowland.exact.eigenvalues import evaluate
+from lowland.spectral_functions import spectral_function
 from lowland.studies.ensembles.extremes import extreme_eigenvalues
 from lowland.studies.ensembles.networks import (
     Inputs,
@@ -50,6 +53,17 @@ def trace_gradient(setup: Setup) -> Weights:
 def flatness_gradient(setup: Setup) -> Weights:
     """The gradient of ``Tr H^2 / B``, with ``B`` the batch size: here all training samples."""
     return setup.gradient(lambda moments: moments.trace_sq / setup.size.samples)
+
+
+def lambda_max_gradient(setup: Setup) -> Weights:
+    """The gradient of λ_max itself, of matrices small enough to be decomposed at every step."""
+    leaves = [layer.detach().requires_grad_() for layer in setup.weights]
+    with torch.enable_grad():
+        largest = evaluate(setup.at(leaves), _LAMBDA_MAX, "dense", DEFAULT_MEMORY_BUDGET)
+    return torch.autograd.grad(largest.sum(), leaves)
+
+
+_LAMBDA_MAX = spectral_function("lambda_max")
 
 
 @dataclass(frozen=True)

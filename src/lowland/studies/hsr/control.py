@@ -1,6 +1,6 @@
 """Control of the spectrum: training again from sharp and flat seeds, by each method.
 
-Source: arXiv:2606.28662, section VI-B.
+Source: arXiv:2606.28662, section VI-B; and beside its methods one of ours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def control(preset: Preset, method: str, seeds: list[int]) -> Tensors:
     x, y = samples(preset, preset.train_size)
     with threads(1):
         (trained,) = train(
-            [preset.methods[method]],
+            [(preset.methods | preset.ours)[method]],
             start(preset, seeds),
             x,
             y,

@@ -1,4 +1,4 @@
-"""Figures 2 to 15 of the study and one of ours, each drawn from its results alone.
+"""Figures 2 to 15 of the study and two of ours, each drawn from its results alone.
 
 Every number shown is a result of the run; only what is cheap, such as the loss along a line, is
 computed on the spot. Source of the figures' subjects: arXiv:2606.28662.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -34,13 +35,24 @@ from lowland.studies.runs.jobs import Tensors
 
 Array = npt.NDArray[np.float64]
 
-COLORS = look.COLORS | {"a-sam": "#cc79a7"}
-MARKERS = look.MARKERS | {"a-sam": "v"}
+COLORS = look.COLORS | {"a-sam": "#cc79a7", "lambda-max": "#a50026"}
+MARKERS = look.MARKERS | {"a-sam": "v", "lambda-max": "P"}
+LINES: dict[str, Literal["-", "--"]] = {
+    "lambda-max": "--"
+}  # not the paper's, whose methods have whole lines
 
 # What is not a method has none of the methods' colors.
 FIRST, SECOND, INK, PALE = "#d55e00", "#56b4e9", "#000000", "#bdbdbd"
 KIND_COLORS = {"sharp": FIRST, "flat": SECOND}
 SHADE = "#f4f1e8"
+
+_PLACES = {
+    "random": "random parameters",
+    "training": "along training",
+    "critical": "critical points",
+}
+
+_FIFTH = "Dark red, ours and not the paper's: descent on the largest eigenvalue itself."
 
 BOUNDARIES = 5  # networks in figure 15
 SHOWN = 100  # samples of either class in each of its panels
@@ -340,11 +352,12 @@ def figure_10(results: Results) -> Figure:
         axes = figure.subplots(2, 2, sharex=True, sharey="col")
         for row, kind in zip(axes, KINDS, strict=True):
             for ax, (name, title) in zip(row, panels, strict=True):
-                for method in results.preset.methods:
+                for method in results.methods:
                     result = results.controlled[kind, method]
                     steps = np.array(results.preset.schedule.checkpoint_steps)
                     curves = result[f"curve_{name}"].T.numpy()
-                    _band(ax, steps, list(curves), COLORS[method])
+                    line = LINES.get(method, "-")
+                    _band(ax, steps, list(curves), COLORS[method], linestyle=line)
                 ax.axvspan(0, results.preset.active * steps[-1], color=SHADE, zorder=0, linewidth=0)
                 ax.set_title(f"{kind} seeds:  {title}")
                 ax.set_xlim(0, steps[-1])
@@ -368,12 +381,13 @@ def figure_11(results: Results) -> Figure:
     with look.canvas(9.6, 4.2) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for ax, kind in zip(axes, KINDS, strict=True):
-            for method in results.preset.methods:
+            for method in results.methods:
                 result = results.controlled[kind, method]
                 change = rise(results.preset, result["parameters"], result["top"], list(reach))
                 # An eigenvector has no sign; turned so that the loss rises faster to the right.
                 change = torch.where(change[0] > change[-1], change.flip(0), change)
-                _band(ax, reach, list(change.numpy()), COLORS[method])
+                line = LINES.get(method, "-")
+                _band(ax, reach, list(change.numpy()), COLORS[method], linestyle=line)
             ax.set_title(f"{kind} seeds")
             ax.set_xlabel(r"distance $\alpha$ along the top eigenvector $e_1$")
         axes[0].set_ylabel(r"$L(\theta + \alpha e_1) - L(\theta)$")
@@ -529,6 +543,64 @@ def figure_16(results: Results) -> Figure:
     return figure
 
 
+def figure_17(results: Results) -> Figure:
+    """How closely closed-form directions follow the steepest descent of the largest eigenvalue."""
+    found = {name: part.numpy() for name, part in results.theory["alignment"].items()}
+    gaps = np.concatenate([found[f"{place}_gap"].ravel() for place in _PLACES])
+    most = float(np.quantile(gaps[np.isfinite(gaps)], 0.95)) if np.isfinite(gaps).any() else 2.0
+    colors = mpl.colors.LogNorm(1, max(most, 1.1))
+    titles = {"bound": r"$-\nabla U$", "trace": r"$-\nabla\,\mathrm{Tr}\,H$"}
+    ranks = np.random.default_rng(0)
+    with look.canvas(10.4, 6.4) as figure:
+        # Columns share an axis, so that both directions can be compared; the last is a close-up.
+        axes = figure.subplots(2, 3, sharex="col", sharey="col")
+        for row, (name, title) in zip(axes, titles.items(), strict=True):
+            for ax, (place, heading) in zip(row, _PLACES.items(), strict=True):
+                cosine, gap = found[f"{place}_{name}"], found[f"{place}_gap"]
+                groups, own = np.atleast_2d(cosine), np.atleast_2d(gap)
+                for index, (values, ratios) in enumerate(zip(groups, own, strict=True)):
+                    # Those whose top eigenvalue stands alone are drawn last.
+                    order = np.argsort(ratios)
+                    points = ax.scatter(
+                        index + ranks.uniform(-0.32, 0.32, len(values)),
+                        values[order],
+                        s=10 if len(groups) == 1 else 7,
+                        c=np.minimum(ratios[order], 1e9),
+                        cmap="viridis",
+                        norm=colors,
+                        linewidth=0,
+                        rasterized=True,
+                    )
+                middles = np.nanmedian(groups, 1)
+                where = np.arange(len(groups))
+                ax.hlines(middles, where - 0.42, where + 0.42, color=FIRST, linewidth=2)
+                ax.set_title(
+                    f"{heading}:  median {middles[-1]:.3f}" if len(middles) == 1 else heading
+                )
+                ax.set_xticks([])
+                ax.set_xlim(-0.5, len(groups) - 0.5)
+                ax.grid(visible=False, axis="x")
+            row[0].set_ylabel(rf"cosine of {title} with $-\nabla \lambda_{{\max}}$")
+        steps = found["steps"]
+        axes[1, 1].set_xticks(range(len(steps)), [f"{step:,}" for step in steps], fontsize=8)
+        axes[1, 1].set_xlabel("step of plain descent")
+        for ax in axes[:, :2].flat:
+            ax.axhline(0, color=INK, linewidth=0.8)
+        axes[0, 0].set_ylim(top=1.03)
+        axes[0, 1].set_ylim(top=1.03)
+        figure.colorbar(
+            points,
+            ax=axes,
+            label=r"gap  $\lambda_1 / \lambda_2$",
+            shrink=0.7,
+            aspect=30,
+            extend="max",
+        )
+        line = Line2D([], [], color=FIRST, linewidth=2, label="median")
+        figure.legend(handles=[line], loc="outside lower center")
+    return figure
+
+
 FIGURES = {
     figure.number: figure
     for figure in (
@@ -600,25 +672,27 @@ FIGURES = {
             10,
             "Training by four methods",
             "Loss and largest eigenvalue from sharp and flat seeds: medians and quartiles. Methods "
-            "act while shaded, then plain descent; the first steps' loss lies above the panel.",
+            "act while shaded, then plain descent; the first steps' loss lies above the panel. "
+            f"{_FIFTH}",
             figure_10,
-            "control",
+            "control ours",
         ),
         StudyFigure(
             11,
             "Loss along the top eigenvector",
             "Rise of the loss away from the final networks along the eigenvector of the largest "
-            "eigenvalue: medians and quartiles, the steeper side on the right.",
+            "eigenvalue: medians and quartiles, the steeper side on the right. "
+            f"{_FIFTH}",
             figure_11,
-            "control",
+            "control ours",
         ),
         StudyFigure(
             12,
             "Spectra at the end",
             "Largest and smallest eigenvalue, mean and standard deviation of the spectrum after "
-            "training; each point is a network, boxes hold the middle half.",
+            f"training; each point is a network, boxes hold the middle half. {_FIFTH}",
             figure_12,
-            "control",
+            "control ours",
         ),
         StudyFigure(
             13,
@@ -632,9 +706,9 @@ FIGURES = {
             14,
             "Test performance",
             "Macro-F1 on the test samples after training; each point is a network, boxes hold the "
-            "middle half.",
+            f"middle half. {_FIFTH}",
             figure_14,
-            "control",
+            "control ours",
         ),
         StudyFigure(
             15,
@@ -653,6 +727,16 @@ FIGURES = {
             "converged network counts; sweep.csv says how many of its seeds converged.",
             figure_16,
             "sweep",
+        ),
+        StudyFigure(
+            17,
+            "The bound's direction, and the steepest one",
+            "Ours, not the paper's: cosine between the steepest descent of the largest eigenvalue "
+            "and that of the bound (above) and of the trace (below), each point a network. It is "
+            "what a short step along the one takes of the most that a step of this length could. "
+            "Colors: how far the largest eigenvalue stands above the second.",
+            figure_17,
+            "alignment",
         ),
     )
 }
@@ -685,7 +769,7 @@ def _band(
 
 def _boxes(ax: Axes, results: Results, measure: Callable[[Tensors], Tensor]) -> Array:
     """A box and all points per method, sharp seeds at the left, flat ones at the right."""
-    methods = list(results.preset.methods)
+    methods = list(results.methods)
     everything = []
     centers = [index * (len(methods) + 1) + (len(methods) - 1) / 2 for index in range(len(KINDS))]
     for index, kind in enumerate(KINDS):
@@ -725,13 +809,14 @@ def _boxes(ax: Axes, results: Results, measure: Callable[[Tensors], Tensor]) -> 
 def _legend(figure: Figure, results: Results, *, line: bool = False) -> None:
     """The methods, outside the axes, where no data can be."""
     handles: Iterable[Line2D | Patch] = [
-        Line2D([], [], color=COLORS[name], linewidth=2, label=method.title)
+        Line2D([], [], color=COLORS[name], linestyle=LINES.get(name, "-"), linewidth=2, label=label)
         if line
         else Patch(
             facecolor=mpl.colors.to_rgba(COLORS[name], 0.35),
             edgecolor=COLORS[name],
-            label=method.title,
+            label=label,
         )
-        for name, method in results.preset.methods.items()
+        for name, method in results.methods.items()
+        for label in [method.title.replace("λ_max", r"$\lambda_{\max}$")]
     ]
-    figure.legend(handles=list(handles), loc="outside lower center", ncols=4)
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=5)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lowland.studies.ensembles.training import BASELINE, METHODS, Method, Schedule
+from lowland.studies.ensembles.training import (
+    BASELINE,
+    METHODS,
+    Method,
+    Schedule,
+    lambda_max_gradient,
+)
 from lowland.studies.runs.presets import PresetError, Rules, load_settings
 
 PACKAGE = "lowland.studies.hsr"
@@ -33,7 +39,7 @@ class Preset:
         distinct: Two critical points are duplicates if they are closer than ``mu - distinct *
             sigma`` of all pairwise distances.
         share: Fraction of the distinct points that are called sharp, and flat.
-        hsr_weight: Of the bound beside the loss.
+        hsr_weight: Of the bound beside the loss; where λ_max takes its place, of that.
         trace_weight: Of the trace beside the loss.
         sam_radius: Of adaptive SAM.
         checkpoints: How often curves are measured.
@@ -76,7 +82,7 @@ class Preset:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """The four methods of the study, by name."""
+        """The paper's four methods, by name."""
         hsr, trace = METHODS["hsr"], METHODS["hessian-trace"]
         return {
             method.name: method
@@ -93,6 +99,18 @@ class Preset:
                 Method(hsr.name, hsr.title, hsr.formula, hsr.penalty_gradient, self.hsr_weight),
             )
         }
+
+    @property
+    def ours(self) -> dict[str, Method]:
+        """What stands beside the paper's methods: descent on λ_max, which the bound stands for.
+
+        Its weight is HSR's: the bound exceeds λ_max by a tenth at critical points, and there is no
+        other strength at which the two could be compared without a search.
+        """
+        method = Method(
+            "lambda-max", "λ_max (ours)", "L + w λ_max", lambda_max_gradient, self.hsr_weight
+        )
+        return {method.name: method}
 
     @property
     def sweep_methods(self) -> dict[str, Method]:

@@ -9,7 +9,9 @@ from functools import partial
 
 import torch
 
+from lowland.studies.ensembles.training import Method
 from lowland.studies.hsr import theory
+from lowland.studies.hsr.alignment import alignment
 from lowland.studies.hsr.control import control
 from lowland.studies.hsr.preset import Preset
 from lowland.studies.hsr.search import NOTHING, Selection, search, select
@@ -23,15 +25,19 @@ FITTED = 8  # converged networks whose samples figure 4 looks at
 STAGES = (
     "search",
     "control",
+    "ours",
     "timing",
     "agreement",
     "fit",
     "covariance",
     "parts",
     "descent",
+    "alignment",
     "sweep",
 )
-"""What can be run by itself; control and fit need the search's networks."""
+"""What can be run by itself; control and ours, fit and alignment need the search's networks.
+
+Control is training again by the paper's methods, ours the same by the method that is not."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,9 @@ class Results:
         preset: What was run.
         found: The search, one entry per seed.
         selection: Which of its networks are what.
-        controlled: The control experiment, by kind of seed and by method; one entry per seed;
-            curves are ``(seeds, checkpoints)``.
-        theory: The data of figures 2 to 7, by stage.
+        controlled: The control experiment, by kind of seed and by method, ours after the paper's;
+            one entry per seed; curves are ``(seeds, checkpoints)``.
+        theory: The data of figures 2 to 7 and 17, by stage.
         sweep: By hidden units and training samples, what :func:`sweep` found.
     """
 
@@ -54,6 +60,12 @@ class Results:
     controlled: dict[tuple[str, str], Tensors] = field(default_factory=dict)
     theory: dict[str, Tensors] = field(default_factory=dict)
     sweep: dict[tuple[int, int], Tensors] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """By name those whose control experiment was run, ours after the paper's."""
+        known = self.preset.methods | self.preset.ours
+        return {name: known[name] for _, name in self.controlled}
 
     def most_negative(self, method: str) -> tuple[str, int]:
         """Where a method's smallest eigenvalue of all is: the kind of seed, and the network."""
@@ -87,15 +99,21 @@ def run_study(
     timing = {"theory/timing": partial(theory.timing, preset)} if "timing" in stages else {}
     results = run("timing gradients", timing)
     found, selection = {}, NOTHING
-    if {"search", "control", "fit"} & set(stages):
+    if {"search", "control", "ours", "fit", "alignment"} & set(stages):
         found = _join(list(run("searching critical points", _search_pieces(preset)).values()))
         selection = select(preset, found)
     # All the rest at once, what takes longest first, so that no worker waits for another.
     rest: dict[str, Callable[[], Tensors]] = {}
     if "sweep" in stages:
         rest |= _sweep_pieces(preset)
-    if "control" in stages:
-        rest |= _control_pieces(preset, found, selection)
+    methods = [
+        *(preset.methods if "control" in stages else ()),
+        *(preset.ours if "ours" in stages else ()),
+    ]
+    rest |= _control_pieces(preset, methods, found, selection)
+    if "alignment" in stages:
+        critical = found["parameters"][selection.distinct]
+        rest["theory/alignment"] = partial(alignment, preset, critical)
     if "fit" in stages:
         examples = found["parameters"][selection.distinct[:FITTED]]
         rest["theory/fit"] = partial(theory.fit, preset, examples)
@@ -109,7 +127,7 @@ def run_study(
         preset,
         found,
         selection,
-        _by_kind(preset, results, selection) if "control" in stages else {},
+        _by_kind(methods, results, selection),
         {
             name.removeprefix("theory/"): result
             for name, result in results.items()
@@ -136,14 +154,18 @@ def _search_pieces(preset: Preset) -> Pieces:
     }
 
 
-def _control_pieces(preset: Preset, found: Tensors, selection: Selection) -> Pieces:
+def _control_pieces(
+    preset: Preset, methods: list[str], found: Tensors, selection: Selection
+) -> Pieces:
     """Sharp and flat seeds side by side; the methods that take longest first."""
+    if not methods:
+        return {}
     seeds = found["seed"][torch.cat([selection.sharp, selection.flat])].tolist()
     return {
         f"control/{method}-{first:05d}": partial(
             control, preset, method, seeds[first : first + preset.chunk]
         )
-        for method in reversed(preset.methods)
+        for method in reversed(methods)
         for first in range(0, len(seeds), preset.chunk)
     }
 
@@ -170,7 +192,7 @@ def _sweep_pieces(preset: Preset) -> Pieces:
 
 
 def _by_kind(
-    preset: Preset, parts: dict[str, Tensors], selection: Selection
+    methods: list[str], parts: dict[str, Tensors], selection: Selection
 ) -> dict[tuple[str, str], Tensors]:
     """The control experiment by kind of seed and by method."""
     cut = len(selection.sharp)
@@ -178,7 +200,7 @@ def _by_kind(
         method: _join(
             [part for name, part in parts.items() if name.startswith(f"control/{method}-")]
         )
-        for method in preset.methods
+        for method in methods
     }
     return {
         (kind, method): {name: tensor[networks] for name, tensor in whole.items()}

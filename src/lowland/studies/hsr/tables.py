@@ -10,7 +10,7 @@ from lowland.studies.runs.jobs import Tensors
 
 
 def tables(results: Results) -> dict[str, pd.DataFrame]:
-    """``search``, ``control`` with its ``curves``, and ``sweep``; without what was not run."""
+    """``search``, ``control`` and its ``curves``, ``alignment`` and ``sweep``; if they were run."""
     result = {}
     if results.found:
         result["search"] = search_table(results)
@@ -23,6 +23,8 @@ def tables(results: Results) -> dict[str, pd.DataFrame]:
             [_curves(steps, *key, part) for key, part in results.controlled.items()],
             ignore_index=True,
         )
+    if "alignment" in results.theory:
+        result["alignment"] = _alignment(results.theory["alignment"])
     if results.sweep:
         result["sweep"] = pd.concat(
             [_sweep(*key, cell) for key, cell in results.sweep.items()], ignore_index=True
@@ -74,6 +76,22 @@ def _curves(steps: list[int], kind: str, method: str, part: Tensors) -> pd.DataF
             **{name: part[f"curve_{name}"].flatten().numpy() for name in CURVES},
         }
     )
+
+
+def _alignment(found: Tensors) -> pd.DataFrame:
+    """One row a network at each place, after so many steps in training."""
+    steps, columns = found["steps"], ("bound", "trace", "gap")
+    parts = []
+    for place in ("random", "training", "critical"):
+        table = {name: found[f"{place}_{name}"] for name in columns}
+        networks = table["gap"].shape[-1]
+        part = pd.DataFrame({name: values.flatten().numpy() for name, values in table.items()})
+        part.insert(0, "place", place)
+        own = steps.repeat_interleave(networks).tolist() if place == "training" else pd.NA
+        part.insert(1, "step", pd.Series(own, index=part.index, dtype="Int64"))
+        part.insert(2, "network", list(range(networks)) * (len(part) // networks))
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
 
 
 def _sweep(hidden: int, train_size: int, cell: Tensors) -> pd.DataFrame:

@@ -273,14 +273,14 @@ def trace(
 ) -> tuple[PerNetwork, Sequence[Tensor | None]]:
     """These samples' share of ``Tr H``, and its gradient in each layer's weights if wanted.
 
-    That in the data comes last, if these vary.
+    In those that are not trained, too. That in the data comes last, if these vary.
     """
     passed = TracePass(arch, [split(weight) for weight in weights], data)
     if not gradient:
         return passed.trace, []
-    parts, inputs = passed.gradient(torch.ones_like(passed.trace), inputs=data.inputs_vary)
+    parts, inputs = passed.gradient(torch.ones_like(passed.trace), everywhere=True)
     found = [None if part is None else joined(part) for part in parts]
-    return passed.trace, found if inputs is None else [*found, inputs.mT]
+    return passed.trace, [*found, inputs.mT] if data.inputs_vary and inputs is not None else found
 
 
 class TracePass:
@@ -352,17 +352,18 @@ class TracePass:
             units.c[layer] = None if bend is None else bend * beta
 
     def gradient(
-        self, weight: PerNetwork, logits: Vectors | None = None, *, inputs: bool = False
+        self, weight: PerNetwork, logits: Vectors | None = None, *, everywhere: bool = False
     ) -> tuple[list[Layer | None], Vectors | None]:
         """The gradient of ``weight Tr H``, and of ``<logits, the logits>`` beside it.
 
         Args:
             weight: One for each network.
             logits: An adjoint of the logits.
-            inputs: Whether that in the data is wanted, too.
+            everywhere: Whether that in layers below all that are trained, and in the data, is
+                wanted, too; else it is None.
 
         Returns:
-            For each layer, None where it lies below all that are trained; and that in the data.
+            For each layer, and that in the data.
         """
         units, adjoints = self.units, _Adjoints()
         weight = weight[:, None, None]
@@ -375,14 +376,13 @@ class TracePass:
         a = self.loss.chain(residual, alone, adjoints.inner)
         a = a if logits is None else a + logits
         result: list[Layer | None] = [None] * (self.top + 1)
-        for layer in range(self.top, -1 if inputs else self.lowest - 1, -1):
+        for layer in range(self.top, -1, -1):
             (matrix, bias), z = self.layers[layer], units.z[layer]
-            if layer >= self.lowest:
-                part = batched_matmul(a, z.mT)
-                if layer in adjoints.matrix:
-                    part += adjoints.matrix[layer].mT
-                result[layer] = part, None if bias is None else a.sum(2, keepdim=True)
-            if layer == self.lowest and not inputs:
+            part = batched_matmul(a, z.mT)
+            if layer in adjoints.matrix:
+                part += adjoints.matrix[layer].mT
+            result[layer] = part, None if bias is None else a.sum(2, keepdim=True)
+            if layer == self.lowest and not everywhere:
                 break
             below = matrix.mT @ a
             if layer in self.traces and self.arch.trains_beyond_bias(layer):

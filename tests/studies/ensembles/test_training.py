@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lowland
+from lowland.dense import dense_hessian
 from lowland.studies.ensembles.extremes import extreme_eigenvalues
 from lowland.studies.ensembles.networks import initial_weights, mean_loss
 from lowland.studies.ensembles.training import (
@@ -15,10 +16,22 @@ from lowland.studies.ensembles.training import (
     DivergenceError,
     Method,
     Schedule,
+    lambda_max_gradient,
     train,
 )
 
+LAMBDA_MAX = Method("lambda-max", "", "", lambda_max_gradient)
+
+
+def largest_eigenvalue(criterion, weight, **_):
+    """A penalty that autograd differentiates through the decomposition."""
+    return lambda model, x, y: (
+        weight * torch.linalg.eigvalsh(dense_hessian(model, criterion, x, y))[-1]
+    )
+
+
 PENALTIES = {  # the library's modules, differentiated by autograd of the whole Hessian
+    "lambda-max": largest_eigenvalue,
     "hsr": lowland.HSR,
     "hessian-trace": lowland.HessianTrace,
     "flatness-aware": lowland.FlatnessAware,
@@ -58,7 +71,7 @@ def plain_loop(method, problem, index, *, loss, steps, learning_rate, active_ste
     return plain.weights_of(model)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("method", [*METHODS.values(), LAMBDA_MAX], ids=lambda each: each.name)
 @pytest.mark.parametrize(
     ("sizes", "loss"),
     [
@@ -69,9 +82,9 @@ def plain_loop(method, problem, index, *, loss, steps, learning_rate, active_ste
         ((2, 3), "ce"),
     ],
 )
-def test_training_is_a_plain_loop_over_networks(name, sizes, loss):
-    weight = {"baseline": 0.0, "hsr": 0.2, "hessian-trace": 0.1, "flatness-aware": 5.0}[name]
-    method = replace(METHODS[name], weight=weight)
+def test_training_is_a_plain_loop_over_networks(method, sizes, loss):
+    weights = {"hsr": 0.2, "hessian-trace": 0.1, "flatness-aware": 5.0, "lambda-max": 0.2}
+    method = replace(method, weight=weights.get(method.name, 0.0))
     problem = plain.problem(sizes, loss)
     settings = {"loss": loss, "steps": 9, "learning_rate": 0.5}
     (result,) = run([method], problem, active=0.5, **settings)

@@ -24,7 +24,7 @@ def found(study, text):
 
 def test_every_claim_is_judged_with_a_number(study):
     claims = judge(study)
-    assert {claim.figure for claim in claims} == {None, *range(2, 17)}
+    assert {claim.figure for claim in claims} == {None, *range(2, 18)}
     assert all(any(letter.isdigit() for letter in claim.found) for claim in claims)
 
 
@@ -52,6 +52,47 @@ def test_the_spread_part_must_be_larger_more_often_than_not(study):
     parts = study.theory["parts"]
     swapped = {"parts": {"mean": parts["spread"], "spread": parts["mean"]}}
     assert not found(replace(study, theory=study.theory | swapped), text).holds
+
+
+@pytest.mark.parametrize(
+    ("near", "far", "holds"),
+    [(0.99, 0.5, True), (0.99, 0.999, False), (0.94, 0.5, False)],  # aligned, and more than before
+)
+def test_the_bounds_direction_is_the_steepest_where_most_points_say_so(study, near, far, holds):
+    noise = 1e-4 * torch.arange(40, dtype=torch.float64).sin()
+    found_there = study.theory["alignment"] | {
+        "critical_bound": near + noise,
+        "random_bound": torch.cat([far + noise, noise.new_tensor([torch.nan])]),
+    }
+    changed = replace(study, theory=study.theory | {"alignment": found_there})
+    assert found(changed, "steepest descent direction").holds == holds
+
+
+@pytest.mark.parametrize(
+    ("factor", "holds"), [(1.0, True), (1.05, True), (1.2, False), (0.8, False)]
+)
+def test_as_flat_has_to_be_shown_within_the_margin(study, factor, holds):
+    part = study.controlled["sharp", "lambda-max"]
+    ratios = factor * (1 + 1e-3 * torch.arange(len(part["seed"]), dtype=torch.float64).sin())
+    changed = claims_with(
+        study, "sharp", "eigenvalues", {"hsr": ratios[:, None] * part["eigenvalues"]}
+    )
+    assert found(changed, "as flat as descent on λ_max").holds == holds
+
+
+def test_the_papers_claims_do_not_ask_our_method(study):
+    """Whatever becomes of it."""
+    controlled = dict(study.controlled)
+    for kind in ("sharp", "flat"):
+        part = controlled[kind, "lambda-max"]
+        controlled[kind, "lambda-max"] = part | {
+            "eigenvalues": 7 * part["eigenvalues"],
+            "macro_f1": part["macro_f1"] / 2,
+            "parameters": torch.zeros_like(part["parameters"]),
+        }
+    changed = judge(replace(study, controlled=controlled))
+    for old, new in zip(judge(study), changed, strict=True):
+        assert (old == new) == ("as flat as" not in old.text)
 
 
 @pytest.mark.parametrize(("gap", "holds"), [(0.0, True), (0.003, True), (0.005, False)])

@@ -2,6 +2,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from study_in_small import PRESET
@@ -14,6 +15,7 @@ from lowland.studies.reporting import look
 pytestmark = pytest.mark.slow  # on a study that runs for some ten seconds
 
 BY_METHOD = (10, 11, 12, 14)
+METHODS = PRESET.methods | PRESET.ours
 
 
 def colors_of(figure):
@@ -24,17 +26,17 @@ def colors_of(figure):
     return found
 
 
-def test_there_is_every_figure_from_2_to_16():
-    assert list(figures.FIGURES) == list(range(2, 17))
+def test_there_is_every_figure_from_2_to_17():
+    assert list(figures.FIGURES) == list(range(2, 18))
     for number, figure in figures.FIGURES.items():
         assert figure.number == number
         assert figure.title
         assert figure.caption.endswith(".")
-    assert len({figure.title for figure in figures.FIGURES.values()}) == 15
+    assert len({figure.title for figure in figures.FIGURES.values()}) == 16
 
 
 def test_every_method_has_a_color_that_nothing_else_has():
-    assert figures.COLORS.keys() >= PRESET.methods.keys()
+    assert figures.COLORS.keys() >= METHODS.keys()
     assert look.COLORS.items() <= figures.COLORS.items()
     others = [figures.FIRST, figures.SECOND, figures.INK, figures.PALE]
     everything = [*figures.COLORS.values(), *others]
@@ -56,14 +58,18 @@ def test_each_draws_with_labels_and_the_same_each_time(study, number):
 
 @pytest.mark.parametrize("number", BY_METHOD)
 def test_methods_keep_their_colors(study, number):
-    found = colors_of(figures.FIGURES[number].draw(study))
-    assert found >= {figures.COLORS[method] for method in PRESET.methods}
+    figure = figures.FIGURES[number].draw(study)
+    assert colors_of(figure) >= {figures.COLORS[method] for method in METHODS}
+    # What is not the paper's says so, in the legend and below the figure.
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [text for text in texts if "ours" in text] == [r"$\lambda_{\max}$ (ours)"]
+    assert "ours and not the paper's" in figures.FIGURES[number].caption
 
 
 def test_curves_are_medians_over_the_seeds(study):
     panels = figures.figure_10(study).axes
     for panel, kind in zip(panels[1::2], KINDS, strict=True):
-        for line, method in zip(panel.lines, PRESET.methods, strict=True):
+        for line, method in zip(panel.lines, METHODS, strict=True):
             curves = study.controlled[kind, method]["curve_lambda_max"].T.numpy()
             np.testing.assert_allclose(line.get_ydata(), np.median(curves, 1))
 
@@ -97,3 +103,18 @@ def test_the_linear_order_stands_beside_the_quadratic_one(study):
             np.testing.assert_allclose(line.get_ydata(), 1e3 * seconds[known])
         texts = [text.get_text() for text in ax.get_legend().get_texts()]
         assert all(re.search(r"slope -?\d", text) for text in texts)
+
+
+def test_every_cosine_is_a_point_shaded_by_its_gap(study):
+    *panels, bar = figures.figure_17(study).axes
+    assert "gap" in bar.get_ylabel()
+    found = study.theory["alignment"]
+    for row, name in zip((panels[:3], panels[3:]), ("bound", "trace"), strict=True):
+        for ax, place in zip(row, ("random", "training", "critical"), strict=True):
+            swarms = [part for part in ax.collections if isinstance(part, PathCollection)]
+            drawn = np.concatenate([part.get_offsets()[:, 1] for part in swarms])
+            np.testing.assert_array_equal(drawn, found[f"{place}_{name}"].flatten())
+            shades = np.concatenate([part.get_array() for part in swarms])
+            assert np.isfinite(shades).all()
+            own = found[f"{place}_gap"].flatten().numpy()
+            np.testing.assert_array_equal(shades, own.clip(max=shades.max()))

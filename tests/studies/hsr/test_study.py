@@ -1,4 +1,6 @@
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +43,8 @@ TINY = replace(
     sweep_datasets=(3, 2),
     sweep_seeds=3,
 )
-METHODS = ("baseline", "hessian-trace", "a-sam", "hsr")
+PUBLISHED = ("baseline", "hessian-trace", "a-sam", "hsr")
+METHODS = (*PUBLISHED, "lambda-max")
 
 
 def shorten(patch):
@@ -90,13 +93,20 @@ def test_presets_are_found_by_name_and_by_path(tmp_path):
 
 def test_a_preset_names_the_four_methods_with_its_weights():
     methods = replace(TINY, hsr_weight=0.7, trace_weight=0.2, sam_radius=0.3).methods
-    assert tuple(methods) == METHODS
+    assert tuple(methods) == PUBLISHED
     assert [(m.weight, m.radius) for m in methods.values()] == [
         (0, 0),
         (0.2, 0),
         (0, 0.3),
         (0.7, 0),
     ]
+
+
+def test_what_is_ours_is_none_of_the_papers_methods_and_as_strong_as_hsr():
+    preset = replace(TINY, hsr_weight=0.7)
+    assert not preset.ours.keys() & preset.methods.keys()
+    assert [(m.weight, m.radius) for m in preset.ours.values()] == [(0.7, 0)]
+    assert all("ours" in method.title for method in preset.ours.values())
 
 
 @pytest.mark.parametrize("name", ["huge", "no/such.toml", "."])
@@ -457,11 +467,30 @@ def test_a_second_run_computes_nothing_and_finds_the_same(whole, folder):
         on_progress=lambda title, done, total: seen.append((done, total)),
     )
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
-    assert [total for _, total in seen] == [1, 3, 13]  # timing, search, all the rest
+    assert [total for _, total in seen] == [1, 3, 16]  # timing, search, all the rest
     assert all(done == total for done, total in seen)
     assert_same(again.found, whole.found)
     for key, part in whole.controlled.items():
         assert_same(again.controlled[key], part)
+
+
+@pytest.mark.usefixtures("short", "as_installed")
+def test_a_run_from_before_our_method_goes_on_with_that_alone(whole, folder, tmp_path):
+    """Its settings are the same, and so is each piece that is there."""
+    old = tmp_path / "old"
+    for path in folder.rglob("*"):
+        kept = path.suffix == ".safetensors" and not re.search("lambda-max|alignment", path.name)
+        if kept or path.suffix == ".json":
+            (old / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, old / path.relative_to(folder))
+    before = set(old.rglob("*.safetensors"))
+    published = run_study(TINY, Store.open(old, TINY.to_dict()), stages=["control"])
+    assert set(published.methods) == set(PUBLISHED)
+    assert set(old.rglob("*.safetensors")) == before
+    run_study(TINY, Store.open(old, TINY.to_dict()))
+    new = {path.stem for path in set(old.rglob("*.safetensors")) - before}
+    assert new == {"lambda-max-00000", "lambda-max-00005", "alignment"}
+    assert results(old) == results(folder)
 
 
 @pytest.mark.usefixtures("short", "as_installed")

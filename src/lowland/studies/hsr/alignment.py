@@ -30,7 +30,7 @@ from lowland.studies.hsr.task import flatten, samples, start, unflatten
 from lowland.studies.runs.jobs import Tensors
 from lowland.threads import threads
 
-STEPS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
+STEPS = (0, 1, 3, 10, 30, 100, 300, 1000)
 """Of plain descent, after which directions are compared; as far as the study goes."""
 
 RANDOM = 10  # parameter vectors for each of the preset's draws, as in figure 6

@@ -547,55 +547,29 @@ def figure_17(results: Results) -> Figure:
     """How closely closed-form directions follow the steepest descent of the largest eigenvalue."""
     found = {name: part.numpy() for name, part in results.theory["alignment"].items()}
     gaps = np.concatenate([found[f"{place}_gap"].ravel() for place in _PLACES])
-    most = float(np.quantile(gaps[np.isfinite(gaps)], 0.95)) if np.isfinite(gaps).any() else 2.0
-    colors = mpl.colors.LogNorm(1, max(most, 1.1))
+    most = np.quantile(gaps[np.isfinite(gaps)], 0.95) if np.isfinite(gaps).any() else 1.0
+    most = max(float(most), 1.1)  # so that there are colors to tell apart
+    colors = mpl.colors.LogNorm(1, most)
     titles = {"bound": r"$-\nabla U$", "trace": r"$-\nabla\,\mathrm{Tr}\,H$"}
-    ranks = np.random.default_rng(0)
     with look.canvas(10.4, 6.4) as figure:
         # Columns share an axis, so that both directions can be compared; the last is a close-up.
         axes = figure.subplots(2, 3, sharex="col", sharey="col")
         for row, (name, title) in zip(axes, titles.items(), strict=True):
             for ax, (place, heading) in zip(row, _PLACES.items(), strict=True):
-                cosine, gap = found[f"{place}_{name}"], found[f"{place}_gap"]
-                groups, own = np.atleast_2d(cosine), np.atleast_2d(gap)
-                for index, (values, ratios) in enumerate(zip(groups, own, strict=True)):
-                    # Those whose top eigenvalue stands alone are drawn last.
-                    order = np.argsort(ratios)
-                    points = ax.scatter(
-                        index + ranks.uniform(-0.32, 0.32, len(values)),
-                        values[order],
-                        s=10 if len(groups) == 1 else 7,
-                        c=np.minimum(ratios[order], 1e9),
-                        cmap="viridis",
-                        norm=colors,
-                        linewidth=0,
-                        rasterized=True,
-                    )
-                middles = np.nanmedian(groups, 1)
-                where = np.arange(len(groups))
-                ax.hlines(middles, where - 0.42, where + 0.42, color=FIRST, linewidth=2)
-                ax.set_title(
-                    f"{heading}:  median {middles[-1]:.3f}" if len(middles) == 1 else heading
-                )
-                ax.set_xticks([])
-                ax.set_xlim(-0.5, len(groups) - 0.5)
-                ax.grid(visible=False, axis="x")
+                cosines, gap = (np.atleast_2d(found[f"{place}_{each}"]) for each in (name, "gap"))
+                middles = _swarms(ax, cosines, gap.clip(max=most), colors)
+                median = f":  median {middles[0]:.3f}" if len(middles) == 1 else ""
+                ax.set_title(heading + median, fontsize=10)
             row[0].set_ylabel(rf"cosine of {title} with $-\nabla \lambda_{{\max}}$")
         steps = found["steps"]
-        axes[1, 1].set_xticks(range(len(steps)), [f"{step:,}" for step in steps], fontsize=8)
+        axes[1, 1].set_xticks(range(len(steps)), [f"{step}" for step in steps], fontsize=9)
         axes[1, 1].set_xlabel("step of plain descent")
-        for ax in axes[:, :2].flat:
-            ax.axhline(0, color=INK, linewidth=0.8)
-        axes[0, 0].set_ylim(top=1.03)
-        axes[0, 1].set_ylim(top=1.03)
-        figure.colorbar(
-            points,
-            ax=axes,
-            label=r"gap  $\lambda_1 / \lambda_2$",
-            shrink=0.7,
-            aspect=30,
-            extend="max",
-        )
+        for ax in axes[0, :2]:
+            ax.set_ylim(top=1.04)
+        mappable = mpl.cm.ScalarMappable(colors, "viridis")
+        label = r"gap  $\lambda_1 / \lambda_2$"
+        bar = figure.colorbar(mappable, ax=axes, label=label, shrink=0.7, aspect=30, extend="max")
+        plain_log_ticks(bar.ax)
         line = Line2D([], [], color=FIRST, linewidth=2, label="median")
         figure.legend(handles=[line], loc="outside lower center")
     return figure
@@ -765,6 +739,29 @@ def _band(
         markersize=4,
         label=label,
     )
+
+
+def _swarms(ax: Axes, groups: Array, shades: Array, colors: mpl.colors.Normalize) -> Array:
+    """All points of some groups side by side, shaded, with medians, which are returned."""
+    spread = np.random.default_rng(0)
+    for index, (values, own) in enumerate(zip(groups, shades, strict=True)):
+        ax.scatter(
+            index + spread.uniform(-0.32, 0.32, len(values)),
+            values,
+            s=8,
+            c=own,
+            cmap="viridis",
+            norm=colors,
+            linewidth=0,
+            rasterized=True,
+        )
+    middles: Array = np.nanmedian(groups, 1)
+    where = np.arange(len(groups))
+    ax.hlines(middles, where - 0.42, where + 0.42, color=FIRST, linewidth=2)
+    ax.set_xlim(-0.5, len(groups) - 0.5)
+    ax.set_xticks([])
+    ax.grid(visible=False, axis="x")
+    return middles
 
 
 def _boxes(ax: Axes, results: Results, measure: Callable[[Tensors], Tensor]) -> Array:

@@ -772,3 +772,25 @@ def test_a_parameter_that_is_replaced_in_a_pass_is_refused_and_put_back():
     with pytest.raises(ValueError, match="puts another tensor in the place of 'weight'"):
         lowland.hessian_moments(model, CROSS_ENTROPY, x, y)
     assert model.layer.weight is weight
+
+
+class ByPrecision(nn.Module):
+    """A kernel of single precision, with a substitute in double."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.first, self.last, self.odd = nn.Linear(4, 5), nn.Linear(5, 2), odd
+
+    def forward(self, x):
+        hidden = self.first(x)
+        wide = hidden.dtype == torch.float64
+        return self.last(hidden**3 / 10 if wide else self.odd(hidden))
+
+
+@pytest.mark.parametrize("wrong", [None, "gradient", "product"])
+def test_what_double_precision_does_not_run_is_looked_at_too(wrong):
+    torch.manual_seed(0)
+    model, x, y = ByPrecision(cube(wrong)), torch.randn(20, 4), torch.arange(20) % 2
+    found = verdict(objective(model, CROSS_ENTROPY, x, y))
+    assert (found.what is None) == (wrong is None)  # which of them it is, is hard to tell there
+    assert wrong is None or "in its own precision" in found.reason

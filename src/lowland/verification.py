@@ -258,6 +258,8 @@ def _look(target: Objective, order: Order) -> Verdict:
         return Verdict("gradient", reason)
     with meeting(target.model, _look_again):
         found = _judged(small, order)
+        if found.what is None and not target.is_ordinary:
+            found = _judged_as_it_is(small, order) or found
         _meet(small)
     if found.what is None and small is not target and not target.is_ordinary:
         steps = _steps_of(target)
@@ -268,6 +270,19 @@ def _look(target: Objective, order: Order) -> Verdict:
         many = _judged(_on_samples(target, _MANY), order)
         found = many if many.what is not None else found
     return found
+
+
+def _judged_as_it_is(small: Objective, order: Order) -> Verdict | None:
+    """What the comparison says in the model's own precision, if it runs other operations there.
+
+    So it is with kernels of single precision that have a substitute in double.
+    """
+    with suppress(RuntimeError, TypeError, ValueError), small.remember()(), derivatives_of(small):
+        if not steps_of(graph(small.value())) <= met_by(small.model):
+            found = _compare(small, order)
+            reason = found.reason.replace(_WHERE, "what the model runs in its own precision")
+            return replace(found, reason=reason)
+    return None
 
 
 def _known_as_wrong(target: Objective) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -176,11 +176,16 @@ class _Gradient(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        raise RuntimeError(
-            "the exact moments can be differentiated once, not twice: their gradient is a closed "
-            "form without a graph of its own; for higher derivatives use "
-            "lowland.hessian_moments(..., method='dense')"
-        )
+        refuse_twice()
+
+
+def refuse_twice() -> NoReturn:
+    """Say that a gradient in closed form has no gradient of its own."""
+    raise RuntimeError(
+        "the exact moments can be differentiated once, not twice: their gradient is a closed "
+        "form without a graph of its own; for higher derivatives use "
+        "lowland.hessian_moments(..., method='dense')"
+    )
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

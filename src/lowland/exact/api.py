@@ -96,8 +96,8 @@ def moments(
         UnsupportedModelError: If ``y`` requires gradients, which would be left out; or if of
             pruned samples ``x`` does, four moments are wanted, or unbiased ones.
         ValueError: If shapes do not match, values are not finite, targets do not suit the loss,
-            ``prune`` is not between 0 and 1, or the budget is too small. On accelerators values are not looked at, since that would
-            wait for the device; NaN goes in, NaN comes out.
+            ``prune`` is not between 0 and 1, or the budget is too small. On accelerators values are
+            not looked at, since that would wait for the device; NaN goes in, NaN comes out.
 
     Notes:
         Order ``"samples"`` takes time quadratic in the samples and linear in the parameters, order

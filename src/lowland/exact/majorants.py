@@ -1,9 +1,10 @@
 r"""Matrices known by their norms alone, and how fast they change with the weights.
 
 Of a matrix ``X`` that depends on the weights, :math:`\|X\|`, :math:`\|X\|_F` and the largest
-:math:`\|\dot X\|_F` in any direction of length 1 are bounded. Sums, products and Kronecker products
-of such matrices are bounded by the triangle inequality, by :math:`\|XY\|_F \le \|X\| \|Y\|_F` and by
-the rule of the derivative of a product, so that a formula of matrices is one of bounds as well.
+:math:`\|\dot X\|_F` in any direction of length 1 are bounded. Sums, products and Kronecker
+products of such matrices are bounded by the triangle inequality, by
+:math:`\|XY\|_F \le \|X\| \|Y\|_F` and by the rule of the derivative of a product, so that a formula
+of matrices is one of bounds as well.
 """
 
 from __future__ import annotations

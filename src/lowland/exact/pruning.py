@@ -1,19 +1,23 @@
 r"""Moments without the samples that are certified to add next to nothing.
 
-A sample that is fitted leaves the Hessian: its residual ``r`` and its curvature ``Q`` vanish together
-(arXiv:2606.28662, section V-A, proposition 1). Let ``H = K + D`` with the kept samples' ``K``. With
-bounds on each dropped sample's share (:mod:`lowland.exact.sample_bounds`), summed to
+A sample that is fitted leaves the Hessian: its residual ``r`` and its curvature ``Q`` vanish, so
+that it can be removed when the direction is computed (arXiv:2606.28662, section V-A, proposition 1,
+which does not say how much that changes). Let ``H = K + D`` with the ``K`` of the samples that are
+kept. With bounds on each dropped sample's share (:mod:`lowland.exact.sample_bounds`), summed to
 
     |Tr D| <= t,   ||D||_F <= h,   ||grad Tr D|| <= s,   ||D'||_F <= S,   ||H'||_F <= S_all
 
 where the last two are derivatives along any unit vector of the weights,
 
-    |Tr H - Tr K| <= t                      |Tr H^2 - Tr K^2| <= 2 ||K||_F h + h^2
-    ||grad Tr H - grad Tr K|| <= s          ||grad Tr H^2 - grad Tr K^2|| <= 2 (||K||_F S + h S_all)
+    |Tr H - Tr K| <= t
+    |Tr H^2 - Tr K^2| <= 2 ||K||_F h + h^2
+    ||grad Tr H - grad Tr K|| <= s
+    ||grad Tr H^2 - grad Tr K^2|| <= 2 (||K||_F S + h S_all)
 
-since ``grad Tr H^2 = 2 <H, H'>`` and ``<H, H'> - <K, K'> = <K, D'> + <D, H'>``. How many samples each
-of these allows is known once the kept ones' moments are: a first guess is looked at, and as many
-samples added as it takes.
+since ``grad Tr H^2 = 2 <H, H'>`` and ``<H, H'> - <K, K'> = <K, D'> + <D, H'>``. How many samples
+each of these allows is known once the kept ones' moments are: a first guess is looked at, at most
+an eighth of the samples, and as many added as it takes. The gradients come with the moments, since
+their sizes decide; a backward pass only adds them up.
 """
 
 from __future__ import annotations
@@ -131,8 +135,8 @@ class _Ledger:
 
     Attributes:
         bounds: Of each sample.
-        part: Of each of the four quantities of the kept samples, how much its error may be; infinite
-            for gradients that nobody wants.
+        part: Of each of the four quantities of the kept samples, how much its error may be;
+            infinite for gradients that nobody wants.
     """
 
     bounds: SampleBounds
@@ -232,16 +236,13 @@ def _evaluate(setup: Setup, wish: _Settings) -> _Found:
     if not any(wish.wanted):
         return found
     of_square = join_layers(slopes, setup.weights)
-    of_trace = [
-        part.view_as(weight)
-        for part, weight in zip(setup.trace_gradient(wish.memory_budget), setup.weights, strict=True)
-    ]
+    of_trace = join_layers([setup.trace_gradient(wish.memory_budget)], setup.weights)
     pairs = [list(compress(each, wish.wanted)) for each in (of_trace, of_square)]
     return replace(found, gradients=tuple(pairs))
 
 
 class _Search(Function):
-    """What :func:`_search` finds, of weights that ``torch.func`` has unwrapped; without gradients."""
+    """What :func:`_search` finds, of weights that ``torch.func`` has unwrapped."""
 
     @staticmethod
     def forward(setup: Setup, wish: _Settings, *weights: Tensor) -> tuple[Tensor, ...]:

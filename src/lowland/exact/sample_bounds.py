@@ -1,15 +1,16 @@
 r"""How much each sample can add to both moments and to their gradients, without its blocks.
 
-With the words of :mod:`lowland.exact.terms`, and with :math:`U_l = (\partial a_L / \partial a_l)^T`,
-which a backward pass leads down through the layers, a sample's blocks are made of
+With the words of :mod:`lowland.exact.terms`, and with
+:math:`U_l = (\partial a_L / \partial a_l)^T`, which a backward pass leads down through the layers,
+a sample's blocks are made of
 
     B_lm = U_l Q U_m^T + sum over k >= m of J_lk diag(c_k) J_mk^T,    J_lk = (d a_k / d a_l)^T
     g_l = U_l r,    c_l = phi''_l * V_l+1 g_l+1,    D_lm = J_lm diag(phi'_m)
 
-with the loss's derivatives ``r`` and ``Q`` in the logits. What vectors and the ``U`` are is computed,
-in a pass as long as ``K`` gradients; all products are bounded by their factors' norms, and so are
-their derivatives in the weights, for which the third derivatives of activations and loss at the
-sample are enough (:mod:`lowland.exact.majorants`). No ``M x M`` matrix of a sample is formed.
+with the loss's derivatives ``r`` and ``Q`` in the logits. All vectors and the ``U`` are computed,
+in a pass as long as a gradient for each output; products are bounded by their factors' norms, and
+so are their derivatives in the weights, for which the third derivatives of activations and loss at
+the sample are enough (:mod:`lowland.exact.majorants`). No ``M x M`` matrix of a sample is formed.
 
 Source: the bound by ``q`` and ``r`` of arXiv:2606.28662, section V-A (proposition 1), says that a
 sample vanishes as it is fitted; the bounds here, for any depth and loss, are ours.
@@ -69,7 +70,7 @@ def sample_bounds(setup: Setup, memory_budget: int) -> SampleBounds:
     for first in range(0, size.networks, networks):
         some = slice(first, first + networks)
         weights = [weight[some].detach() for weight in setup.weights]
-        across = [_matrix(weight[:, 1:]) for weight in weights]
+        across = {layer: _matrix(weights[layer][:, 1:]) for layer in range(1, len(weights))}
         data = setup.data.of_networks(some)
         found = [
             _bound(arch, weights, across, data.of_samples(slice(start, start + chunk))).parts
@@ -116,7 +117,8 @@ class _Layer:
 
 
 def _norm(vectors: Vectors) -> Tensor:
-    return torch.linalg.vector_norm(vectors, dim=1)
+    # PyTorch's own norm is many times slower along a dimension that is not the last.
+    return vectors.square().sum(1).sqrt()
 
 
 def _largest(vectors: Vectors) -> Tensor:
@@ -124,7 +126,7 @@ def _largest(vectors: Vectors) -> Tensor:
 
 
 def _forward(
-    arch: Architecture, weights: Sequence[Tensor], across: Sequence[Majorant], data: Data
+    arch: Architecture, weights: Sequence[Tensor], across: dict[int, Majorant], data: Data
 ) -> tuple[list[Majorant], list[Majorant], list[_Layer], Vectors, Tensor]:
     """By layer the inputs, all of them and those that meet trained rows; the rest; the logits."""
     whole, trained, layers = [], [], []
@@ -133,8 +135,9 @@ def _forward(
         whole.append(Majorant.vector(_norm(z), entering))
         trained.append(Majorant.vector(_norm(z[:, arch.rows[layer]]), entering))
         a = batched_matmul(weight.mT, z)
-        # Directions in this layer's weights and in those below are orthogonal to each other.
-        rate = torch.hypot(_norm(z), across[layer].operator * entering)
+        rate = _norm(z)
+        if layer:  # directions in its weights and in those below are orthogonal to each other
+            rate = torch.hypot(rate, across[layer].operator * entering)
         if layer < len(arch.activations):
             value, slope, bend, twist = arch.activations[layer](a)
             layers.append(_Layer(slope, bend, twist, rate))
@@ -147,12 +150,13 @@ def _augmented(z: Vectors) -> Vectors:
 
 
 def _bound(
-    arch: Architecture, weights: Sequence[Tensor], across: Sequence[Majorant], data: Data
+    arch: Architecture, weights: Sequence[Tensor], across: dict[int, Majorant], data: Data
 ) -> SampleBounds:
     whole, z, layers, logits, rate = _forward(arch, weights, across, data)
     last = len(layers)
     found = read_derivatives(arch.loss, logits.mT, data.y.to(logits.dtype))
-    first = _per_sample(found.residual * data.scale)
+    # Of fitted samples the squares would vanish before the numbers do.
+    first, fitted = _unit((found.residual * data.scale).mT)
     outputs = logits.shape[1]
     one = torch.ones_like(rate)
     # U_l, of shape (networks, M_l, K, samples), and what is known of it.
@@ -164,8 +168,8 @@ def _bound(
         flat = pulled.expand(len(weight), -1, -1, logits.shape[2]).flatten(2)
         product = (weight @ flat).unflatten(2, (outputs, -1))  # V U
         pulled = here.slope.unsqueeze(2) * product
-        rows = torch.linalg.vector_norm(product, dim=2)
-        frobenius = torch.linalg.vector_norm(pulled, dim=(1, 2))
+        rows = product.square().sum(2).sqrt()
+        frobenius = _norm(pulled.flatten(1, 2))
         steep, weighed = here.steepest, across[layer + 1] @ U[layer + 1]
         U[layer] = Majorant(
             torch.minimum(frobenius, steep * weighed.operator),
@@ -173,10 +177,12 @@ def _bound(
             _largest(here.bend * rows) * here.rate + steep * weighed.rate,
         )
         incoming = (product * first.unsqueeze(1)).sum(2)  # V g
-        above[layer] = incoming, _norm(here.slope * incoming)
+        above[layer] = fitted * incoming, fitted.squeeze(1) * _norm(here.slope * incoming)
     # Of the logits two bounds on how fast they change.
-    reach = sum((w.frobenius * U[layer].operator).square() for layer, w in enumerate(whole))
-    rate = torch.minimum(rate, reach.sqrt())
+    reach = torch.zeros_like(rate)
+    for layer, entering in enumerate(whole):
+        reach = torch.hypot(reach, entering.frobenius * U[layer].operator)
+    rate = torch.minimum(rate, reach)
     r, Q = _at_logits(arch, found, data, rate)  # noqa: N806
     g, c = {last: r}, {}
     for layer in range(last - 1, -1, -1):
@@ -194,7 +200,7 @@ def _bound(
 def _add_up(  # noqa: PLR0917 - what a sample's Hessian is made of
     arch: Architecture,
     z: Sequence[Majorant],
-    across: Sequence[Majorant],
+    across: dict[int, Majorant],
     layers: Sequence[_Layer],
     U: dict[int, Majorant],  # noqa: N803
     Q: Majorant,  # noqa: N803
@@ -204,7 +210,8 @@ def _add_up(  # noqa: PLR0917 - what a sample's Hessian is made of
     """All blocks of trained layers, and the traces of those on the diagonal."""
     last = len(layers)
     J, D = _passages(across, layers)  # noqa: N806
-    trace, squares, slopes = Majorant.vector(0 * Q.rate, 0 * Q.rate), 0 * Q.rate, 0 * Q.rate
+    zero = torch.zeros_like(Q.rate)
+    trace, norm, slope = Majorant.vector(zero, zero), zero, zero
     trained = [layer for layer in range(last + 1) if arch.trains(layer)]
     for low in trained:
         own = z[low].inner(z[low])
@@ -220,14 +227,14 @@ def _add_up(  # noqa: PLR0917 - what a sample's Hessian is made of
             block = z[low].kron(z[high]).kron(B)
             if low < high and arch.trains_beyond_bias(high):
                 block += z[low].kron(D[low, high - 1]).kron(g[high])
-            twice = 1 if low == high else 2
-            squares = squares + twice * block.frobenius.square()
-            slopes = slopes + twice * block.rate.square()
-    return SampleBounds(trace.frobenius, squares.sqrt(), trace.rate, slopes.sqrt())
+            twice = 1 if low == high else math.sqrt(2)
+            norm = torch.hypot(norm, twice * block.frobenius)
+            slope = torch.hypot(slope, twice * block.rate)
+    return SampleBounds(trace.frobenius, norm, trace.rate, slope)
 
 
 def _passages(
-    across: Sequence[Majorant], layers: Sequence[_Layer]
+    across: dict[int, Majorant], layers: Sequence[_Layer]
 ) -> tuple[dict[tuple[int, int], Majorant], dict[tuple[int, int], Majorant]]:
     """``J`` and ``D`` from each hidden layer to each that is not below it."""
     J: dict[tuple[int, int], Majorant] = {}  # noqa: N806
@@ -242,9 +249,16 @@ def _passages(
     return J, D
 
 
-def _per_sample(values: Tensor) -> Vectors:
-    """``(..., samples, K)`` with the samples last."""
-    return values.mT
+def _unit(vectors: Vectors) -> tuple[Vectors, Tensor]:
+    """Vectors of largest entry 1, and what they are to be multiplied with."""
+    largest = vectors.abs().amax(1, keepdim=True)
+    return torch.where(largest == 0, 0, vectors / largest), largest
+
+
+def _safe_norm(values: Tensor) -> Tensor:
+    """The norm over ``K`` entries, last but for the samples before them, without underflow."""
+    unit, largest = _unit(values.mT)
+    return largest.squeeze(1) * _norm(unit)
 
 
 def _at_logits(
@@ -254,16 +268,16 @@ def _at_logits(
     scale = data.scale
     if isinstance(found, Separable):
         curvature, third = (each * scale for each in (found.curvature, found.third))
-        largest, frobenius = curvature.abs().amax(-1), torch.linalg.vector_norm(curvature, dim=-1)
+        largest, frobenius = curvature.abs().amax(-1), _safe_norm(curvature)
         turning = third.abs().amax(-1)
     else:
         factor = scale.abs().amax(-1) if isinstance(scale, Tensor) else abs(scale)
-        frobenius = torch.linalg.matrix_norm(found.curvature)
+        frobenius = _safe_norm(found.curvature.flatten(-2))
         # Of a symmetric matrix no eigenvalue is above the largest sum of a row's magnitudes.
         largest = torch.minimum(frobenius, found.curvature.abs().sum(-1).amax(-1))
         turning = _third(arch.loss, found, largest)
         largest, frobenius, turning = (each * factor for each in (largest, frobenius, turning))
-    residual = torch.linalg.vector_norm(found.residual * scale, dim=-1)
+    residual = _safe_norm(found.residual * scale)
     r = Majorant.vector(residual, largest * rate)
     Q = Majorant(largest, frobenius, turning * rate)  # noqa: N806
     zero = Majorant.vector(0 * rate, 0 * rate)
@@ -273,11 +287,11 @@ def _at_logits(
 def _third(loss: Loss, found: Coupled, largest: Tensor) -> Tensor:
     r"""A bound on how fast ``Q`` changes, in Frobenius norm, with the logits.
 
-    For the softmax, with :math:`\dot p = Q v` and :math:`Q = \mathrm{diag}(p) - p p^T`, the square of
-    :math:`\|\mathrm{diag}(\dot p) - \dot p p^T - p \dot p^T\|_F` is
-    :math:`\|\dot p\|^2 (1 + 2 \|p\|^2) + 2 (p^T \dot p)^2 - 4 \sum_j p_j \dot p_j^2`, at most 5 times
-    that of :math:`\|Q\|`. For any other loss all third derivatives are asked for, one symmetric
-    matrix after another.
+    For the softmax, with :math:`\dot p = Q v` and :math:`Q = \mathrm{diag}(p) - p p^T`, it is that
+    of :math:`\mathrm{diag}(\dot p) - \dot p p^T - p \dot p^T`, whose square
+    :math:`\|\dot p\|^2 (1 + 2 \|p\|^2) + 2 (p^T \dot p)^2 - 4 \sum_j p_j \dot p_j^2` is at most 5
+    times that of :math:`\|Q\|`. For any other loss all third derivatives are asked for, one
+    symmetric matrix after another.
     """
     if loss is LOSSES["ce"]:
         return math.sqrt(5) * largest

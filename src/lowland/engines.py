@@ -78,6 +78,7 @@ def hessian_moments(
     l2: float = 0.0,
     wrt: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    prune: float | None = None,
 ) -> HessianMoments:
     """``Tr H`` and ``Tr H^2`` of ``criterion(model(x), y)`` in the trainable parameters.
 
@@ -141,6 +142,9 @@ def hessian_moments(
         checkpoint: Of ``"exact"`` over a data loader, the path of a file in which the pass is kept
             as it goes, at most a twentieth of the time being spent on that. Killed, the same call
             goes on from there; complete, the file is deleted. The loader must not shuffle.
+        prune: Of ``method="exact"`` on one batch, a relative tolerance such as 1e-2: leave out
+            fitted samples which are certified to change moments and gradients by no more than that,
+            see :func:`lowland.exact.moments`; the result reports them as ``pruned``.
 
     Returns:
         Scalar moments, differentiable in the model's parameters. Frozen parameters
@@ -173,14 +177,16 @@ def hessian_moments(
     check_method(method)
     check_count(count)
     check_l2(l2)
-    settings = Estimation(probes, products, generator, unbiased, memory_budget)
+    check_prune(prune, method)
+    settings = Estimation(probes, products, generator, unbiased, memory_budget, prune=prune)
     batch = (x, y) if y is not None else as_batch(x)
     if batch is None:
-        if method not in ("auto", "exact", "probes") or moments != 2 or unbiased:
+        one_batch = moments != 2 or unbiased or prune is not None
+        if method not in ("auto", "exact", "probes") or one_batch:
             raise UnsupportedModelError(
                 "the moments over a data loader are estimated, or two of them exact: use "
-                "method='exact' or 'probes', moments=2 and unbiased=False; or pass all samples as "
-                "tensors x and y"
+                "method='exact' or 'probes', moments=2, unbiased=False and no prune=; or pass all "
+                "samples as tensors x and y"
             )
         if wrt is not None:
             raise UnsupportedModelError("wrt= looks at one batch: pass tensors x and y")
@@ -238,6 +244,19 @@ def check_method(method: Method | str) -> None:
         )
 
 
+def check_prune(prune: float | None, method: Method | str) -> None:
+    """Refuse to leave out samples where nothing certifies what they are.
+
+    Raises:
+        UnsupportedModelError: If the engine is not the closed form for sure.
+    """
+    if prune is not None and method != "exact":
+        raise UnsupportedModelError(
+            "prune= leaves samples out of the closed form, whose bounds certify what they add: use "
+            f"method='exact', or leave it out; got method={method!r}"
+        )
+
+
 def choose(
     target: Objective,
     method: Method,
@@ -271,6 +290,11 @@ def choose(
             )
         return engine
     if target.parallel:
+        if settings.prune is not None:
+            raise UnsupportedModelError(
+                "prune= certifies the samples of one process, and a DistributedDataParallel model "
+                "has several: leave it out"
+            )
         if method == "exact" and not settings.unbiased:
             return OverBatches.begin(target, [target.batch], settings)
         if method in ("exact", "dense"):

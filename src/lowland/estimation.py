@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from torch import Generator
 
 from lowland._limits import DEFAULT_MEMORY_BUDGET, DEFAULT_PROBES
-from lowland.validation import check_budget
+from lowland.validation import check_budget, check_tolerance
 
 Products = Literal["auto", "autograd", "differences", "exact", "finite"]
 
@@ -28,12 +28,15 @@ class Estimation:
         generator: Of the directions' signs; None for PyTorch's own.
         unbiased: Whether the samples are a batch of a larger data set, whose ``Tr H^2`` is meant.
         memory_budget: Bytes of temporaries of the closed form.
+        prune: The relative tolerance up to which the closed form leaves out fitted samples; None
+            for none of them.
         step: Of differences: how much longer than usual their steps are. None until it has been
             looked at which products are right.
 
     Raises:
-        TypeError: If the generator is none, or the budget no number.
-        ValueError: If there is no probe, no such way to a product, or the budget is not finite.
+        TypeError: If the generator is none, or the budget or the tolerance no number.
+        ValueError: If there is no probe, no such way to a product, the budget is not finite, or the
+            tolerance not between 0 and 1.
 
     Example:
         >>> from lowland.estimation import Estimation
@@ -47,6 +50,7 @@ class Estimation:
     unbiased: bool = False
     memory_budget: int = DEFAULT_MEMORY_BUDGET
     step: float | None = None
+    prune: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.probes, int) or self.probes < 1:
@@ -59,3 +63,5 @@ class Estimation:
             raise TypeError(f"generator must be a torch.Generator; got {self.generator!r}")
         object.__setattr__(self, "products", _FORMER.get(self.products, self.products))
         object.__setattr__(self, "memory_budget", check_budget(self.memory_budget))
+        if self.prune is not None:
+            check_tolerance(self.prune)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowland.brackets import four_moment_bracket, four_moment_upper
 from lowland.matrices import Matrix
+from lowland.pruned import Pruned
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class HessianMoments:
         method: The engine that computed them, where :func:`lowland.hessian_moments` chose it.
         matrix: Which matrix ``H`` stands for, the Hessian or one beside it
             (:mod:`lowland.matrices`).
+        pruned: Which samples were left out, and how much they can add at most, where ``prune=`` was
+            given.
 
     Raises:
         ValueError: If ``dim`` is not positive or the traces differ in shape.
@@ -66,6 +69,7 @@ class HessianMoments:
     higher: tuple[Tensor, Tensor] | None = None
     method: str | None = None
     matrix: Matrix = "hessian"
+    pruned: Pruned | None = None
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -93,6 +97,8 @@ class HessianMoments:
             shown.append(f"method={self.method!r}")
         if self.matrix != "hessian":
             shown.append(f"matrix={self.matrix!r}")
+        if self.pruned is not None:
+            shown.append(f"pruned={self.pruned!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
@@ -195,7 +201,10 @@ class HessianMoments:
         if error is not None:
             error = error[0], error[1] + 2 * abs(by) * error[0]
         higher = (moved[3], moved[4]) if self.higher else None
-        return replace(self, trace=moved[1], trace_sq=moved[2], stderr=error, higher=higher)
+        pruned = self.pruned and self.pruned.shifted(by)
+        return replace(
+            self, trace=moved[1], trace_sq=moved[2], stderr=error, higher=higher, pruned=pruned
+        )
 
     def bracket(self, k: int, moments: Literal[2, 4] = 2) -> tuple[Tensor, Tensor]:
         """``(low, high)`` for the ``k``-th largest eigenvalue, ``k = 1`` the largest.

@@ -18,7 +18,7 @@ from lowland._batches import one_batch, rows
 from lowland._call import call
 from lowland._limits import DEFAULT_MEMORY_BUDGET
 from lowland.criteria import Criterion, scalar_loss
-from lowland.engines import Engine, Method, check_method, choose
+from lowland.engines import Engine, Method, check_method, check_prune, choose
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.moments import HessianMoments
@@ -186,11 +186,15 @@ class CurvaturePenalty(Penalty):
         active: The first call in which the penalty is applied, and the first in which it no longer
             is; counted from 0 in training mode.
         memory_budget: Bytes of temporaries of the closed form.
+        prune: With ``method="exact"``, a relative tolerance up to which samples that are fitted are
+            left out of both moments and their gradients, see :func:`lowland.exact.moments`. For
+            large batches late in training.
 
     Raises:
         TypeError: If the criterion cannot be called, the weight or the budget is no number, or the
             generator is none.
-        UnsupportedModelError: If four moments are to be estimated.
+        UnsupportedModelError: If four moments are to be estimated; or samples left out of other
+            moments than the first two of the closed form.
         ValueError: If the weight is negative or not finite, or another setting makes no sense.
 
     Notes:
@@ -217,6 +221,7 @@ class CurvaturePenalty(Penalty):
         every: int = 1,
         active: tuple[float, float] = (0, math.inf),
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        prune: float | None = None,
     ) -> None:
         super().__init__(criterion, weight, parameters=parameters, every=every, active=active)
         if self.count not in (1, 2, 4):
@@ -235,8 +240,16 @@ class CurvaturePenalty(Penalty):
                 f"{type(self).__name__} is a function of four moments here, of which unbiased=True "
                 "estimates two: leave it out"
             )
+        check_prune(prune, method)
+        if prune is not None and (self.count != 2 or unbiased):
+            raise UnsupportedModelError(
+                f"prune= certifies Tr H and Tr H^2 of a batch, and {type(self).__name__} is a "
+                "function of other moments here: leave it out"
+            )
         self.method: Method = method
-        self.estimation = Estimation(probes, products, generator, unbiased, memory_budget)
+        self.estimation = Estimation(
+            probes, products, generator, unbiased, memory_budget, prune=prune
+        )
 
     @abstractmethod
     def value(self, moments: HessianMoments, samples: int) -> Tensor:
@@ -259,6 +272,7 @@ class CurvaturePenalty(Penalty):
             "probes": (self.estimation.probes, 1),
             "products": (self.estimation.products, "auto"),
             "unbiased": (self.estimation.unbiased, False),
+            "prune": (self.estimation.prune, None),
             **super()._settings(),
         }
 

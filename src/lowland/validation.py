@@ -123,6 +123,21 @@ def check_l2(l2: object) -> None:
         raise ValueError(f"l2 must be a finite number of at least 0; got {l2}")
 
 
+def check_tolerance(prune: object) -> None:
+    """Require a relative tolerance of what is left out.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not between 0 and 1.
+    """
+    if not is_number(prune):
+        raise TypeError(f"prune must be a relative tolerance, such as 1e-3, or None; got {prune!r}")
+    if not 0 < prune < 1:
+        raise ValueError(
+            f"prune must be a relative tolerance above 0 and below 1, or None; got {prune}"
+        )
+
+
 def check_budget(budget: float) -> int:
     """A budget in bytes.
 

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from lowland._limits import DEFAULT_MEMORY_BUDGET
 from lowland.exact.plan import OrderChoice
+from lowland.exact.pruning import pruned_moments
 from lowland.exact.setup import Activations, Reduction, Setup, prepare
 from lowland.exact.terms import ExactMatrix
 from lowland.losses import Loss
 from lowland.moments import HessianMoments, check_number
+from lowland.validation import check_tolerance
 
 __all__ = [
     "OrderChoice",
@@ -40,6 +42,7 @@ def moments(
     unbiased: bool = False,
     moments: Literal[2, 4] = 2,
     matrix: ExactMatrix = "hessian",
+    prune: float | None = None,
 ) -> HessianMoments:
     r"""Exact ``Tr H`` and ``Tr H^2`` of multilayer perceptrons.
 
@@ -76,6 +79,13 @@ def moments(
         matrix: ``"hessian"``; or in its place ``"ggn"``, the Gauss-Newton matrix, which is the
             Fisher matrix, too, for ``"bce"``, ``"ce"`` and ``"mse"``; or ``"residual"``, what the
             Hessian has beyond it (:mod:`lowland.matrices`). The compiled code is for the Hessian.
+        prune: Leave out samples that are fitted, a relative tolerance above 0 and below 1: those
+            that together change both moments, and where weights ask for gradients both moments'
+            gradients, by no more than this part of them. That is certified by bounds on each
+            sample's share, which the result reports (:attr:`~lowland.HessianMoments.pruned`); of an
+            ensemble the same samples are left out of all networks. The bounds take time linear in
+            samples and parameters; where they leave out no more than a tenth of the samples,
+            nothing is left out.
 
     Returns:
         Moments whose fields have the shape ``(*ensemble)``.
@@ -83,17 +93,20 @@ def moments(
     Raises:
         TypeError: If tensors are not all float32 or all float64, or on different devices, or a
             setting is of no type that it can have.
-        UnsupportedModelError: If ``y`` requires gradients, which would be left out.
-        ValueError: If shapes do not match, values are not finite, targets do not suit the loss, or
-            the budget is too small. On accelerators values are not looked at, since that would
-            wait for the device; NaN goes in, NaN comes out.
+        UnsupportedModelError: If ``y`` requires gradients, which would be left out; or if of
+            pruned samples ``x`` does, four moments are wanted, or unbiased ones.
+        ValueError: If shapes do not match, values are not finite, targets do not suit the loss,
+            ``prune`` is not between 0 and 1, or the budget is too small. On accelerators values are
+            not looked at, since that would wait for the device; NaN goes in, NaN comes out.
 
     Notes:
         Order ``"samples"`` takes time quadratic in the samples and linear in the parameters, order
         ``"parameters"`` the reverse. Both give the same numbers to rounding.
 
     References:
-        arXiv:2606.28662, theorems 1 to 5; the order ``"parameters"`` is not in the paper.
+        arXiv:2606.28662, theorems 1 to 5; the order ``"parameters"`` is not in the paper. Pruning
+        is what its section V-A proposes; the certificates are ours
+        (:mod:`lowland.exact.pruning`).
 
     Example:
         >>> import torch
@@ -108,7 +121,13 @@ def moments(
         torch.Size([1000, 3, 4])
     """
     check_number(moments)
+    if prune is not None:
+        check_tolerance(prune)
     setup = prepare(weights, x, y, activation, loss, reduction, inputs_vary=True).of(matrix)
+    if prune is not None:
+        return pruned_moments(
+            setup, prune, order, memory_budget, unbiased=unbiased, moments=moments
+        )
     return setup.moments(order, memory_budget, unbiased=unbiased, moments=moments)
 
 

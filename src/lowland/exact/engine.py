@@ -13,6 +13,7 @@ from lowland.criteria import name_of, read_loss, scalar_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.estimation import Estimation
 from lowland.exact.modules import read
+from lowland.exact.pruning import pruned_moments
 from lowland.exact.setup import Setup
 from lowland.exact.tail import find, holds_all
 from lowland.likelihoods import likelihood
@@ -81,7 +82,12 @@ class ExactEngine:
         budget, unbiased = self.settings.memory_budget, self.settings.unbiased
         if count == 1:
             return self._of_trace(self.setup.trace(budget))
-        found = self.setup.moments(memory_budget=budget, unbiased=unbiased, moments=count)
+        if self.settings.prune is not None:
+            found = pruned_moments(
+                self.setup, self.settings.prune, "auto", budget, unbiased=unbiased, moments=count
+            )
+        else:
+            found = self.setup.moments(memory_budget=budget, unbiased=unbiased, moments=count)
         return replace(found, method=self.name, matrix=self.target.matrix)
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:

@@ -108,6 +108,11 @@ class Setup:
         covered = self.covered and matrix == "hessian"
         return replace(self, arch=replace(self.arch, matrix=matrix), covered=covered)
 
+    def of_samples(self, kept: Tensor) -> Setup:
+        """The same of some samples alone, each with the weight that it has among all."""
+        size = replace(self.size, samples=len(kept))
+        return replace(self, data=self.data.of_samples(kept), size=size)
+
     def of_plain_code(self) -> Setup:
         """The same without the compiled code."""
         return replace(self, covered=False)

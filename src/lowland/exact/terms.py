@@ -83,8 +83,8 @@ class Data:
         scale = pick(self.scale) if isinstance(self.scale, Tensor) else self.scale
         return replace(self, x=pick(self.x), y=pick(self.y), scale=scale)
 
-    def of_samples(self, samples: slice) -> Data:
-        """Some of the samples."""
+    def of_samples(self, samples: slice | Tensor) -> Data:
+        """Some of the samples, by their places."""
         scale = self.scale[:, samples] if isinstance(self.scale, Tensor) else self.scale
         return replace(self, x=self.x[:, samples], y=self.y[:, samples], scale=scale)
 

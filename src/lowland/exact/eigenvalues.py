@@ -38,7 +38,7 @@ _VECTORS, _SMALL = 90, 1 << 14
 
 # H; for its decomposition a copy, the eigenvectors, and workspace of two more; C, what it is the
 # product of, and its tiles.
-_COPIES = 8
+COPIES = 8
 
 
 def spectral(
@@ -172,7 +172,7 @@ def evaluate(
         return value.view(setup.ensemble)
     instead = " or use method='lanczos'" if function.ends else ""
     what = f"{function.name!r} decomposes the Hessian of {setup.size.dim} parameters"
-    problem = setup.matrix_problem(memory_budget, _COPIES, what, instead)
+    problem = setup.matrix_problem(memory_budget, COPIES, what, instead)
 
     def decomposed(matrices: Tensor) -> list[tuple[Tensor, Callable[[], Tensor]]]:
         value, coefficients = function.of(matrices)

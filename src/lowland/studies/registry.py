@@ -54,7 +54,7 @@ STUDIES = (
     ),
     Study(
         "hsr",
-        "HSR regularization, arXiv:2606.28662: figures 2 to 15, one of ours, and every claim.",
+        "HSR regularization, arXiv:2606.28662: figures 2 to 15, two of ours, and every claim.",
         "lowland.studies.hsr",
     ),
     Study(

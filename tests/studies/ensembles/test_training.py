@@ -311,3 +311,10 @@ def test_divergence_is_named_with_its_method_and_step(problem, steps):
     method = replace(METHODS["hsr"], weight=1e308)
     with pytest.raises(DivergenceError, match=r"HSR diverged at step 1; use a smaller learning"):
         run([METHODS["baseline"], method], problem, steps=steps, learning_rate=1e6)
+
+
+def test_the_largest_eigenvalue_of_what_has_overflowed_is_told_as_divergence(problem):
+    start, x, y = problem
+    far = start[0], 1e200 * start[1]
+    with pytest.raises(DivergenceError, match="diverged at step 1"):
+        run([replace(LAMBDA_MAX, weight=1.0)], (far, x, y), steps=2, active=1.0)

@@ -17,7 +17,8 @@ from lowland import exact
 from lowland._limits import DEFAULT_MEMORY_BUDGET
 from lowland.errors import UserError
 from lowland.exact.api import Setup, prepare
-from lowland.exact.eigenvalues import evaluate
+from lowland.exact.eigenvalues import COPIES
+from lowland.exact.problem import Backend, join_layers
 from lowland.spectral_functions import spectral_function
 from lowland.studies.ensembles.extremes import extreme_eigenvalues
 from lowland.studies.ensembles.networks import (
@@ -56,11 +57,30 @@ def flatness_gradient(setup: Setup) -> Weights:
 
 
 def lambda_max_gradient(setup: Setup) -> Weights:
-    """The gradient of λ_max itself, of matrices small enough to be decomposed at every step."""
-    leaves = [layer.detach().requires_grad_() for layer in setup.weights]
-    with torch.enable_grad():
-        largest = evaluate(setup.at(leaves), _LAMBDA_MAX, "dense", DEFAULT_MEMORY_BUDGET)
-    return torch.autograd.grad(largest.sum(), leaves)
+    """The gradient of λ_max itself, as :func:`lowland.exact.spectral` has it.
+
+    Each network's matrix is decomposed by itself, from a copy: then no bit of it depends on the
+    other networks, where the closed form is compiled.
+    """
+    what = f"λ_max decomposes the Hessian of {setup.size.dim} parameters"
+    problem = setup.matrix_problem(DEFAULT_MEMORY_BUDGET, COPIES, what)
+
+    def gradient(_: slice, backend: Backend) -> Sequence[Tensor]:
+        matrices = backend.hessian()
+        finite = matrices.isfinite().flatten(1).all(1)[:, None]
+        # What has overflowed would be refused; its gradient is NaN, and training says so.
+        found = [torch.linalg.eigh(m.clone()) for m in matrices.where(finite[..., None], 0)]
+        slopes = _LAMBDA_MAX.at(torch.stack([values for values, _ in found]))[1]
+        slopes = slopes.where(finite, torch.nan)
+        constants = [
+            (vectors * slope) @ vectors.mT
+            for (_, vectors), slope in zip(found, slopes, strict=True)
+        ]
+        return backend.contraction(torch.stack(constants))
+
+    with torch.no_grad():
+        found = problem.on_backend(setup.weights, gradient)
+    return setup.shaped(join_layers(found, setup.weights))
 
 
 _LAMBDA_MAX = spectral_function("lambda_max")

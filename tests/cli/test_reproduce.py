@@ -23,7 +23,7 @@ from lowland.studies.hsr.figures import FIGURES
 pytestmark = pytest.mark.slow  # on a study that runs for some ten seconds
 
 FIGURE_FILES = {f"figure-{number:02d}.svg" for number in FIGURES}
-TABLES = {f"{name}.csv" for name in ("claims", "search", "control", "curves", "sweep")}
+TABLES = {f"{name}.csv" for name in ("claims", "search", "control", "curves", "alignment", "sweep")}
 
 
 def run(*arguments):
@@ -62,7 +62,7 @@ def no_work(monkeypatch):
     def forbidden(*arguments):
         raise AssertionError("computed again")
 
-    for name in ("search", "control", "sweep"):
+    for name in ("search", "control", "alignment", "sweep"):
         monkeypatch.setattr(run_module, name, forbidden)
     theory = dict.fromkeys(run_module._THEORY, forbidden)
     monkeypatch.setattr(run_module, "_THEORY", theory)
@@ -86,7 +86,7 @@ def test_a_run_writes_figures_tables_and_a_page(finished):
     search, control = (pd.read_csv(out / f"{name}.csv") for name in ("search", "control"))
     assert search["seed"].tolist() == list(range(PRESET.seeds))
     kinds = search["kind"].value_counts()
-    assert len(control) == 4 * (kinds["sharp"] + kinds["flat"])
+    assert len(control) == 5 * (kinds["sharp"] + kinds["flat"])
     curves = pd.read_csv(out / "curves.csv")
     assert len(curves) == PRESET.checkpoints * len(control)
     last = curves.groupby(["kind", "method", "seed"], sort=False)["lambda_max"].last()
@@ -196,7 +196,7 @@ def test_other_settings_in_the_same_folder_are_refused(finished, tmp_path):
             ["--preset", "huge"],
             "unknown preset 'huge': expected 'paper', 'quick', 'small' or a TOML file",
         ),
-        (["--figure", 1], "--figure must be 2 to 16; got 1"),
+        (["--figure", 1], "--figure must be 2 to 17; got 1"),
         (["--jobs", 0], "--jobs must be at least 1; got 0"),
         (["--jobs", 2, "--scheduler", "tcp://x:1"], "--jobs and --scheduler: give one"),
         (["--figure", "two"], "Invalid value for '--figure'"),

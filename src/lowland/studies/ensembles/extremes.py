@@ -41,7 +41,8 @@ def extreme_eigenvalues(
         loss: ``"bce"``, ``"ce"`` or ``"mse"``.
 
     Returns:
-        ``(smallest, largest)``, each of shape ``(networks,)``.
+        ``(smallest, largest)``, each of shape ``(networks,)``; NaN where a Hessian of up to
+        ``DENSE_LIMIT`` parameters has overflowed.
 
     Notes:
         Up to ``DENSE_LIMIT`` parameters these are eigenvalues of the whole matrix, to rounding.
@@ -56,7 +57,10 @@ def extreme_eigenvalues(
             # The decomposition of a small matrix only loses by a second thread.
             with threads(torch.get_num_threads() if dim > _SMALL else 1):
                 matrix = hessian(part, own_x, own_y, activation=activation, loss=loss)
-                parts.append(torch.linalg.eigvalsh(matrix)[:, [0, -1]])
+                if bool(matrix.isfinite().all()):
+                    parts.append(torch.linalg.eigvalsh(matrix)[:, [0, -1]])
+                else:
+                    parts.append(x.new_full((1, 2), torch.nan))
         else:
             parts.append(x.new_tensor([_lanczos(part, own_x, own_y, activation, loss)]))
     smallest, largest = torch.cat(parts).unbind(1)

@@ -83,9 +83,10 @@ def moments(
             that together change both moments, and where weights ask for gradients both moments'
             gradients, by no more than this part of them. That is certified by bounds on each
             sample's share, which the result reports (:attr:`~lowland.HessianMoments.pruned`); of an
-            ensemble the same samples are left out of all networks. The bounds take time linear in
-            samples and parameters; where they leave out no more than a tenth of the samples,
-            nothing is left out.
+            ensemble the same samples are left out of all networks, those that all of them can do
+            without. The bounds take time linear in samples and parameters; where they leave out no
+            more than a tenth of the samples, nothing is left out. It pays late in training where
+            moments cost a hundred gradients and more (``benchmarks/prune.py``).
 
     Returns:
         Moments whose fields have the shape ``(*ensemble)``.

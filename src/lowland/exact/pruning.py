@@ -16,7 +16,7 @@ where the last two are derivatives along any unit vector of the weights,
 
 since ``grad Tr H^2 = 2 <H, H'>`` and ``<H, H'> - <K, K'> = <K, D'> + <D, H'>``. How many samples
 each of these allows is known once the kept ones' moments are: a first guess is looked at, at most
-an eighth of the samples, and as many added as it takes. The gradients come with the moments, since
+a sixteenth of the samples, and as many added as it takes. The gradients come with the moments, since
 their sizes decide; a backward pass only adds them up.
 """
 
@@ -42,7 +42,7 @@ from lowland.pruned import Pruned
 
 # The first look takes at most this part of the samples. If no more than a tenth can be dropped,
 # finding out which would cost more than it saves.
-_FIRST, _MOST = 8, 0.9
+_FIRST, _MOST = 16, 0.9
 
 
 def pruned_moments(

@@ -72,8 +72,8 @@ def errors(weights, data, network, tolerance) -> tuple[int, float, float, float]
         (in_whole[1] - in_part[1], report.trace_sq_gradient, in_whole[1]),
     ]
     shares, sizes = [], []
-    for error, certificate, true in triples:
-        error, true = error.detach(), true.detach()
+    for off, certificate, whole in triples:
+        error, true = off.detach(), whole.detach()
         rounding = 1e-12 * true.norm()
         assert error.norm() <= certificate + rounding
         assert certificate <= tolerance * true.norm() + rounding

@@ -16,8 +16,8 @@ where the last two are derivatives along any unit vector of the weights,
 
 since ``grad Tr H^2 = 2 <H, H'>`` and ``<H, H'> - <K, K'> = <K, D'> + <D, H'>``. How many samples
 each of these allows is known once the kept ones' moments are: a first guess is looked at, at most
-a sixteenth of the samples, and as many added as it takes. The gradients come with the moments, since
-their sizes decide; a backward pass only adds them up.
+a sixteenth of the samples, and as many added as it takes. The gradients come with the moments,
+since their sizes decide; a backward pass only adds them up.
 """
 
 from __future__ import annotations

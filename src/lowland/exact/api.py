@@ -85,8 +85,9 @@ def moments(
             sample's share, which the result reports (:attr:`~lowland.HessianMoments.pruned`); of an
             ensemble the same samples are left out of all networks, those that all of them can do
             without. The bounds take time linear in samples and parameters; where they leave out no
-            more than a tenth of the samples, nothing is left out. It pays late in training where
-            moments cost a hundred gradients and more (``benchmarks/prune.py``).
+            more than a tenth of the samples, nothing is left out. It saves little, and only
+            late in training of one hidden layer with a thousand parameters or more; small networks
+            take longer with it (``benchmarks/prune.py``).
 
     Returns:
         Moments whose fields have the shape ``(*ensemble)``.

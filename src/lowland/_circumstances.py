@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from lowland.objective import Objective
+from lowland.passes import content
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def _identity(function: Any) -> object:
     if isinstance(function, MethodType):
         return _identity(function.__func__), id(function.__self__)
     if isinstance(function, FunctionType):
-        cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+        cells = map(content, function.__closure__ or ())
         defaults = function.__defaults__ or ()
         held = tuple(_identity(each) for each in (*cells, *defaults) if callable(each))
         return function.__code__, held
@@ -58,14 +59,6 @@ def _identity(function: Any) -> object:
         return ref(function)
     except TypeError:
         return id(function)
-
-
-def _is_empty(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - that is the only way to know
-    except ValueError:
-        return True
-    return False
 
 
 def once_a_model(

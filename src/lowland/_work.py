@@ -32,10 +32,8 @@ def _counted(target: Objective, shapes: object) -> float:  # noqa: ARG001 - othe
                 curvature.product(direction, wanted=False)
         except torch.OutOfMemoryError:
             raise
-        except (
-            RuntimeError,
-            ValueError,
-        ):  # there is none: differences of two gradients stand for it
+        except (RuntimeError, ValueError):
+            # There is none, or no finite one: differences of two gradients stand for it.
             with _Count() as count:
                 target.gradient()
             count.calls, count.operations = 2 * count.calls, 2 * count.operations

@@ -24,7 +24,7 @@ from lowland._layers import has_hooks, is_as_inherited
 from lowland._loss_checks import check_criterion
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.losses import LOSSES, Loss
-from lowland.passes import is_holder
+from lowland.passes import content, is_holder
 from lowland.validation import (
     check_constant,
     check_finite,
@@ -661,14 +661,7 @@ def _held_by(criterion: object) -> Iterator[Any]:
         cells = getattr(inside, "__closure__", None) or ()
         yield from (inside, getattr(inside, "__self__", None))
         for cell in cells:
-            yield from (cell, _content(cell))
-
-
-def _content(cell: Any) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is still empty
-        return None
+            yield from (cell, content(cell))
 
 
 def _layers(criterion: object) -> Iterator[object]:

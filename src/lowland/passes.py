@@ -102,7 +102,7 @@ class _State:
     @classmethod
     def of(cls, holder: Any) -> _State:
         if isinstance(holder, CellType):
-            return cls(holder, {}, {"cell_contents": _kept(_content(holder))}, {})
+            return cls(holder, {}, {"cell_contents": _kept(content(holder))}, {})
         attributes, buffers, written = vars(holder), {}, {}
         if isinstance(holder, nn.Module):
             buffers = dict(holder._buffers.items())  # noqa: SLF001
@@ -127,7 +127,7 @@ class _State:
         holder = self.holder
         if isinstance(holder, CellType):
             value = _given(self.data["cell_contents"])
-            if value is not _EMPTY:
+            if value is not EMPTY:
                 holder.cell_contents = value
             return
         attributes = vars(holder)
@@ -199,7 +199,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, NoneType, np.generic)
 _DATA = (*_PLAIN, *_COLLECTIONS, *_SOURCES, tuple, Tensor, np.ndarray)
 _MANY = 10_000  # in a collection of more, tensors are taken for data, which nobody writes to
 _OWN = frozenset(vars(nn.Module())) - {"training"}
-_EMPTY = object()
+EMPTY = object()
 
 
 def _kept(value: Any) -> Any:
@@ -246,11 +246,21 @@ def _given(kept: Any) -> Any:
     return _nested(_given, kept) if type(kept) in (dict, list) else kept
 
 
-def _content(cell: CellType) -> Any:
+def content(cell: CellType) -> Any:
+    """What is in a variable that a function shares with another one; ``EMPTY`` before it is set.
+
+    Example:
+        >>> from lowland.passes import content
+        >>> def counter():
+        ...     number = 3
+        ...     return lambda: number
+        >>> [content(cell) for cell in counter().__closure__]
+        [3]
+    """
     try:
         return cell.cell_contents
-    except ValueError:  # it is still empty
-        return _EMPTY
+    except ValueError:
+        return EMPTY
 
 
 def _states_of(holders: Iterable[Any]) -> list[_State]:

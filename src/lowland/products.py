@@ -185,18 +185,12 @@ def products_here(
     In the parameters' own precision and without gradients; the model's state stays as it is.
     """
     full_precision = torch.autocast(part.device.type, enabled=False)
-    with part.remember()(), frozen_statistics(*part.modules), full_precision:
+    with part.remember()(), full_precision:
         if products == "differences":
             run = _Differences([part], [], None, step)
             _, gradient = run.first_gradient(part)
 
-            def multiply(direction: Vector) -> Vector:
-                shift = run.shift() / norm(direction)
-                near = run.gradient(0, plus(run.parameters, part.free(direction), shift))
-                torch._foreach_sub_(near, gradient)
-                return times(near, 1 / shift)
-
-            yield multiply
+            yield lambda direction: run.one_sided(part.free(direction), gradient)
         else:
             with curvature_of(part) as curvature:
                 yield lambda direction: curvature.product(direction, wanted=False)
@@ -252,13 +246,7 @@ def differences(part: Objective, directions: Sequence[Vector], factor: float = 1
     """``H v`` for each direction by differences of gradients, in the parameters' own precision."""
     run = _Differences([part], directions, None, factor)
     _, gradient = run.first_gradient(part)
-    found = []
-    for direction in directions:
-        step = run.shift() / norm(direction)
-        near = run.gradient(0, plus(run.parameters, direction, step))
-        found.append(times(near, 1 / step))
-        plus_(found[-1], gradient, -1 / step)
-    return found
+    return [run.one_sided(direction, gradient) for direction in directions]
 
 
 def _typed(parts: Vector, like: Objective) -> Vector:
@@ -539,6 +527,13 @@ class _Differences:
         part = self.halves[number]
         with self.again[number](), self._full_precision():
             return part.gradient(at)[1]
+
+    def one_sided(self, direction: Vector, here: Vector) -> Vector:
+        """``H v`` from the gradient on one side, and that at the parameters."""
+        step = self.shift() / norm(direction)
+        near = self.gradient(0, plus(self.parameters, direction, step))
+        torch._foreach_sub_(near, here)
+        return times(near, 1 / step)
 
     def central(self, direction: Vector) -> Vector:
         """``H v`` from the gradients on both sides."""

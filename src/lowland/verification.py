@@ -261,11 +261,12 @@ def _look(target: Objective, order: Order) -> Verdict:
         if found.what is None and not target.is_ordinary:
             found = _judged_as_it_is(small, order) or found
         _meet(small)
-    if found.what is None and small is not target and not target.is_ordinary:
-        steps = _steps_of(target)
-        if not steps <= met_by(target.model):
-            found = _judged_beyond(target, steps, order)
-    if found.what is None and small is not target and not target.is_ordinary:
+    if found.what is not None or small is target or target.is_ordinary:
+        return found
+    steps = _steps_of(target)
+    if not steps <= met_by(target.model):
+        found = _judged_beyond(target, steps, order)
+    if found.what is None:
         # What is wrong for a few samples only, by the same operations, is not among six of them.
         many = _judged(_on_samples(target, _MANY), order)
         found = many if many.what is not None else found
@@ -444,7 +445,7 @@ def _on_few_samples(target: Objective) -> Objective:
         ValueError: If a pass writes to the batch, or the loss is another one each time.
     """
     few = _on_samples(target, _ROWS)
-    _check_unwritten(few)
+    _check_repeats(few)
     return few
 
 
@@ -458,7 +459,7 @@ def _on_samples(target: Objective, count: int) -> Objective:
     return few
 
 
-def _check_unwritten(target: Objective) -> None:
+def _check_repeats(target: Objective) -> None:
     """Refuse a loss that is another one each time.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lowland.exact.problem import Backend, Problem, join_layers
+from lowland.exact.problem import Backend, Problem, join_layers, save, saved
 from lowland.exact.torch_backend import PerNetwork
 
 
@@ -111,18 +111,13 @@ class _OfMatrix(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         problem, way, layers, x, y, scale, *weights = inputs
         ctx.mark_non_differentiable(*output[1:])
-        # Saved rather than kept as attributes, tensors are guarded against changes in place.
-        guarded = [scale] if isinstance(scale, Tensor) else []
-        ctx.save_for_backward(x, y, *guarded, *weights, *output[1:])
+        save(ctx, x, y, scale, *weights, *output[1:])
         ctx.problem, ctx.way, ctx.layers = problem, way, layers
-        ctx.scale = scale if not guarded else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, *rest = ctx.saved_tensors
-        scale = rest.pop(0) if ctx.scale is None else ctx.scale
         found = _Gradient.apply(  # type: ignore[no-untyped-call]
-            ctx.problem, ctx.way, ctx.layers, grads[0], x, y, scale, *rest
+            ctx.problem, ctx.way, ctx.layers, grads[0], *saved(ctx)
         )
         in_weights, in_x = found[: ctx.layers], found[ctx.layers :] or (None,)
         return None, None, None, *in_x, None, None, *in_weights

@@ -113,6 +113,23 @@ def full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def save(ctx: Any, x: Tensor, y: Tensor, scale: float | Tensor, *others: Tensor) -> None:
+    """Save data and other tensors for a backward pass, which :func:`saved` gives back.
+
+    Rather than as attributes: so they are guarded against changes in place.
+    """
+    guarded = [scale] if isinstance(scale, Tensor) else []
+    ctx.save_for_backward(x, y, *guarded, *others)
+    ctx.scale = scale if not guarded else None
+
+
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`save` was given, in its order."""
+    x, y, *rest = ctx.saved_tensors
+    scale = rest.pop(0) if ctx.scale is None else ctx.scale
+    return x, y, scale, *rest
+
+
 class _Moments(Function):
     """``Tr H`` and ``Tr H^2`` of all networks, and what is kept for the backward pass."""
 
@@ -132,18 +149,13 @@ class _Moments(Function):
         problem, x, y, scale, *weights = inputs
         kept = output[2:]
         ctx.mark_non_differentiable(*kept)
-        # Saved rather than kept as attributes, tensors are guarded against changes in place.
-        guarded = [scale] if isinstance(scale, Tensor) else []
-        ctx.save_for_backward(x, y, *guarded, *weights, *kept)
-        ctx.problem, ctx.scale = problem, scale if not guarded else None
-        ctx.layers = len(weights)
+        save(ctx, x, y, scale, *weights, *kept)
+        ctx.problem, ctx.layers = problem, len(weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, *rest = ctx.saved_tensors
-        scale = rest.pop(0) if ctx.scale is None else ctx.scale
         result = _Gradient.apply(  # type: ignore[no-untyped-call]
-            ctx.problem, ctx.layers, grads[0], grads[1], x, y, scale, *rest
+            ctx.problem, ctx.layers, grads[0], grads[1], *saved(ctx)
         )
         in_weights, in_x = result[: ctx.layers], result[ctx.layers :] or (None,)
         return None, *in_x, None, None, *in_weights

@@ -146,3 +146,27 @@ def test_a_matrix_that_is_not_symmetric_is_found_on_the_way():
     matrix = Counted(torch.linspace(-1, 2, 100), skew=0.05)
     with pytest.raises(RuntimeError, match=r"not symmetric: u'Hv = .* and v'Hu"):
         lanczos_pairs(matrix, 1, "LA", tolerance=1e-5, restarts=300, seed=0)
+
+
+class Rounded:
+    """A matrix whose products have the digits of half precision alone."""
+
+    def __init__(self, matrix):
+        self.matrix, self.shape, self.dtype = matrix, matrix.shape, matrix.dtype
+        self.device = matrix.device
+
+    def __matmul__(self, vector):
+        return (self.matrix @ vector).bfloat16().to(self.dtype)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_residuals_are_those_of_the_products_as_they_are(k):
+    # What rounding adds to a product is in the space that is made of it, and seen by another alone.
+    matrix = torch.diag(torch.linspace(0, 1, 400) ** 8)
+    turned, _ = torch.linalg.qr(torch.randn(400, 400, generator=torch.Generator().manual_seed(0)))
+    operator = Rounded(turned @ matrix @ turned.T)
+    with pytest.warns(RuntimeWarning, match="are no more exact"):
+        pairs, _ = lanczos_pairs(operator, k, "LA", tolerance=1e-4, restarts=200, seed=0)
+    for value, vector, residual in zip(pairs.values, pairs.vectors.T, pairs.residuals, strict=True):
+        true = (operator @ vector - value * vector).norm()
+        assert 0.9 * true <= residual <= 1.1 * true

@@ -167,7 +167,7 @@ def spectrum(
     Notes:
         A product with the Hessian costs several gradients over all of the data, some ten for a
         convolutional network on a CPU. The largest eigenvalue of a ResNet-18 of half the usual
-        width with random weights takes 27 products, one that stands out of the others fewer; the
+        width with random weights takes 28 products, one that stands out of the others fewer; the
         smallest, which crowd at zero, several times as many; both ends come from one iteration; the
         trace takes 30, a density 640. A larger tolerance takes fewer. Where several eigenvalues are
         asked for, the iteration goes on from a second random vector until nothing changes, to find

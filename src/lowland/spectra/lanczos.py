@@ -140,15 +140,13 @@ def ends(
         sure = min(tolerance, 2 * _ASYMMETRIC if krylov.restarts else _SURE)
         elsewhere = krylov.ended
         if krylov.holds_all:
-            return krylov.found(again=before is not None), krylov.space()
+            return krylov.found(anew=True), krylov.space()
         near = share * max(sure, krylov.precision) * krylov.scale
         if krylov.is_within(near):
             same = krylov.is_same(before, tolerance * krylov.scale)
             alone = not more and not krylov.ended
-            if krylov.scale == 0 or alone:
-                return krylov.found(), krylov.space()
-            if same and since >= more:
-                return krylov.found(again=True), krylov.space()
+            if krylov.scale == 0 or alone or (same and since >= more):
+                return krylov.found(anew=True), krylov.space()
             if not same:
                 before, since, elsewhere = krylov.wanted_values, 0, True
         krylov.go_on(elsewhere=elsewhere, near=near)
@@ -285,11 +283,14 @@ class _Krylov:
         """Whether the eigenvalues are those that were found before."""
         return before is not None and bool(((self.wanted_values - before).abs() <= near).all())
 
-    def found(self, *, again: bool = False) -> Top:
-        """What is wanted; with residuals from products of its own, where some were left behind."""
+    def found(self, *, anew: bool = False) -> Top:
+        """What is wanted, with residuals from the products that there were, or from new ones.
+
+        Rounding of the products that the space is made of is seen by new ones alone.
+        """
         weights, values = self.vectors[:, self.wanted], self.wanted_values
         vectors = weights.T.to(self.basis) @ self.basis[: self.size]
-        if again:
+        if anew:
             pairs = zip(vectors, values.tolist(), strict=True)
             norms = [_norm(product(self.operator, v) - value * v) for v, value in pairs]
             residuals = torch.tensor(norms, dtype=torch.float64)

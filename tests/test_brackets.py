@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -201,6 +201,7 @@ def test_four_moments_have_no_gradients_and_two_keep_theirs():
 
 
 @given(spectra())
+@example(torch.tensor([-2934289.0, -100000000.0]))  # whose ends rounding swaps
 def test_the_upper_end_for_the_largest_is_that_of_the_bracket(eigenvalues):
     leaf = eigenvalues.clone().requires_grad_()
     moments = of(leaf)

@@ -144,7 +144,9 @@ class HessianMoments:
         """
         upper = self.upper
         narrower = four_moment_upper(self.dim, self._means("four_moment_upper"))
-        return torch.where(narrower < upper, narrower, upper)  # also where it is NaN
+        narrower = torch.where(narrower < upper, narrower, upper)  # also where it is NaN
+        _, end = self.bracket(1, moments=4)  # which rounding cannot take below the lower end
+        return torch.where(narrower < end, end + (narrower - narrower.detach()), narrower)
 
     def _means(self, asked: str) -> tuple[Tensor, ...]:
         """The means of the eigenvalues' first four powers."""

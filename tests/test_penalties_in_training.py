@@ -61,7 +61,8 @@ def test_the_slopes_of_hsr_at_the_averages_give_the_gradient_of_the_bound():
 @pytest.mark.slow
 def test_over_many_steps_the_gradient_of_hsr_is_that_of_the_bound():
     model, x, y = build("cnn_in_evaluation")
-    penalty = lowland.HSR(CROSS_ENTROPY, 1.0, method="probes", generator=signs(), memory=0.98)
+    settings = {"method": "probes", "generator": signs(), "memory": 0.98, "limit": 1e9}
+    penalty = lowland.HSR(CROSS_ENTROPY, 1.0, **settings)
     steps = 600
     for _ in range(steps):
         penalty(model, x, y).backward()
@@ -148,7 +149,7 @@ def test_a_penalty_in_evaluation_mode_gives_its_value_and_does_not_count(loss):
 def test_a_subset_of_the_parameters_is_as_if_the_others_were_frozen(products, kind):
     model, x, y = build("mlp")
     whole = [p for layer in model[2:] for p in layer.parameters()]
-    settings = {"method": "probes", "products": products, "probes": 2}
+    settings = {"method": "probes", "products": products, "probes": 2, "limit": 1e9}
     penalty = kind(CROSS_ENTROPY, 0.5, parameters=iter(whole), generator=signs(), **settings)
     total = penalty.loss(model, x, y)
     total.backward()

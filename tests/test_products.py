@@ -501,7 +501,7 @@ def test_parameters_that_reentrant_checkpoints_hide_are_not_taken_for_unused(met
 )
 def test_a_batch_that_is_overwritten_before_the_way_back_is_noticed(settings):
     model, x, y = build("mlp")
-    value = lowland.FlatnessAware(CROSS_ENTROPY, 1.0, **settings)(model, x, y)
+    value = lowland.FlatnessAware(CROSS_ENTROPY, 1.0, limit=None, **settings)(model, x, y)
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()

@@ -10,11 +10,12 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Generator, Tensor, nn
 
+from lowland._sampling import WHOLE, Part
 from lowland.criteria import Criterion
 from lowland.estimation import Estimation, Products
 from lowland.objective import Objective
 from lowland.passes import remember_state
-from lowland.penalties import Penalty
+from lowland.penalty import Penalty
 from lowland.probes import average_over_processes, rademacher, reachable
 from lowland.products import Vector, form_along, products_here, warn_of_kinks
 from lowland.tracking import Pair, Tracked, begun, followed, looked_around
@@ -41,7 +42,7 @@ class LambdaMax(Penalty):
 
     Args:
         criterion: The loss whose curvature is penalized.
-        weight: Factor of the penalty, at least zero.
+        weight: Factor of the penalty, at least zero; or none, with a ``strength``.
         products: ``"autograd"`` differentiates the product; ``"differences"`` has the value and the
             gradient from three gradients, at the parameters and on both sides along ``v``;
             ``"auto"`` takes the former where PyTorch's derivatives are right, which is looked at
@@ -50,8 +51,8 @@ class LambdaMax(Penalty):
         refresh: After so many steps the penalty looks around by 6 Lanczos products from a random
             vector, for an eigenvalue that has risen unseen and for how far the spectrum reaches
             below zero.
-        **settings: ``parameters``, ``every`` and ``active``, as of
-            :class:`~lowland.penalties.CurvaturePenalty`.
+        **settings: ``strength``, ``limit``, ``samples``, ``parameters``, ``every``, ``active`` and
+            ``total_steps``, as of :class:`~lowland.penalties.CurvaturePenalty`.
 
     Attributes:
         used: Which products the last call took, ``"autograd"`` or ``"differences"``.
@@ -107,7 +108,7 @@ class LambdaMax(Penalty):
     def __init__(
         self,
         criterion: Criterion,
-        weight: float,
+        weight: float | None = None,
         *,
         products: Products = "auto",
         generator: Generator | None = None,
@@ -154,7 +155,6 @@ class LambdaMax(Penalty):
         return {
             "products": (self.estimation.products, "auto"),
             "refresh": (self.refresh, 100),
-            **super()._settings(),
         }
 
     def _quantity(self, target: Objective) -> Tensor:
@@ -163,8 +163,12 @@ class LambdaMax(Penalty):
         with target.remember()(), target.others_frozen():
             return self._forms(target)[1]
 
-    def _loss_and_quantity(self, target: Objective) -> tuple[Tensor, Tensor]:
+    def _loss_and_quantity(self, target: Objective, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
         target = reachable(target, self.estimation)
+        if target.apart:
+            with target.remember()(), target.others_frozen():
+                loss, value = self._forms(target)
+                return loss, part.scale * value
         if target.others or target.parallel:  # where the loss that is looked at is another one
             again = remember_state(*target.holders)
             loss = target.step_loss()

@@ -208,6 +208,27 @@ class HessianMoments:
             self, trace=moved[1], trace_sq=moved[2], stderr=error, higher=higher, pruned=pruned
         )
 
+    def scaled(self, by: float) -> HessianMoments:
+        """The moments of ``by H``: every eigenvalue is so many times as large.
+
+        Example:
+            >>> import torch
+            >>> from lowland import HessianMoments
+            >>> HessianMoments(3, torch.tensor(9.0), torch.tensor(41.0)).scaled(2.0)
+            HessianMoments(dim=3, trace=18, trace_sq=164)
+        """
+        if by == 1:
+            return self
+        error, higher = self.stderr, self.higher
+        return replace(
+            self,
+            trace=by * self.trace,
+            trace_sq=by**2 * self.trace_sq,
+            stderr=error and (abs(by) * error[0], by**2 * error[1]),
+            higher=higher and (by**3 * higher[0], by**4 * higher[1]),
+            pruned=self.pruned and self.pruned.scaled(by),
+        )
+
     def bracket(self, k: int, moments: Literal[2, 4] = 2) -> tuple[Tensor, Tensor]:
         """``(low, high)`` for the ``k``-th largest eigenvalue, ``k = 1`` the largest.
 

@@ -61,6 +61,8 @@ class Objective:
         matrix: Which matrix of curvature is meant (:mod:`lowland.matrices`).
         beside: Whether the model has parameters that are no constants here, beside those that the
             loss is looked at as a function of.
+        once: Whether what is found of the loss will be differentiated once at most.
+        apart: Whether it is looked at beside a step of training: its passes leave no trace.
     """
 
     outer: nn.Module
@@ -73,6 +75,8 @@ class Objective:
     shares: Sequence[float] | None = None
     matrix: Matrix = "hessian"
     beside: bool = False
+    once: bool = False
+    apart: bool = False
 
     @property
     def dim(self) -> int:
@@ -127,6 +131,9 @@ class Objective:
     def step_loss(self) -> Tensor:
         """What a step of training without us would have computed: by the model as it is wrapped."""
         x, y = self.batch
+        if self.apart:
+            with self.remember()():
+                return self.value()
         return scalar_loss(self.criterion, call(self.outer, x), y)
 
     def value(self) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,141 +13,17 @@ import torch.distributed
 from torch import Generator, Tensor, nn
 from torch.autograd import grad
 
-from lowland._batches import one_batch, rows
-from lowland._call import call
+from lowland._batches import rows
 from lowland._limits import DEFAULT_MEMORY_BUDGET
-from lowland.criteria import Criterion, scalar_loss
+from lowland._sampling import WHOLE, Part
+from lowland.balance import LIMIT
+from lowland.criteria import Criterion
 from lowland.engines import Engine, Method, check_method, check_prune, choose
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.moments import HessianMoments
-from lowland.objective import Objective, objective
-from lowland.validation import is_number
-
-
-class Penalty(nn.Module, ABC):
-    """A weighted quantity of ``criterion(model(x), y)``, in some calls or in all of them.
-
-    Args:
-        criterion: The loss whose curvature is penalized.
-        weight: Factor of the penalty, at least zero.
-        parameters: Penalize the curvature in these alone.
-        every: In training mode, apply the penalty in each so many-th call, times as much, and
-            nothing in between.
-        active: The first call in which the penalty is applied, and the first in which it no longer
-            is; counted from 0 in training mode.
-
-    Raises:
-        TypeError: If the criterion cannot be called, or the weight is no number.
-        ValueError: If the weight is negative or not finite, or another setting makes no sense.
-    """
-
-    used: str | None = None
-
-    def __init__(
-        self,
-        criterion: Criterion,
-        weight: float,
-        *,
-        parameters: Iterable[Tensor] | None = None,
-        every: int = 1,
-        active: tuple[float, float] = (0, math.inf),
-    ) -> None:
-        super().__init__()
-        if isinstance(criterion, type) or not callable(criterion):
-            raise TypeError(
-                f"expected a criterion, such as nn.BCEWithLogitsLoss(), then its penalty's weight; "
-                f"got {criterion!r} for the criterion"
-            )
-        if not (is_number(weight) or isinstance(weight, Tensor)):
-            raise TypeError(f"weight must be a finite number of at least 0; got {weight!r}")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight must be a finite number of at least 0; got {weight}")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1; got {every!r}")
-        subset = None if parameters is None else tuple(parameters)
-        if subset == ():
-            raise ValueError("parameters= must name at least one parameter; got none")
-        if not (isinstance(active, tuple) and len(active) == 2 and 0 <= active[0] < active[1]):
-            raise ValueError(
-                f"active must be (start, stop), the first call with the penalty and the first "
-                f"without it again, 0 <= start < stop; got {active!r}"
-            )
-        self.criterion = criterion
-        self.weight = weight
-        # Not in a list of nn.Module's own: they are the model's to move and to save.
-        self._subset = subset
-        self.every, self.active = every, active
-        self.calls = 0
-
-    def forward(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
-        """The penalty, a scalar tensor with a graph to the model's trainable parameters.
-
-        Without ``y`` the batch is a pair of both, or one mapping or object that holds both, with
-        which the criterion is called as it is: ``criterion(model(**x), x)``.
-        """
-        factor = self._factor()
-        if factor is None:
-            return _nothing(model)
-        return factor * self.measure(model, x, y)
-
-    def loss(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
-        """``criterion(model(x), y)`` and the penalty, from one forward pass where that is possible.
-
-        Running statistics of normalizations are updated once, and dropout draws one mask for both.
-        """
-        factor = self._factor()
-        if factor is None:
-            x, y = one_batch(x, y)
-            return scalar_loss(self.criterion, call(model, x), y)
-        with _outside_inference_mode():
-            loss, quantity = self._loss_and_quantity(self._target(model, x, y))
-            return loss + factor * quantity
-
-    def measure(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
-        """The quantity that is penalized, before its weight."""
-        with _outside_inference_mode():
-            return self._quantity(self._target(model, x, y))
-
-    @abstractmethod
-    def _quantity(self, target: Objective) -> Tensor:
-        """What is penalized, of one loss; the model's state stays as it is."""
-
-    @abstractmethod
-    def _loss_and_quantity(self, target: Objective) -> tuple[Tensor, Tensor]:
-        """The loss, as a step of training has it, and what is penalized."""
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print(penalty)``."""
-        changed = [
-            f", {name}={now!r}" for name, (now, usual) in self._settings().items() if now != usual
-        ]
-        return f"weight={self.weight}" + "".join(changed)
-
-    def _settings(self) -> dict[str, tuple[Any, Any]]:
-        """What each setting is, and what it usually is."""
-        return {"every": (self.every, 1), "active": (self.active, (0, math.inf))}
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What :meth:`state_dict` holds beyond tensors."""
-        return {"calls": self.calls}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`get_extra_state` gave."""
-        self.calls = state["calls"]
-
-    def _target(self, model: nn.Module, x: Any, y: Any) -> Objective:
-        return objective(model, self.criterion, x, y, self._subset)
-
-    def _factor(self) -> float | None:
-        """What the quantity is multiplied by in this call; None for nothing."""
-        if not self.training:
-            return self.weight
-        call, (start, stop) = self.calls, self.active
-        self.calls += 1
-        if start <= call < stop and (call - start) % self.every == 0:
-            return self.weight * self.every
-        return None
+from lowland.objective import Objective
+from lowland.penalty import Penalty
 
 
 class CurvaturePenalty(Penalty):
@@ -164,7 +39,15 @@ class CurvaturePenalty(Penalty):
 
     Args:
         criterion: The loss whose curvature is penalized.
-        weight: Factor of the penalty, at least zero.
+        weight: Factor of the penalty, at least zero; or none, with a ``strength``.
+        strength: How long the penalty's gradient is to be on average, relative to the loss's: the
+            weight is then found as training goes. One strength does about the same for other
+            losses, other scales of the inputs and other models, where weights differ by orders of
+            magnitude. Start at 0.1, look at :meth:`report`, then go up and down by factors of 3.
+        limit: How long the penalty's gradient may be at most, relative to the running mean of the
+            loss's: it is made shorter where it would be longer, which keeps a training stable at
+            any weight (:mod:`lowland.balance`). Where that happens the penalty's gradient is no
+            longer right on average. None for no limit, as for full batches and L-BFGS.
         method: The engine: ``"exact"``, ``"probes"``, ``"dense"``, or ``"auto"``, the closed form
             where it covers the model at the price of some probes, and probes elsewhere. Which it
             was last is :attr:`used`. Or what makes an engine of your own, see
@@ -181,10 +64,17 @@ class CurvaturePenalty(Penalty):
         parameters: Penalize the curvature in these alone, for example
             ``model.head.parameters()``. Its gradient reaches the layers below, too, unless it is
             one of differences. Of the last layer alone it is nearly free, and does not regularize.
+        samples: In training mode, how many samples of each batch the penalty looks at, a whole
+            number or a share such as 0.25: the next ones in each call, so that all take part alike.
+            ``Tr H`` is right on average then; ``Tr H^2`` of fewer samples is larger, unless it is
+            ``unbiased``.
         every: In training mode, apply the penalty in each so many-th call, times as much, and
-            nothing in between: nearly the same effect at a fraction of the cost.
+            nothing in between. The limit is the same, so that a strong penalty is weaker then:
+            rather take fewer ``samples``.
         active: The first call in which the penalty is applied, and the first in which it no longer
-            is; counted from 0 in training mode.
+            is; counted from 0 in training mode. With ``total_steps`` they are shares of these:
+            ``active=(0, 0.5), total_steps=1000`` for the first half.
+        total_steps: How many calls in training mode there will be.
         memory_budget: Bytes of temporaries of the closed form.
         prune: With ``method="exact"``, a relative tolerance up to which samples that are fitted are
             left out of both moments and their gradients, see :func:`lowland.exact.moments`. For
@@ -210,8 +100,11 @@ class CurvaturePenalty(Penalty):
     def __init__(
         self,
         criterion: Criterion,
-        weight: float,
+        weight: float | None = None,
         *,
+        strength: float | None = None,
+        limit: float | None = LIMIT,
+        samples: float | None = None,
         method: Method = "auto",
         probes: int = 1,
         products: Products = "auto",
@@ -220,10 +113,21 @@ class CurvaturePenalty(Penalty):
         parameters: Iterable[Tensor] | None = None,
         every: int = 1,
         active: tuple[float, float] = (0, math.inf),
+        total_steps: int | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         prune: float | None = None,
     ) -> None:
-        super().__init__(criterion, weight, parameters=parameters, every=every, active=active)
+        super().__init__(
+            criterion,
+            weight,
+            strength=strength,
+            limit=limit,
+            samples=samples,
+            parameters=parameters,
+            every=every,
+            active=active,
+            total_steps=total_steps,
+        )
         if self.count not in (1, 2, 4):
             raise ValueError(
                 f"count of {type(self).__name__} must be 1, 2 or 4, how many moments its value "
@@ -262,9 +166,10 @@ class CurvaturePenalty(Penalty):
     def _quantity(self, target: Objective) -> Tensor:
         return self.value(self._engine(target).moments(self.count), self._samples(target))
 
-    def _loss_and_quantity(self, target: Objective) -> tuple[Tensor, Tensor]:
+    def _loss_and_quantity(self, target: Objective, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
         loss, moments = self._engine(target).loss_and_moments(self.count)
-        return loss, self.value(moments, self._samples(target))
+        samples = round(self._samples(target) / part.share)
+        return loss, self.value(moments.scaled(part.scale), samples)
 
     def _settings(self) -> dict[str, tuple[Any, Any]]:
         return {
@@ -273,7 +178,6 @@ class CurvaturePenalty(Penalty):
             "products": (self.estimation.products, "auto"),
             "unbiased": (self.estimation.unbiased, False),
             "prune": (self.estimation.prune, None),
-            **super()._settings(),
         }
 
     def _samples(self, target: Objective) -> int:
@@ -316,7 +220,7 @@ class HSR(CurvaturePenalty):
 
     Args:
         criterion: The loss whose curvature is penalized.
-        weight: Factor of the penalty, at least zero.
+        weight: Factor of the penalty, at least zero; or none, with a ``strength``.
         memory: Where the moments are estimates, the part of the running average of both that a
             call keeps, below 1. ``U`` is no linear function of them: from one probe its slopes
             would be off on average, from the averages they are not.
@@ -350,7 +254,7 @@ class HSR(CurvaturePenalty):
     def __init__(
         self,
         criterion: Criterion,
-        weight: float,
+        weight: float | None = None,
         *,
         memory: float = 0.95,
         bound: Literal["two-moment", "four-moment"] = "two-moment",
@@ -372,7 +276,7 @@ class HSR(CurvaturePenalty):
         self.register_buffer("average", torch.zeros(3, dtype=torch.float64))
 
     def _settings(self) -> dict[str, tuple[Any, Any]]:
-        return {**super()._settings(), "bound": (self.bound, "two-moment")}
+        return super()._settings() | {"bound": (self.bound, "two-moment")}
 
     def value(self, moments: HessianMoments, samples: int) -> Tensor:  # noqa: ARG002
         """``U``; of estimates its linear part around their running average."""
@@ -449,19 +353,3 @@ class FlatnessAware(CurvaturePenalty):
     def value(self, moments: HessianMoments, samples: int) -> Tensor:
         """``Tr H^2 / B``."""
         return moments.trace_sq / samples
-
-
-@contextmanager
-def _outside_inference_mode() -> Iterator[None]:
-    """Where a value can be found by derivatives, without a graph, though a caller forbids these."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(mode=False), torch.no_grad():
-        yield
-
-
-def _nothing(model: nn.Module) -> Tensor:
-    """Zero, which can be added to a loss or go backward alone."""
-    parameter = next(model.parameters())
-    return parameter.new_zeros((), requires_grad=torch.is_grad_enabled())

@@ -59,11 +59,7 @@ class Estimate:
                 "moments=4 needs the closed form or brute force: probes estimate two moments; use "
                 "method='exact' or method='dense'"
             )
-        target = reachable(self.target, self.settings)
-        directions = _draw(target, self.settings)
-        # What the model draws, and what it writes to its state, is put back; not so the directions.
-        with target.remember()(), target.others_frozen():
-            return self._estimate(target, directions)[1]
+        return self._apart()[1]
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
         """Both from one forward pass, which counts as that of a step of training.
@@ -73,12 +69,22 @@ class Estimate:
         module, which averages the gradients of its own forward passes alone.
         """
         target = reachable(self.target, self.settings)
+        if target.apart:
+            return self._apart()
         if target.others or target.parallel or self.settings.unbiased:
             again = remember_state(*target.holders)
             loss = target.step_loss()
             with again():
                 return loss, self.moments(count)
         return self._estimate(target, _draw(target, self.settings))
+
+    def _apart(self) -> tuple[Tensor, HessianMoments]:
+        """Both, of passes that leave no trace."""
+        target = reachable(self.target, self.settings)
+        directions = _draw(target, self.settings)
+        # What the model draws, and what it writes to its state, is put back; not so the directions.
+        with target.remember()(), target.others_frozen():
+            return self._estimate(target, directions)
 
     def _estimate(
         self, target: Objective, directions: list[Vector]

@@ -30,7 +30,8 @@ from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointError
 
-from lowland._batches import tensors
+from lowland._batches import any_requires_grad, tensors
+from lowland._carried import carried, leaves
 from lowland._once import any_once
 from lowland._precision import best_precision
 from lowland.activations import has_kinks
@@ -161,7 +162,7 @@ def form_along(
     scale = _loss_scale(part.device)
     with derivatives_of(part):
         curvature = Curvature(part, scale)
-        loss = curvature.loss
+        loss = curvature.loss_once
         found = curvature.product(direction, wanted=wanted)
         if scale != 1:
             found = [each / scale for each in found]
@@ -270,7 +271,7 @@ class Curvature:
     """
 
     def __init__(self, part: Objective, scale: float = 1.0) -> None:
-        self.part, self._split, self._gradient = part, None, None
+        self.part, self.scale, self._split, self._gradient = part, scale, None, None
         if part.matrix == "hessian":
             self.loss = part.loss()
         else:
@@ -279,6 +280,23 @@ class Curvature:
             _check_differentiable(self._split.nodes)
         if part.matrix in ("hessian", "residual"):
             self._gradient = _gradient(part, scale * self.loss)
+
+    @property
+    def loss_once(self) -> Tensor:
+        """The loss; with the gradient that is known and no graph, where nobody needs more."""
+        part, gradient = self.part, self._gradient
+        if not part.once or gradient is None or self.scale != 1:
+            return self.loss
+        if part.is_ordinary:
+            known = not (part.others or part.beside or any_requires_grad(part.batch))
+            used = part.parameters
+        else:
+            used = list(leaves([self.loss.grad_fn]))
+            known = {id(each) for each in used} <= {id(p) for p in part.parameters}
+        if not known:
+            return self.loss
+        by_parameter = {id(p): g for p, g in zip(part.parameters, gradient, strict=True)}
+        return carried(self.loss.detach(), used, [by_parameter[id(p)].detach() for p in used])
 
     def product(self, direction: Sequence[Tensor | None], *, wanted: bool) -> Vector:
         """The product with a direction, None for parts that are zero; with its graph if wanted.
@@ -402,7 +420,7 @@ def _by_autograd(
     first = halves[0]
     with differentiating(), not_compiled(), _operations(first), without_hooks(first.parameters):
         curvatures = [Curvature(part, scale) for part in halves]
-        losses = [each.loss for each in curvatures]
+        losses = [each.loss_once for each in curvatures]
         forms = []
         for direction in directions:
             products = [each.product(direction, wanted=wanted) for each in curvatures]
@@ -684,7 +702,9 @@ class _Central(Function):
         in_loss, in_form, *_ = slopes
         step, *parts = ctx.saved_tensors
         gradient, third = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-        in_third = step.new_zeros(()) if in_form is None else in_form / step.square()
+        if in_form is None:
+            return None, *(gradient if in_loss is None else times(gradient, in_loss))
+        in_third = in_form / step.square()
         if in_loss is None:
             return None, *times(third, in_third)
         if in_loss.device.type == "cpu" and in_loss == 1:  # nearly always: one pass less

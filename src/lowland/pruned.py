@@ -58,6 +58,17 @@ class Pruned:
             trace_sq_gradient=self.trace_sq_gradient + more * self.trace_gradient,
         )
 
+    def scaled(self, by: float) -> Pruned:
+        """The certificates of the moments of ``by H``."""
+        one, two = abs(by), by**2
+        return replace(
+            self,
+            trace=one * self.trace,
+            trace_sq=two * self.trace_sq,
+            trace_gradient=one * self.trace_gradient,
+            trace_sq_gradient=two * self.trace_sq_gradient,
+        )
+
     def __repr__(self) -> str:
         """How many were left out; the certificates are attributes."""
         left = f"{self.dropped} of {self.samples} samples"

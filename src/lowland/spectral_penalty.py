@@ -9,11 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from lowland._limits import DEFAULT_MEMORY_BUDGET
+from lowland._sampling import WHOLE, Part
+from lowland.balance import LIMIT
 from lowland.criteria import Criterion
+from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation
 from lowland.hessian_functions import Method, check_function_method, function_of
 from lowland.objective import Objective
-from lowland.penalties import Penalty
+from lowland.penalty import Penalty
 from lowland.spectral_functions import Function, spectral_function
 
 
@@ -25,7 +28,7 @@ class Spectral(Penalty):
 
     Args:
         criterion: The loss whose curvature is penalized.
-        weight: Factor of the penalty, at least zero.
+        weight: Factor of the penalty, at least zero; or none, with a ``strength``.
         f: The function, with ``alpha``, ``p``, ``beta`` and ``tolerance`` as for
             :func:`lowland.exact.spectral`.
         alpha: The shift of ``"log_det"`` and ``"effective_dim"``, above 0.
@@ -34,10 +37,8 @@ class Spectral(Penalty):
         tolerance: Up to which difference, relative to the largest magnitude, eigenvalues are equal.
         method: ``"exact"``, ``"dense"`` or ``"auto"``, as for :func:`lowland.hessian_function`.
             Which it was last is :attr:`used`.
-        parameters: Penalize the curvature in these alone.
-        every: In training mode, apply the penalty in each so many-th call, times as much.
-        active: The first call in which the penalty is applied, and the first in which it no longer
-            is; counted from 0 in training mode.
+        strength, limit, samples, parameters, every, active, total_steps: As of
+            :class:`~lowland.penalties.CurvaturePenalty`.
         memory_budget: Bytes of temporaries of the closed form.
 
     Raises:
@@ -62,7 +63,7 @@ class Spectral(Penalty):
     def __init__(
         self,
         criterion: Criterion,
-        weight: float,
+        weight: float | None = None,
         *,
         f: Function,
         alpha: float | None = None,
@@ -70,12 +71,26 @@ class Spectral(Penalty):
         beta: float | None = None,
         tolerance: float | None = None,
         method: Method = "auto",
+        strength: float | None = None,
+        limit: float | None = LIMIT,
+        samples: float | None = None,
         parameters: Iterable[Tensor] | None = None,
         every: int = 1,
         active: tuple[float, float] = (0, math.inf),
+        total_steps: int | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
-        super().__init__(criterion, weight, parameters=parameters, every=every, active=active)
+        super().__init__(
+            criterion,
+            weight,
+            strength=strength,
+            limit=limit,
+            samples=samples,
+            parameters=parameters,
+            every=every,
+            active=active,
+            total_steps=total_steps,
+        )
         self.function = spectral_function(f, alpha=alpha, p=p, beta=beta, tolerance=tolerance)
         check_function_method(method)
         self.method: Method = method
@@ -86,10 +101,14 @@ class Spectral(Penalty):
         quantity, self.used = function_of(target, self.function, self.method, self.estimation)
         return quantity
 
-    def _loss_and_quantity(self, target: Objective) -> tuple[Tensor, Tensor]:
+    def _loss_and_quantity(self, target: Objective, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
+        if part.scale != 1:
+            raise UnsupportedModelError(
+                "a function of the eigenvalues of a part of the samples says nothing of the sum of "
+                "all: with samples= use a criterion whose reduction is 'mean'"
+            )
         quantity = self._quantity(target)  # first: it leaves state and random numbers as they are
         return target.step_loss(), quantity
 
     def _settings(self) -> dict[str, tuple[Any, Any]]:
-        own = {"f": (self.function.name, None), **self._parameter, "method": (self.method, "auto")}
-        return {**own, **super()._settings()}
+        return {"f": (self.function.name, None), **self._parameter, "method": (self.method, "auto")}

@@ -1,0 +1,91 @@
+"""A number whose gradient is known already, in the place of one with a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+ONCE = (
+    "a penalty that limits its gradient, or has a strength=, has taken it already, which leaves "
+    "nothing to differentiate again: use weight= with limit=None"
+)
+
+
+def carried(value: Tensor, inputs: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
+    """A value with this gradient in some inputs, which holds no other graph.
+
+    Args:
+        value: A scalar.
+        inputs: What it is a function of.
+        gradient: As many tensors; a backward pass may hand them out as they are.
+    """
+    found: Tensor = _Carried.apply(value, _Held(gradient), *inputs)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Held:
+    """A gradient, as long as somebody may still ask for it."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts: list[Tensor] | None = list(parts)
+
+    def take(self, slope: Tensor) -> list[Tensor]:
+        parts = self.parts
+        if parts is None:
+            raise RuntimeError(
+                "the gradient of this loss has been handed out: to go backward twice, pass "
+                "retain_graph=True to the first call"
+            )
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()  # noqa: SLF001
+        if not kept:
+            self.parts = None
+            if slope.device.type == "cpu" and slope == 1:  # nearly always: a pass less
+                return parts
+        return list(torch._foreach_mul(parts, slope))  # noqa: SLF001
+
+
+class _Carried(Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, held: _Held, *inputs: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.held = held
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_Gradient.apply(ctx.held, *slopes)  # type: ignore[no-untyped-call]
+
+
+class _Gradient(Function):
+    """The backward pass as a function of its own, whose own backward pass says no."""
+
+    @staticmethod
+    def forward(ctx: Any, held: _Held, slope: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        return tuple(held.take(slope))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
+        raise RuntimeError(ONCE)
+
+
+def leaves(roots: Iterable[Any], until: Iterable[Tensor] = ()) -> Iterator[Tensor]:
+    """The tensors that a backward pass from some nodes would give a gradient, each once.
+
+    Those in ``until`` are taken for leaves, whatever they come from.
+    """
+    ends = {each.grad_fn: each for each in until if each.grad_fn is not None}
+    ahead, seen = list(roots), set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in ends:
+            yield ends[node]
+        elif (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        else:
+            ahead += [before for before, _ in node.next_functions]

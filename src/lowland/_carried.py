@@ -50,20 +50,27 @@ class _Held:
 
 class _Carried(Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, held: _Held, *inputs: Tensor) -> Tensor:  # noqa: ARG004
-        ctx.held = held
+    def forward(ctx: Any, value: Tensor, held: _Held, *inputs: Tensor) -> Tensor:
+        ctx.held, ctx.inputs = held, inputs
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_Gradient.apply(ctx.held, *slopes)  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return None, None, *ctx.held.take(slope)
+        return None, None, *_Gradient.apply(ctx.held, slope, *ctx.inputs)  # type: ignore[no-untyped-call]
 
 
 class _Gradient(Function):
-    """The backward pass as a function of its own, whose own backward pass says no."""
+    """The backward pass as a function of the inputs, whose own backward pass says no."""
 
     @staticmethod
-    def forward(ctx: Any, held: _Held, slope: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+    def forward(
+        ctx: Any,  # noqa: ARG004
+        held: _Held,
+        slope: Tensor,
+        *inputs: Tensor,  # noqa: ARG004
+    ) -> tuple[Tensor, ...]:
         return tuple(held.take(slope))
 
     @staticmethod

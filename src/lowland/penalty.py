@@ -124,7 +124,7 @@ class Penalty(nn.Module, ABC):
                 loss, quantity = self._loss_and_quantity(target)
                 total: Tensor = loss + times * self._weight() * quantity
                 return total
-            if not (self.samples or target.others or target.parallel):
+            if not self.samples:
                 return self._together(target, times)
             again = remember_state(*target.holders)
             loss = target.step_loss()

@@ -63,6 +63,7 @@ def trainer(preset: Preset, task: Task, way: Way, data: Samples, seed: int) -> T
         penalty = PENALTIES[way.kind](
             loss,
             way.strength,
+            limit=None,  # as published
             method="probes",
             probes=preset.probes,
             generator=stream(seed, _PROBES),

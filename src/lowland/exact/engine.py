@@ -97,7 +97,7 @@ class ExactEngine:
             if found is not None:
                 logits, trace = found
                 y = self.target.batch[1]
-                return scalar_loss(self.target.criterion, logits[0], y), self._of_trace(trace[0])
+                return scalar_loss(self.target.criterion, logits, y), self._of_trace(trace)
         target = self.target
         if self.output is None or _leaves_traces(target):
             return target.step_loss(), self.moments(count)

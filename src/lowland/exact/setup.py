@@ -228,7 +228,10 @@ class Setup:
     def logits_and_trace(
         self, memory_budget: int = DEFAULT_MEMORY_BUDGET
     ) -> tuple[Tensor, Tensor] | None:
-        """The logits, ``(networks, samples, K)``, and ``Tr H``, where one piece of work gives both.
+        """The logits and ``Tr H``, where one piece of work gives both.
+
+        Of networks ``(networks, samples, K)`` and ``(networks,)``; of a model's layers without the
+        first dimension.
 
         None where samples or networks have to be taken in turn, compiled code does it, or
         derivatives in the data are wanted.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowland.criteria import name_of, read_loss, scalar_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.estimation import Estimation
-from lowland.exact.modules import read
+from lowland.exact.modules import read_checked
 from lowland.exact.pruning import pruned_moments
 from lowland.exact.setup import Setup
 from lowland.exact.tail import find, holds_all
@@ -139,7 +139,7 @@ def _read(target: Objective) -> tuple[Setup, Tensor | None]:
     """The whole model; or, of parameters at its end, the last layers above all others."""
     x, y = target.batch
     try:
-        return read(target.model, target.criterion, x, y, target.parameters), None
+        return read_checked(target.model, target.criterion, x, y, target.parameters), None
     except UnsupportedModelError:
         if not holds_all(target):
             raise
@@ -147,6 +147,6 @@ def _read(target: Objective) -> tuple[Setup, Tensor | None]:
     tail = find(target)
     # Autocast below gives half precision; the closed form is in that of the parameters.
     inputs = tail.inputs.to(target.parameters[0].dtype)
-    setup = read(tail.layers, target.criterion, inputs, y, target.parameters)
+    setup = read_checked(tail.layers, target.criterion, inputs, y, target.parameters)
     tail.check()
     return setup, tail.output

@@ -161,7 +161,11 @@ class _Softmax(LogitCurvature):
         return rows.square().sum(-2)
 
     def squares(self, outgoing: Tensor) -> Vectors:
-        self._square, self._by_d, self._by_s = outgoing.square(), outgoing @ self.d, outgoing @ self.s
+        self._square, self._by_d, self._by_s = (
+            outgoing.square(),
+            outgoing @ self.d,
+            outgoing @ self.s,
+        )
         found = torch.addcmul(self._square @ self.d, self._by_d, self._by_s, value=-1)
         return found.mul_(self.weight)
 

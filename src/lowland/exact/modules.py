@@ -15,7 +15,7 @@ from lowland._layers import has_hooks, is_plain_sequence, walk
 from lowland.activations import ACTIVATIONS, Activation, compose, read_activation
 from lowland.criteria import Criterion, encode, read_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
-from lowland.exact.setup import Setup, prepare
+from lowland.exact.setup import Setup, prepare_layers
 from lowland.exact.terms import activate
 from lowland.validation import check_parameters, check_tensor, check_types
 
@@ -51,11 +51,17 @@ def read(
             targets require gradients.
         TypeError, ValueError: As :func:`lowland.exact.moments`.
     """
-    named = dict(model.named_parameters())
-    check_parameters(named)
-    network = _read_layers(model)
+    check_parameters(dict(model.named_parameters()))
     chosen = model.parameters() if parameters is None else parameters
-    trained = {id(parameter) for parameter in chosen if parameter.requires_grad}
+    return read_checked(model, criterion, x, y, chosen)
+
+
+def read_checked(
+    model: nn.Module, criterion: Criterion, x: Any, y: Any, parameters: Iterable[Tensor]
+) -> Setup:
+    """:func:`read` of a model whose parameters are here and have their shapes."""
+    network = _read_layers(model)
+    trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
     loss = read_loss(criterion)
     for name, part in (("x", x), ("y", y)):
         dense = isinstance(part, Tensor) and part.layout == torch.strided
@@ -65,7 +71,7 @@ def read(
                 f"{ANY_MODULE}"
             )
         check_tensor(part, name)
-    check_types(named)
+    check_types({f"layer {each}": each.weight for each in network.layers})
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:
         x = x.flatten(1)
@@ -83,16 +89,13 @@ def read(
     if network.before is not None:
         x, *_ = activate(x, network.before)
     targets = encode(criterion, loss, y, outputs=outputs, like=x)
-    return prepare(
+    return prepare_layers(
         [_given(layer) for layer in network.layers],
         x,
-        targets.y,
+        targets,
         network.activations,
         loss,
-        targets.reduction,
-        scale=targets.scale,
-        rows=[_trained_rows(layer, trained) for layer in network.layers],
-        inputs_vary=True,
+        [_trained_rows(layer, trained) for layer in network.layers],
     )
 
 

@@ -103,6 +103,14 @@ def at_logits(loss: Loss, logits: Vectors, data: Data) -> LogitCurvature:
     )
 
 
+def add_product(
+    total: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """``beta total + alpha left @ right``, of matrices or of as many networks' in all three."""
+    function = torch.addmm if total.ndim == 2 else torch.baddbmm
+    return function(total, left, right, beta=beta, alpha=alpha)
+
+
 class _InP(NamedTuple):
     """The adjoint of ``p``, up to a constant of each sample, or that times ``p``."""
 
@@ -129,11 +137,12 @@ class _Softmax(LogitCurvature):
         others = self.p.scatter(-2, self.top, 0)
         self.rest = others.sum(-2, keepdim=True)  # of the likeliest class 1 - p
         self.d = others.scatter_(-2, self.top, -self.rest)
-        self.s = self.p.scatter(-2, self.top, 2 - self.rest)  # p + e
+        self.minus = torch.add(self.d, self.p, alpha=-2)  # - (p + e)
         self.target, self.scale = target, scale
         # The target need not sum to one: class weights are in it.
         self.total = target.sum(-2, keepdim=True)
         self.weight = self.total * scale
+        self.weighed = self.d * self.weight
 
     def residual(self) -> Vectors:
         rest = (1 - self.p).scatter_(-2, self.top, self.rest)
@@ -141,7 +150,7 @@ class _Softmax(LogitCurvature):
         return (self.p * (self.total - self.target) - self.target * rest) * self.scale
 
     def trace(self) -> Vectors:
-        return (self.d * self.s).sum(-2, keepdim=True) * -self.weight
+        return (self.weighed * self.minus).sum(-2, keepdim=True)
 
     def columns(self, outgoing: Tensor) -> Matrices:
         self._root = (self.weight * self.p).sqrt_().unsqueeze(-3)
@@ -161,32 +170,29 @@ class _Softmax(LogitCurvature):
         return rows.square().sum(-2)
 
     def squares(self, outgoing: Tensor) -> Vectors:
-        self._square, self._by_d, self._by_s = (
-            outgoing.square(),
-            outgoing @ self.d,
-            outgoing @ self.s,
-        )
-        found = torch.addcmul(self._square @ self.d, self._by_d, self._by_s, value=-1)
-        return found.mul_(self.weight)
+        # Each of two terms has one factor d.
+        self._square = outgoing.square()
+        self._left, self._right = outgoing @ self.weighed, outgoing @ self.minus
+        return torch.addcmul(self._square @ self.weighed, self._left, self._right)
 
     def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, _InP]:
-        weighed = weights * self.weight
-        by_s, by_d = weighed * self._by_s, weighed * self._by_d
-        adjoint = (outgoing * (weighed @ self.d.mT)).mul_(2)
-        adjoint -= by_s @ self.d.mT
-        adjoint -= by_d @ self.s.mT
-        inner = self._square.mT @ weighed
-        inner -= outgoing.mT @ by_s.add_(by_d)
-        return adjoint, _InP(inner)
+        left, right = weights * self._left, weights * self._right
+        adjoint = outgoing * (weights @ self.weighed.mT)
+        adjoint = add_product(adjoint, right, self.weighed.mT, beta=2)
+        adjoint = add_product(adjoint, left, self.minus.mT)
+        inner = add_product(self._square.mT @ weights, outgoing.mT, right).mul_(self.weight)
+        return adjoint, _InP(add_product(inner, outgoing.mT, left, alpha=-1))
 
     def between(self, left: Matrices, right: Matrices) -> _InP:
         return _InP(times_p=(left * right).sum(-3))
 
     def chain(self, residual: Vectors | None, alone: Vectors, inner: Any) -> Vectors:
         # Of Tr Q = sum p (1 - p).
-        along = (-2 * self.weight * alone) * self.p
+        alone = self.weight * alone
         if inner is not None and inner.plain is not None:
-            along += inner.plain
+            along = torch.addcmul(inner.plain, self.p, alone, value=-2)
+        else:
+            along = self.p * (-2 * alone)
         if residual is not None:
             along = torch.addcmul(along, self.weight, residual)
         # Measured from the likeliest class, for which the difference is small, nothing cancels.

@@ -71,7 +71,7 @@ def read_checked(
                 f"{ANY_MODULE}"
             )
         check_tensor(part, name)
-    check_types({f"layer {each}": each.weight for each in network.layers})
+    check_types({f"{place}.weight": each.weight for place, each in enumerate(network.layers)})
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:
         x = x.flatten(1)

@@ -86,7 +86,7 @@ class Data:
     def of_the_one_network(self) -> Data:
         """The data of a single network, without the dimension of networks."""
         scale = self.scale[0] if isinstance(self.scale, Tensor) else self.scale
-        return replace(self, x=self.x[0], y=self.y[0], scale=scale)
+        return Data(self.x[0], self.y[0], scale)
 
     def of_samples(self, samples: slice | Tensor) -> Data:
         """Some of the samples, by their places."""

@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowland.activations import Activation
-from lowland.exact.logits import LogitCurvature, Matrices, Vectors, at_logits
+from lowland.exact.logits import LogitCurvature, Matrices, Vectors, add_product, at_logits
 from lowland.exact.terms import Architecture, Data, batched_matmul
 
 PerNetwork = Float[Tensor, "*networks"]
@@ -67,7 +67,13 @@ class _Units:
     bend: list[Tensor | None]
     twist: list[Tensor | None]
     outgoing: list[Tensor]  # V_l+1, (networks, M_l, M_l+1)
+    zero_or_one: list[bool] = field(default_factory=list)  # whether all slopes are
     c: list[Tensor | None] = field(default_factory=list)
+
+    def squared(self, layer: int) -> Vectors:
+        """The squares of the slopes."""
+        slope = self.slope[layer]
+        return slope if self.zero_or_one[layer] else slope.square()
 
     def rows(self, layer: int) -> Tensor:
         """The slopes, as what multiplies the rows of matrices."""
@@ -97,12 +103,13 @@ class _Alone:
 
     def __init__(self, units: _Units, loss: LogitCurvature | None, layers: range) -> None:
         self.units, self.loss, (self.layer,) = units, loss, layers
-        slope, c = units.slope[self.layer], units.c[self.layer]
+        c = units.c[self.layer]
+        self.slopes = units.squared(self.layer)
         self.traces: dict[int, Vectors] = {}
         total = None
         if loss is not None:
             self.squares = loss.squares(units.outgoing[self.layer])
-            total = slope.square() * self.squares
+            total = self.slopes * self.squares
         if c is not None:
             total = _add(total, c)
         if total is not None:
@@ -114,11 +121,10 @@ class _Alone:
         into.diagonal[layer] = m
         if self.loss is None:
             return
-        weighed = m * units.slope[layer]
         if units.bend[layer] is not None:
-            into.slope[layer] = 2 * weighed * self.squares
+            into.slope[layer] = 2 * m * units.slope[layer] * self.squares
         outgoing = units.outgoing[layer]
-        into.matrix[layer + 1], into.inner = self.loss.weigh(outgoing, weighed * units.slope[layer])
+        into.matrix[layer + 1], into.inner = self.loss.weigh(outgoing, m * self.slopes)
 
 
 class _InFactors:
@@ -150,7 +156,7 @@ class _InFactors:
                 self.near[layer] = outgoing.square() @ above
                 total = _add(total, self.near[layer])
             if total is not None:
-                total = units.slope[layer].square() * total
+                total = units.squared(layer) * total
             if c is not None:
                 total = _add(total, c)
             if total is not None:
@@ -309,6 +315,7 @@ class TracePass:
             units.slope.append(slope)
             units.bend.append(bend)
             units.twist.append(twist)
+            units.zero_or_one.append(activation.negative_slope == 0)
         self.logits = _logits(layers[-1], units.z[-1])
         self.loss = at_logits(arch.loss, self.logits.mT, data)
         self._bend_down()
@@ -385,15 +392,16 @@ class TracePass:
         """
         units, adjoints, a = self.units, _Adjoints(), logits
         if weight is not None:
-            a = self._rise(weight, adjoints)
+            a = self._rise(weight, adjoints, everywhere=everywhere)
             a = a if logits is None else a.add_(logits)
         assert a is not None  # noqa: S101 - there is something to differentiate
         result: list[Layer | None] = [None] * (self.top + 1)
         for layer in range(self.top, -1, -1):
             (matrix, bias), z = self.layers[layer], units.z[layer]
-            part = _matmul(a, z.mT)
             if layer in adjoints.matrix:
-                part += adjoints.matrix[layer].mT
+                part = _add_outer(adjoints.matrix[layer].mT, a, z)
+            else:
+                part = _matmul(a, z.mT)
             result[layer] = part, None if bias is None else a.sum(-1, keepdim=True)
             if layer == self.lowest and not everywhere:
                 break
@@ -410,14 +418,16 @@ class TracePass:
                 a.addcmul_(adjoints.bend[layer - 1], twist)
         return result, None
 
-    def _rise(self, weight: PerNetwork, adjoints: _Adjoints) -> Vectors:
+    def _rise(self, weight: PerNetwork, adjoints: _Adjoints, *, everywhere: bool) -> Vectors:
         """The adjoint of the logits from that of the trace, and all others on the way."""
         weight = weight[..., None, None]
         sizes = {layer: weight * size for layer, size in self.sizes.items()}
         self.curves.rise(sizes, adjoints)
+        twice = 2 * weight
         for layer, trace in self.traces.items():
-            if self.arch.trains_beyond_bias(layer):
-                adjoints.size[layer] = 2 * weight * trace  # times the units
+            # The units that come into the lowest layer are no function of what is trained.
+            if self.arch.trains_beyond_bias(layer) and (everywhere or layer > self.lowest):
+                adjoints.size[layer] = twice * trace
         alone = sizes[self.top]
         if self.arch.matrix == "residual":
             alone = torch.zeros_like(alone)
@@ -475,6 +485,11 @@ def _logits(layer: Layer, z: Vectors) -> Tensor:
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
     return left @ right if left.ndim == 2 else batched_matmul(left, right)
+
+
+def _add_outer(total: Tensor, a: Vectors, z: Vectors) -> Tensor:
+    """``total + a @ z^T``, where ``z`` may be shared by all networks."""
+    return add_product(total, a, z.mT) if a.shape[:-2] == z.shape[:-2] else total + a @ z.mT
 
 
 def _add(total: Tensor | None, more: Tensor) -> Tensor:

@@ -545,15 +545,7 @@ def _weigh_classes(
         )
     kept = None
     if not soft:
-        check_one_per_sample(y)
-        # Where all of them are labels, and that of no class is ignored, none is: one look for both.
-        # Elsewhere it would wait for the device.
-        if 0 <= criterion.ignore_index < classes or not are_labels(y, classes):
-            ignored = y == criterion.ignore_index
-            if y.device.type != "cpu" or bool(ignored.any()):
-                kept, y = (~ignored).to(like.dtype), torch.where(ignored, 0, y)
-            check_labels(y, classes)
-        y = like.new_zeros(len(y), classes).scatter_(1, y.long().unsqueeze(1), 1)
+        y, kept = _one_hot(y, classes, criterion.ignore_index, like)
     if weights is not None:
         _check_weights(criterion, "weight")
     if weights is not None and weights.numel() != classes:
@@ -576,6 +568,22 @@ def _weigh_classes(
             "mean loss does not exist; leave such a batch out"
         )
     return target, (1 / total).expand(len(y))
+
+
+def _one_hot(
+    y: Tensor, classes: int, ignore_index: int, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Labels as distributions, and which of them are not ignored, if there may be others."""
+    check_one_per_sample(y)
+    kept = None
+    # Where all are labels, and that of no class is ignored, none is: one look for both. On other
+    # devices it would wait for them.
+    if 0 <= ignore_index < classes or not are_labels(y, classes):
+        ignored = y == ignore_index
+        if y.device.type != "cpu" or bool(ignored.any()):
+            kept, y = (~ignored).to(like.dtype), torch.where(ignored, 0, y)
+        check_labels(y, classes)
+    return like.new_zeros(len(y), classes).scatter_(1, y.long().unsqueeze(1), 1), kept
 
 
 def _check_weights(criterion: nn.Module, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from lowland.exact.setup import Setup, prepare_layers
 from lowland.exact.terms import activate
 from lowland.validation import check_parameters, check_tensor, check_types
 
+T = TypeVar("T", Tensor, Tensor | None)
+
 
 @dataclass(frozen=True)
 class _Network:
@@ -27,6 +29,7 @@ class _Network:
     flat: bool
     before: Activation | None
     layers: list[nn.Linear]
+    parameters: list[tuple[Tensor, Tensor | None]]  # weights and biases of each
     activations: list[Activation]
 
 
@@ -71,7 +74,7 @@ def read_checked(
                 f"{ANY_MODULE}"
             )
         check_tensor(part, name)
-    check_types({f"{place}.weight": each.weight for place, each in enumerate(network.layers)})
+    check_types({f"{place}.weight": each for place, (each, _) in enumerate(network.parameters)})
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:
         x = x.flatten(1)
@@ -90,28 +93,23 @@ def read_checked(
         x, *_ = activate(x, network.before)
     targets = encode(criterion, loss, y, outputs=outputs, like=x)
     return prepare_layers(
-        [_given(layer) for layer in network.layers],
+        [(_constant(weight), _constant(bias)) for weight, bias in network.parameters],
         x,
         targets,
         network.activations,
         loss,
-        [_trained_rows(layer, trained) for layer in network.layers],
+        [_trained_rows(*parts, trained) for parts in network.parameters],
     )
 
 
-def _given(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The layer's weights and biases; those that are constants now stay so."""
-    matrix, bias = layer.weight, layer.bias
-    return _constant(matrix), None if bias is None else _constant(bias)
+def _constant(part: T) -> T:
+    """Weights or biases; those that are constants now stay so."""
+    return part if part is None or part.requires_grad else part.detach()
 
 
-def _constant(part: Tensor) -> Tensor:
-    return part if part.requires_grad else part.detach()
-
-
-def _trained_rows(layer: nn.Linear, trained: set[int]) -> slice:
-    start = 0 if layer.bias is not None and id(layer.bias) in trained else 1
-    stop = layer.in_features + 1 if id(layer.weight) in trained else 1
+def _trained_rows(weight: Tensor, bias: Tensor | None, trained: set[int]) -> slice:
+    start = 0 if bias is not None and id(bias) in trained else 1
+    stop = weight.shape[1] + 1 if id(weight) in trained else 1
     return slice(start, stop)
 
 
@@ -147,9 +145,10 @@ def _read_layers(model: nn.Module) -> _Network:
             "the outputs of a Linear layer, and a criterion on logits; remove it, or "
             f"{ANY_MODULE}"
         )
-    _require_fit(layers)
+    parameters: list[tuple[Tensor, Tensor | None]] = [(each.weight, each.bias) for each in layers]
+    _require_fit(layers, parameters)
     hidden = [ACTIVATIONS["identity"] if each is None else each for each in activations[:-1]]
-    return _Network(flat, before, layers, hidden)
+    return _Network(flat, before, layers, parameters, hidden)
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -193,10 +192,10 @@ def _not_covered(path: str, layer: nn.Module) -> str:
     return f"{name}, is not covered by the closed form; {ANY_MODULE}"
 
 
-def _require_fit(layers: list[nn.Linear]) -> None:
+def _require_fit(layers: list[nn.Linear], parameters: list[tuple[Tensor, Tensor | None]]) -> None:
     seen: dict[int, int] = {}
     for index, layer in enumerate(layers, start=1):
-        for parameter in (layer.weight, layer.bias):
+        for parameter in parameters[index - 1]:
             if parameter is None:
                 continue
             other = seen.setdefault(id(parameter), index)

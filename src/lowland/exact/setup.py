@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from lowland.exact.of_matrix import ByMatrix, run
 from lowland.exact.plan import (
     OrderChoice,
     Path,
+    Plan,
     cost,
     diagonal_floats,
     gradient_cost,
@@ -241,7 +242,7 @@ class Setup:
         """
         if self.data.inputs_vary:
             return None
-        plan = self.trace_problem(memory_budget).plan
+        plan = self._trace_plan(memory_budget)
         whole = plan.chunk >= self.size.samples and plan.networks >= self.size.networks
         # Transforms of torch.func cannot see into it.
         if plan.compiled or not whole or torch._C._are_functorch_transforms_active():  # noqa: SLF001
@@ -338,16 +339,19 @@ class Setup:
 
     def trace_problem(self, memory_budget: int, quantity: Quantity = "trace") -> Problem:
         """The problem of ``Tr H`` alone, its diagonal, or the loss: no matrix is formed."""
+        plan = self._trace_plan(memory_budget, quantity)
+        return Problem(self.arch, self.data, plan, self.size, quantity)
+
+    def _trace_plan(self, memory_budget: int, quantity: Quantity = "trace") -> Plan:
         memory_budget = check_budget(memory_budget)
         floats = trace_floats(self.size, in_full=bends_in_full(self.arch))
-        plan = make_trace_plan(
+        return make_trace_plan(
             self.size,
             memory_budget,
             floats if quantity == "trace" else diagonal_floats(self.size),
             on_cpu=self._device.type == "cpu",
             compiled=self.covered,
         )
-        return Problem(self.arch, self.data, plan, self.size, quantity)
 
     @property
     def _device(self) -> torch.device:
@@ -372,7 +376,7 @@ class Setup:
             )
 
 
-def prepare_layers(
+def prepare_layers(  # noqa: PLR0917 - as for prepare
     layers: Sequence[tuple[Tensor, Tensor | None]],
     x: Tensor,
     targets: Targets,

@@ -179,15 +179,14 @@ class _InFactors:
                     scaled = (own * slope).unsqueeze(-2) * pulled
                 else:
                     product = torch.addcmul(carried, own.unsqueeze(-2), pulled)
-                    if curves or layer == last:
-                        weighed = self.loss.times(product)
+                    scaled = rows * product
                     if curves:
+                        weighed = self.loss.times(product)
                         into.slope[layer] = (weighed * pulled).sum(-2).mul_(2)
-                    if layer < last:
-                        scaled = rows * product
                 if layer == last:
-                    into.matrix[layer + 1] = self.loss.in_outgoing(rows * weighed).mul_(2)
-                    into.inner = self.loss.between(self.jacobian[layer], product)
+                    weighed = self.loss.times(scaled)
+                    into.matrix[layer + 1] = self.loss.in_outgoing(weighed).mul_(2)
+                    into.inner = self.loss.between(pulled, scaled)
                 else:
                     above = self.loss.times(self.jacobian[layer + 1])
                     into.matrix[layer + 1] = _gram(scaled, above).mul_(2)

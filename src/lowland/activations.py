@@ -68,7 +68,8 @@ def _identity(a: Tensor) -> Derivatives:
 def _tanh(a: Tensor) -> Derivatives:
     value = torch.tanh(a)
     # sech(a)^2 as a product of sigmoids: 1 - tanh(a)^2 has no digits left for |a| > 20.
-    slope = 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
+    twice = a + a
+    slope = 4 * (torch.sigmoid(twice) * torch.sigmoid(-twice))
     # slope' = -2 value slope, and value^2 = 1 - slope.
     return value, slope, -2 * value * slope, slope * (4 - 6 * slope)
 

@@ -64,7 +64,7 @@ class LogitCurvature(ABC):
 
     @abstractmethod
     def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Any]:
-        """Of ``sum weights * squares`` the adjoint of ``V``, and that of ``Q``.
+        """Of ``sum weights * squares`` half the adjoint of ``V``, and that of ``Q``.
 
         The latter, ``S = V^T diag(weights) V``, in the form in which :meth:`chain` takes it, like
         what :meth:`between` gives. Called behind :meth:`squares`.
@@ -177,11 +177,11 @@ class _Softmax(LogitCurvature):
 
     def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, _InP]:
         left, right = weights * self._left, weights * self._right
-        adjoint = outgoing * (weights @ self.weighed.mT)
-        adjoint = add_product(adjoint, right, self.weighed.mT, beta=2)
-        adjoint = add_product(adjoint, left, self.minus.mT)
+        half = outgoing * (weights @ self.weighed.mT)
+        half = add_product(half, right, self.weighed.mT, alpha=0.5)
+        half = add_product(half, left, self.minus.mT, alpha=0.5)
         inner = add_product(self._square.mT @ weights, outgoing.mT, right).mul_(self.weight)
-        return adjoint, _InP(add_product(inner, outgoing.mT, left, alpha=-1))
+        return half, _InP(add_product(inner, outgoing.mT, left, alpha=-1))
 
     def between(self, left: Matrices, right: Matrices) -> _InP:
         return _InP(times_p=(left * right).sum(-3))
@@ -227,8 +227,7 @@ class _Separable(LogitCurvature):
         return outgoing.square() @ self.second
 
     def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
-        adjoint = 2 * outgoing * (weights @ self.second.mT)
-        return adjoint, outgoing.square().mT @ weights
+        return outgoing * (weights @ self.second.mT), outgoing.square().mT @ weights
 
     def between(self, left: Matrices, right: Matrices) -> Tensor:
         return (left * right).sum(-3)  # the diagonal
@@ -266,7 +265,7 @@ class _Coupled(LogitCurvature):
     def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
         rows = self.columns(outgoing)
         weighed = rows * weights.unsqueeze(-2)
-        return 2 * self.times(weighed).sum(-1), self.between(rows, weighed)
+        return self.times(weighed).sum(-1), self.between(rows, weighed)
 
     def between(self, left: Matrices, right: Matrices) -> Tensor:
         matrices = left.movedim(-1, -3).mT @ right.movedim(-1, -3)

@@ -82,13 +82,16 @@ class _Units:
 
 @dataclass
 class _Adjoints:
-    """Derivatives of the weighed trace, by layer: in slopes, in bends, in ``V``, and in ``Q``."""
+    """Derivatives of the weighed trace, by layer: in slopes, in bends, in ``V``, and in ``Q``.
 
-    slope: dict[int, Tensor] = field(default_factory=dict)
+    Of what the trace is quadratic in half of them: a factor is free where they are added to others.
+    """
+
+    half_slope: dict[int, Tensor] = field(default_factory=dict)
     bend: dict[int, Tensor] = field(default_factory=dict)
-    matrix: dict[int, Tensor] = field(default_factory=dict)
+    half_matrix: dict[int, Tensor] = field(default_factory=dict)
     diagonal: dict[int, Tensor] = field(default_factory=dict)  # of S_l, the derivative in c_l
-    size: dict[int, Tensor] = field(default_factory=dict)  # in m_l, times 2
+    size: dict[int, Tensor] = field(default_factory=dict)  # in m_l
     inner: Any = None  # the part of S_L from below, as the loss takes it
 
 
@@ -122,9 +125,10 @@ class _Alone:
         if self.loss is None:
             return
         if units.bend[layer] is not None:
-            into.slope[layer] = 2 * m * units.slope[layer] * self.squares
+            into.half_slope[layer] = m * units.slope[layer] * self.squares
         outgoing = units.outgoing[layer]
-        into.matrix[layer + 1], into.inner = self.loss.weigh(outgoing, m * self.slopes)
+        half, into.inner = self.loss.weigh(outgoing, m * self.slopes)
+        into.half_matrix[layer + 1] = half
 
 
 class _InFactors:
@@ -175,21 +179,21 @@ class _InFactors:
                 pulled, own = self.pulled[layer], m * slope
                 if carried is None:  # the lowest layer, where A = m J
                     if curves:
-                        into.slope[layer] = 2 * own * self.squares
+                        into.half_slope[layer] = own * self.squares
                     scaled = (own * slope).unsqueeze(-2) * pulled
                 else:
                     product = torch.addcmul(carried, own.unsqueeze(-2), pulled)
                     scaled = rows * product
                     if curves:
                         weighed = self.loss.times(product)
-                        into.slope[layer] = (weighed * pulled).sum(-2).mul_(2)
+                        into.half_slope[layer] = (weighed * pulled).sum(-2)
                 if layer == last:
                     weighed = self.loss.times(scaled)
-                    into.matrix[layer + 1] = self.loss.in_outgoing(weighed).mul_(2)
+                    into.half_matrix[layer + 1] = self.loss.in_outgoing(weighed)
                     into.inner = self.loss.between(pulled, scaled)
                 else:
                     above = self.loss.times(self.jacobian[layer + 1])
-                    into.matrix[layer + 1] = _gram(scaled, above).mul_(2)
+                    into.half_matrix[layer + 1] = _gram(scaled, above)
                     carried = _product(outgoing.mT, scaled)
             if layer == last:
                 break
@@ -203,10 +207,10 @@ class _InFactors:
         squares, above = slope.square() * m, units.c[layer + 1]
         assert above is not None  # noqa: S101 - which is why it is called
         if units.bend[layer] is not None:
-            more = 2 * m * slope * self.near[layer]
-            into.slope[layer] = _add(into.slope.get(layer), more)
-        more = 2 * outgoing * _matmul(squares, above.mT)
-        into.matrix[layer + 1] = _add(into.matrix.get(layer + 1), more)
+            more = m * slope * self.near[layer]
+            into.half_slope[layer] = _add(into.half_slope.get(layer), more)
+        more = outgoing * _matmul(squares, above.mT)
+        into.half_matrix[layer + 1] = _add(into.half_matrix.get(layer + 1), more)
         return outgoing.square().mT @ squares
 
 
@@ -250,10 +254,10 @@ class _InFull:
                 break
             scaled = matrices * rows.transpose(-3, -2)  # S diag(phi')
             if curves:
-                into.slope[layer] = 2 * (scaled * self.across[layer]).sum(-2)
+                into.half_slope[layer] = (scaled * self.across[layer]).sum(-2)
             # V^T diag(phi') S diag(phi')
             half = _product(outgoing.mT, rows * scaled)
-            into.matrix[layer + 1] = 2 * _gram(half.transpose(-3, -2), self.whole[layer + 1])
+            into.half_matrix[layer + 1] = _gram(half.transpose(-3, -2), self.whole[layer + 1])
             matrices = _product(outgoing.mT, half.transpose(-3, -2))
             matrices.diagonal(dim1=-3, dim2=-2).add_(size[layer + 1].mT)
         if self.loss is None:
@@ -262,8 +266,8 @@ class _InFull:
         product = _by_sample(matrices, jacobian)
         weighed = self.loss.times(product)
         if units.bend[last] is not None:
-            into.slope[last] = 2 * (weighed * self.pulled).sum(-2)
-        into.matrix[last + 1] = 2 * self.loss.in_outgoing(units.rows(last) * weighed)
+            into.half_slope[last] = (weighed * self.pulled).sum(-2)
+        into.half_matrix[last + 1] = self.loss.in_outgoing(units.rows(last) * weighed)
         into.inner = self.loss.between(jacobian, product)
 
 
@@ -397,8 +401,8 @@ class TracePass:
         result: list[Layer | None] = [None] * (self.top + 1)
         for layer in range(self.top, -1, -1):
             (matrix, bias), z = self.layers[layer], units.z[layer]
-            if layer in adjoints.matrix:
-                part = _add_outer(adjoints.matrix[layer].mT, a, z)
+            if layer in adjoints.half_matrix:
+                part = _add_outer(adjoints.half_matrix[layer].mT, a, z)
             else:
                 part = _matmul(a, z.mT)
             result[layer] = part, None if bias is None else a.sum(-1, keepdim=True)
@@ -406,13 +410,13 @@ class TracePass:
                 break
             below = matrix.mT @ a
             if layer in adjoints.size:
-                below.addcmul_(adjoints.size[layer], z)
+                below.addcmul_(adjoints.size[layer], z, value=2)
             if layer == 0:
                 return result, below
             a = below.mul_(units.slope[layer - 1])
             bend, twist = units.bend[layer - 1], units.twist[layer - 1]
-            if bend is not None and layer - 1 in adjoints.slope:
-                a.addcmul_(adjoints.slope[layer - 1], bend)
+            if bend is not None and layer - 1 in adjoints.half_slope:
+                a.addcmul_(adjoints.half_slope[layer - 1], bend, value=2)
             if twist is not None and layer - 1 in adjoints.bend:
                 a.addcmul_(adjoints.bend[layer - 1], twist)
         return result, None
@@ -422,11 +426,10 @@ class TracePass:
         weight = weight[..., None, None]
         sizes = {layer: weight * size for layer, size in self.sizes.items()}
         self.curves.rise(sizes, adjoints)
-        twice = 2 * weight
         for layer, trace in self.traces.items():
             # The units that come into the lowest layer are no function of what is trained.
             if self.arch.trains_beyond_bias(layer) and (everywhere or layer > self.lowest):
-                adjoints.size[layer] = twice * trace
+                adjoints.size[layer] = weight * trace
         alone = sizes[self.top]
         if self.arch.matrix == "residual":
             alone = torch.zeros_like(alone)
@@ -444,11 +447,11 @@ class TracePass:
                 in_beta = _add(in_beta, in_c * bend)
                 if in_g is not None:
                     more = beta * in_g
-                    adjoints.slope[layer] = _add(adjoints.slope.get(layer), more)
+                    adjoints.half_slope[layer] = _add_half(adjoints.half_slope.get(layer), more)
             assert in_beta is not None  # noqa: S101 - the lowest has a bend
             in_g = units.outgoing[layer].mT @ in_beta
             more = in_beta @ self.g[layer + 1].mT
-            adjoints.matrix[layer + 1] = _add(adjoints.matrix.get(layer + 1), more)
+            adjoints.half_matrix[layer + 1] = _add_half(adjoints.half_matrix.get(layer + 1), more)
         return in_g
 
 
@@ -487,12 +490,18 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_outer(total: Tensor, a: Vectors, z: Vectors) -> Tensor:
-    """``total + a @ z^T``, where ``z`` may be shared by all networks."""
-    return add_product(total, a, z.mT) if a.shape[:-2] == z.shape[:-2] else total + a @ z.mT
+    """``2 total + a @ z^T``, where ``z`` may be shared by all networks."""
+    if a.shape[:-2] == z.shape[:-2]:
+        return add_product(total, a, z.mT, beta=2)
+    return torch.add(batched_matmul(a, z.mT), total, alpha=2)
 
 
 def _add(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total + more
+
+
+def _add_half(total: Tensor | None, more: Tensor) -> Tensor:
+    return 0.5 * more if total is None else torch.add(total, more, alpha=0.5)
 
 
 def _product(left: Tensor, right: Matrices) -> Matrices:

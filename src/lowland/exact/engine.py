@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -67,7 +68,8 @@ class ExactEngine:
         embeddings = (nn.Embedding, nn.EmbeddingBag)
         held = [m for m in self.target.model.modules() if not isinstance(m, embeddings)]
         whole = sum(p.numel() for m in held for p in m.parameters(recurse=False))
-        given = sum(weight[0].numel() for weight in self.setup.weights)
+        # Not of the weights themselves, which are put together for who computes with them.
+        given = sum((one + 1) * other for one, other in pairwise(self.setup.size.widths))
         return min(1.0, given / max(1, whole))
 
     def relative_cost(self, count: int) -> float:

@@ -24,6 +24,13 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(hooks or everywhere) or "forward" in vars(module)
 
 
+def has_parameters(module: nn.Module) -> bool:
+    """Whether there is a parameter in it, or in a module within."""
+    # Most activations have neither, which is told without a walk.
+    inside = module._parameters or module._modules  # noqa: SLF001 - no public name
+    return bool(inside) and next(module.parameters(), None) is not None
+
+
 def is_as_inherited(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it is of that class, or of one that leaves its forward pass alone."""
     return isinstance(module, kind) and type(module).forward is kind.forward

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowland._layers import is_as_inherited
+from lowland._layers import has_parameters, is_as_inherited
 
 Derivatives = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -68,7 +68,8 @@ def _identity(a: Tensor) -> Derivatives:
 def _tanh(a: Tensor) -> Derivatives:
     value = torch.tanh(a)
     # sech(a)^2 as a product of sigmoids: 1 - tanh(a)^2 has no digits left for |a| > 20.
-    slope = 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
+    twice = a + a
+    slope = 4 * (torch.sigmoid(twice) * torch.sigmoid(-twice))
     # slope' = -2 value slope, and value^2 = 1 - slope.
     return value, slope, -2 * value * slope, slope * (4 - 6 * slope)
 
@@ -264,7 +265,7 @@ def read_activation(layer: nn.Module) -> Activation | None:
     """
     kind = _known_kind(layer)
     # What a layer has learned would be a constant to the closed form.
-    if kind is None or next(layer.parameters(), None) is not None:
+    if kind is None or has_parameters(layer):
         return None
     activation = _LAYERS[kind](layer)
     if activation is not None and kind not in _PYTORCHS:
@@ -275,6 +276,8 @@ def read_activation(layer: nn.Module) -> Activation | None:
 
 def _known_kind(layer: nn.Module) -> type[nn.Module] | None:
     """The class whose forward pass the layer has, if that is known here."""
+    if type(layer) in _LAYERS:
+        return type(layer)
     kinds = (kind for kind in type(layer).__mro__ if kind in _LAYERS)
     return next((kind for kind in kinds if is_as_inherited(layer, kind)), None)
 

@@ -26,6 +26,7 @@ from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.losses import LOSSES, Loss
 from lowland.passes import content, is_holder
 from lowland.validation import (
+    are_labels,
     check_constant,
     check_finite,
     check_labels,
@@ -385,11 +386,13 @@ class Targets(NamedTuple):
         scale: The weight of each sample, or of each of its outputs; None where ``reduction`` gives
             it.
         reduction: ``"mean"`` or ``"sum"`` over what the scale has weighed.
+        of_labels: Whether ``y`` was made of labels of classes, so that it needs no further look.
     """
 
     y: Tensor
     scale: Tensor | None
     reduction: Reduction
+    of_labels: bool = False
 
 
 def read_loss(criterion: Criterion) -> Loss:
@@ -454,9 +457,10 @@ def encode(criterion: Criterion, loss: Loss, y: Tensor, *, outputs: int, like: T
     if isinstance(criterion, nn.Module) and _is_registered(criterion):
         _check_registered(criterion, loss, y, outputs, like)
     if isinstance(criterion, nn.CrossEntropyLoss):
+        of_labels = not y.is_floating_point()
         y, scale = _weigh_classes(criterion, y, outputs, like)
         # With weights it is no mean over samples.
-        return Targets(y, scale, reduction if scale is None else "sum")
+        return Targets(y, scale, reduction if scale is None else "sum", of_labels)
     if isinstance(criterion, nn.BCEWithLogitsLoss):
         return Targets(*_weigh_outputs(criterion, y, outputs, like), reduction)
     return Targets(y, None, reduction)
@@ -541,13 +545,7 @@ def _weigh_classes(
         )
     kept = None
     if not soft:
-        check_one_per_sample(y)
-        ignored = y == criterion.ignore_index
-        # Elsewhere a look would wait for the device.
-        if y.device.type != "cpu" or bool(ignored.any()):
-            kept, y = (~ignored).to(like.dtype), torch.where(ignored, 0, y)
-        check_labels(y, classes)
-        y = like.new_zeros(len(y), classes).scatter_(1, y.long().unsqueeze(1), 1)
+        y, kept = _one_hot(y, classes, criterion.ignore_index, like)
     if weights is not None:
         _check_weights(criterion, "weight")
     if weights is not None and weights.numel() != classes:
@@ -570,6 +568,22 @@ def _weigh_classes(
             "mean loss does not exist; leave such a batch out"
         )
     return target, (1 / total).expand(len(y))
+
+
+def _one_hot(
+    y: Tensor, classes: int, ignore_index: int, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Labels as distributions, and which of them are not ignored, if there may be others."""
+    check_one_per_sample(y)
+    kept = None
+    # Where all are labels, and that of no class is ignored, none is: one look for both. On other
+    # devices it would wait for them.
+    if 0 <= ignore_index < classes or not are_labels(y, classes):
+        ignored = y == ignore_index
+        if y.device.type != "cpu" or bool(ignored.any()):
+            kept, y = (~ignored).to(like.dtype), torch.where(ignored, 0, y)
+        check_labels(y, classes)
+    return like.new_zeros(len(y), classes).scatter_(1, y.long().unsqueeze(1), 1), kept
 
 
 def _check_weights(criterion: nn.Module, name: str) -> None:

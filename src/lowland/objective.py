@@ -385,7 +385,9 @@ def over(
 
 def _ordinary(batch: Batch) -> Batch:
     """Itself, or with copies of tensors that no graph may hold, since inference mode made them."""
-    if not any(tensor.is_inference() for tensor in tensors(batch)):
+    x, y = batch
+    plain = isinstance(x, Tensor) and isinstance(y, Tensor)  # as most are
+    if not any(tensor.is_inference() for tensor in (batch if plain else tensors(batch))):
         return batch
     with torch.inference_mode(mode=False):
         return cast("Batch", mapped(Tensor.clone, batch))

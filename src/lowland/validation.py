@@ -10,9 +10,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import Parameter, UninitializedParameter
 
-from lowland._sharding import is_sharded
+from lowland._sharding import is_flattened, is_sharded
 from lowland.errors import UnsupportedModelError
 from lowland.losses import Loss
 
@@ -73,6 +73,8 @@ def check_parameters(named: Mapping[str, Tensor]) -> None:
         ValueError: If a lazy layer has not seen any data.
         UnsupportedModelError: If each process holds a part of them.
     """
+    if all(type(part) is Parameter and not is_flattened(part) for part in named.values()):
+        return
     lazy = [name for name, part in named.items() if isinstance(part, UninitializedParameter)]
     if lazy:
         raise ValueError(
@@ -175,8 +177,11 @@ def check_features(tensor: Tensor, *, like: Tensor, name: str = "x") -> None:
         TypeError: If the type or the device is not that of ``like``.
         ValueError: If the tensor is empty or has NaN or infinite values.
     """
-    check_tensor(tensor, name)
-    check_strided(tensor, name)
+    # What nearly every tensor is, told in few steps: these are taken in each step of a training.
+    plain = type(tensor) in (Tensor, Parameter) and tensor.layout is torch.strided
+    if not plain or is_flattened(tensor) or _is_batched(tensor):
+        check_tensor(tensor, name)
+        check_strided(tensor, name)
     if tensor.dtype not in _TYPES:
         use = like.dtype if like.dtype in _TYPES else torch.float64
         raise TypeError(
@@ -353,6 +358,14 @@ def check_one_per_sample(y: Tensor) -> None:
         )
 
 
+def are_labels(y: Tensor, classes: int) -> bool:
+    """Whether whole numbers on the processor are one of so many labels each."""
+    if y.device.type != "cpu" or not y.numel():
+        return False
+    least, most = y.aminmax()
+    return bool(least.item() >= 0 and most.item() < classes)
+
+
 def check_labels(y: Tensor, classes: int) -> None:
     """Require labels from 0 on, one for each class at most.
 
@@ -363,10 +376,8 @@ def check_labels(y: Tensor, classes: int) -> None:
         return
     if y.is_floating_point():
         check_finite(y, "y")
-    elif y.numel():
-        least, most = y.aminmax()
-        if least.item() >= 0 and most.item() < classes:
-            return
+    elif are_labels(y, classes):
+        return
 
     def wrong(run: Tensor) -> Tensor:
         outside = (run < 0) | (run >= classes)

@@ -16,6 +16,7 @@ import lowland
 from lowland.exact import with_loss
 from lowland.exact.modules import read
 from lowland.exact.trace_alone import TracePass, bends_in_full
+from lowland.losses import Loss, Separable
 
 CE, BCE, MSE = nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.MSELoss()
 UNITS = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.GELU, nn.Identity)
@@ -136,6 +137,57 @@ def changes():
     yield "ignored", lambda _, criterion: setattr(criterion, "ignore_index", 1)
     yield "other layer", lambda model, _: model.__setitem__(2, nn.Linear(5, 4).double())
     yield "numbers", lambda model, _: model[0].weight.data.mul_(1.5)
+    yield "other weight", lambda model, _: setattr(model[0], "weight", doubled(model[0].weight))
+    yield "other memory", lambda model, _: setattr(model[0].weight, "data", 2 * model[0].weight)
+    yield "without biases", lambda model, _: model[0].register_parameter("bias", None)
+    yield "one more layer", lambda model, _: model.insert(4, nn.Tanh())
+    yield "one less layer", lambda model, _: model.__delitem__(1)
+    yield "a sequence within", lambda model, _: model.__setitem__(1, nn.Sequential(nn.SiLU()))
+    yield "class", lambda model, _: setattr(model[1], "__class__", nn.Sigmoid)
+    yield (
+        "single precision and back",
+        lambda model, _: model.float().double()[0].weight.data.mul_(2),
+    )
+
+
+def doubled(weight):
+    return nn.Parameter(2 * weight.detach())
+
+
+def obstacles():
+    """What keeps the closed form from a model that it has just been right for, and its reason."""
+    yield (
+        "hook on a layer",
+        lambda model, _: model[1].register_forward_hook(lambda *_: None),
+        "forward hooks on layer 1",
+    )
+    yield (
+        "hook before the model",
+        lambda model, _: model.register_forward_pre_hook(lambda *_: None),
+        "forward hooks on the model",
+    )
+    yield (
+        "hook on the criterion",
+        lambda _, criterion: criterion.register_forward_hook(lambda *_: None),
+        "forward hooks on the criterion",
+    )
+    yield "forward", lambda model, _: setattr(model[1], "forward", torch.sin), "forward hooks"
+    yield "another layer", lambda model, _: model.__setitem__(1, nn.ELU()), "not covered"
+    yield (
+        "parametrized",
+        lambda model, _: nn.utils.parametrizations.weight_norm(model[2]),
+        "not covered",
+    )
+    yield "dropout", lambda model, _: model.insert(2, nn.Dropout(0.5).train()), "model.eval"
+    yield "reduction", lambda _, criterion: setattr(criterion, "reduction", "none"), "reduction"
+    yield "tied", lambda model, _: model.append(nn.Tanh()).append(model[2]), "share|fit"
+    yield (
+        "not a number",
+        lambda model, _: model[0].weight.data.fill_(torch.nan),
+        "NaN or infinite",
+    )
+    yield "infinity", lambda model, _: model[0].bias.data.fill_(-torch.inf), "NaN or infinite"
+    yield "half precision", lambda model, _: model.half(), "float32 or float64"
 
 
 @pytest.mark.parametrize("name", [name for name, _ in changes()])
@@ -150,6 +202,58 @@ def test_nothing_is_left_from_the_call_before(name):
     after = ours(penalty, model, *data)
     require_same(after, by_hand(model, criterion, *data, 0.3))
     assert not torch.equal(before, after[0])
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in obstacles()])
+def test_a_model_that_has_changed_is_refused(name):
+    change, why = {name: rest for name, *rest in obstacles()}[name]
+    model, criterion = network((3, 5, 5, 3), (nn.Tanh, nn.LeakyReLU)), nn.CrossEntropyLoss()
+    penalty, data = lowland.HessianTrace(criterion, 0.3, method="exact"), batch(CE, 3, 3)
+    ours(penalty, model, *data)
+    change(model, criterion)
+    with pytest.raises((lowland.UnsupportedModelError, ValueError, TypeError), match=why):
+        penalty.loss(model, *data)
+
+
+@pytest.mark.parametrize("kinds", [(nn.ReLU,), (nn.GELU, nn.Tanh), (nn.Tanh, nn.SiLU, nn.GELU)])
+@pytest.mark.parametrize("criterion", [CE, BCE, MSE])
+def test_either_gradient_comes_alone_and_at_its_own_price(kinds, criterion, monkeypatch):
+    model = network((3, *(4 for _ in kinds), 3), kinds)
+    x, y = batch(criterion, 3, 3)
+    parameters = list(model.parameters())
+    logits, trace = read(model, criterion, x, y).logits_and_trace()
+    loss = criterion(logits, y)
+    together = torch.autograd.grad(loss + 0.3 * trace, parameters, retain_graph=True)
+    of_trace = torch.autograd.grad(trace, parameters, retain_graph=True)
+    monkeypatch.setattr(TracePass, "_rise", None)  # what the trace alone needs
+    of_loss = torch.autograd.grad(loss, parameters)
+    plain = torch.autograd.grad(criterion(model(x), y), parameters)
+    alone = torch.autograd.grad(read(model, criterion, x, y).moments().trace, parameters)
+    for both, one, other, right, blocks in zip(
+        together, of_loss, of_trace, plain, alone, strict=True
+    ):
+        torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(other, blocks, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(both, one + 0.3 * other, rtol=1e-11, atol=1e-12)
+
+
+def test_nothing_of_the_logits_is_kept_that_a_criterion_may_write_to():
+    handed = []
+
+    def keeps(s, y):
+        handed.append(s)
+        return Separable(s, torch.ones_like(s), torch.zeros_like(s))
+
+    from lowland.exact.logits import at_logits  # noqa: PLC0415
+    from lowland.exact.terms import Data  # noqa: PLC0415
+
+    own = Loss("own", lambda s, _: s.square() / 2, keeps)
+    logits = torch.randn(5, 2)
+    found = at_logits(own, logits.mT, Data(torch.randn(5, 3), torch.zeros(5, 2), 1.0))
+    before = found.residual().clone()
+    logits.add_(1)
+    assert torch.equal(found.residual(), before)
+    assert handed
 
 
 def test_batches_and_types_may_change():

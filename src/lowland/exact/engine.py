@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lowland.criteria import name_of, read_loss, scalar_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
 from lowland.estimation import Estimation
-from lowland.exact.modules import read
+from lowland.exact.modules import read_checked
 from lowland.exact.pruning import pruned_moments
 from lowland.exact.setup import Setup
 from lowland.exact.tail import find, holds_all
@@ -67,7 +68,8 @@ class ExactEngine:
         embeddings = (nn.Embedding, nn.EmbeddingBag)
         held = [m for m in self.target.model.modules() if not isinstance(m, embeddings)]
         whole = sum(p.numel() for m in held for p in m.parameters(recurse=False))
-        given = sum(weight[0].numel() for weight in self.setup.weights)
+        # Not of the weights themselves, which are put together for who computes with them.
+        given = sum((one + 1) * other for one, other in pairwise(self.setup.size.widths))
         return min(1.0, given / max(1, whole))
 
     def relative_cost(self, count: int) -> float:
@@ -97,7 +99,7 @@ class ExactEngine:
             if found is not None:
                 logits, trace = found
                 y = self.target.batch[1]
-                return scalar_loss(self.target.criterion, logits[0], y), self._of_trace(trace[0])
+                return scalar_loss(self.target.criterion, logits, y), self._of_trace(trace)
         target = self.target
         if self.output is None or _leaves_traces(target):
             return target.step_loss(), self.moments(count)
@@ -139,7 +141,7 @@ def _read(target: Objective) -> tuple[Setup, Tensor | None]:
     """The whole model; or, of parameters at its end, the last layers above all others."""
     x, y = target.batch
     try:
-        return read(target.model, target.criterion, x, y, target.parameters), None
+        return read_checked(target.model, target.criterion, x, y, target.parameters), None
     except UnsupportedModelError:
         if not holds_all(target):
             raise
@@ -147,6 +149,6 @@ def _read(target: Objective) -> tuple[Setup, Tensor | None]:
     tail = find(target)
     # Autocast below gives half precision; the closed form is in that of the parameters.
     inputs = tail.inputs.to(target.parameters[0].dtype)
-    setup = read(tail.layers, target.criterion, inputs, y, target.parameters)
+    setup = read_checked(tail.layers, target.criterion, inputs, y, target.parameters)
     tail.check()
     return setup, tail.output

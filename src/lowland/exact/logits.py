@@ -6,23 +6,33 @@ never asked for as a whole unless the loss is one of your own. Cross-entropy has
 :math:`Q = \mathrm{diag}(p) - p p^T`, which is not formed: of ``K`` logits that takes ``K`` numbers
 a sample in the place of ``K^2``.
 
-Logits come first here, samples last: ``(networks, K, samples)``.
+Logits come first here, samples last: ``(networks, K, samples)``, or without the first dimension.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from lowland.exact.terms import Data, Matrices, Vectors
+from lowland.exact.terms import Data
 from lowland.losses import LOSSES, Loss, Separable, read_derivatives
+
+# As in lowland.exact.terms, and of a single network without the first dimension.
+Vectors = Float[Tensor, "*#networks _ samples"]
+Matrices = Float[Tensor, "*networks _ _ samples"]
 
 
 class LogitCurvature(ABC):
-    """``r`` and ``Q`` of some samples, weighed as these are in the loss."""
+    """``r`` and ``Q`` of some samples, weighed as these are in the loss.
+
+    With the rows ``J`` that :meth:`columns` gives, and a core ``C`` that :meth:`times` multiplies
+    by, ``V Q V^T = J C J^T``.
+    """
 
     @abstractmethod
     def residual(self) -> Vectors:
@@ -34,48 +44,55 @@ class LogitCurvature(ABC):
 
     @abstractmethod
     def columns(self, outgoing: Tensor) -> Matrices:
-        """Rows ``(networks, M, K)`` for each sample, up to what ``Q`` maps to zero."""
+        """``J`` of ``V``: rows ``(networks, M, K)`` for each sample."""
+
+    @abstractmethod
+    def in_outgoing(self, rows: Matrices) -> Tensor:
+        """The adjoint of ``V`` from that of its ``J``."""
 
     @abstractmethod
     def times(self, rows: Matrices) -> Matrices:
-        """``rows Q``, of such rows."""
+        """``rows C``, of such rows."""
 
     def quadratic(self, rows: Matrices) -> Vectors:
-        """The diagonal of ``rows Q rows^T``, ``(networks, M, samples)``."""
-        return (rows * self.times(rows)).sum(2)
+        """The diagonal of ``rows C rows^T``, ``(networks, M, samples)``."""
+        return (rows * self.times(rows)).sum(-2)
 
     @abstractmethod
     def squares(self, outgoing: Tensor) -> Vectors:
         """The diagonal of ``V Q V^T``, for ``V`` of shape ``(networks, M, K)``."""
 
     @abstractmethod
-    def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
-        """Of ``sum weights * squares`` the adjoint of ``V``, and ``S = V^T diag(weights) V``.
+    def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Any]:
+        """Of ``sum weights * squares`` half the adjoint of ``V``, and that of ``Q``.
 
-        ``S`` in the form in which :meth:`chain` takes it, like what :meth:`between` gives.
+        The latter, ``S = V^T diag(weights) V``, in the form in which :meth:`chain` takes it, like
+        what :meth:`between` gives. Called behind :meth:`squares`.
         """
 
     @abstractmethod
-    def between(self, left: Matrices, right: Matrices) -> Tensor:
-        """``S = left^T right``, symmetric, of rows as :meth:`columns` gives them."""
+    def between(self, left: Matrices, right: Matrices) -> Any:
+        """The adjoint of ``Q`` where ``left^T right`` is that of ``C``, which is symmetric."""
 
     @abstractmethod
-    def chain(self, residual: Vectors | None, alone: Vectors, inner: Tensor | None) -> Vectors:
+    def chain(self, residual: Vectors | None, alone: Vectors, inner: Any) -> Vectors:
         """The adjoint of the logits from those of ``r`` and of ``Q``.
 
         Args:
             residual: That of ``r``, if there is one.
             alone: That of ``Q`` is ``alone I + S``; one row.
-            inner: ``S``, as :meth:`weigh` or :meth:`between` gives it.
+            inner: ``S``, as :meth:`weigh` or :meth:`between` gives it; None for zero.
         """
 
 
 def at_logits(loss: Loss, logits: Vectors, data: Data) -> LogitCurvature:
-    """The curvature of a loss at some logits."""
+    """The curvature of a loss at some logits, which it does not keep."""
     target, scale = data.y.to(logits.dtype), data.scale
     if loss is LOSSES["ce"]:
         return _Softmax(logits, target.mT, scale.mT if isinstance(scale, Tensor) else scale)
-    found = read_derivatives(loss, logits.mT, target)
+    # A loss of one's own may hand back what it is given.
+    ours = LOSSES.get(loss.name) is loss
+    found = read_derivatives(loss, logits.mT if ours else logits.mT.clone(), target)
     if isinstance(found, Separable):
         return _Separable(*((part * scale).mT for part in found))
     weights = scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale
@@ -86,82 +103,103 @@ def at_logits(loss: Loss, logits: Vectors, data: Data) -> LogitCurvature:
     )
 
 
-class _Softmax(LogitCurvature):
-    """Cross-entropy, from the probabilities of all classes but each sample's likeliest.
+def add_product(
+    total: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """``beta total + alpha left @ right``, of matrices or of as many networks' in all three."""
+    function = torch.addmm if total.ndim == 2 else torch.baddbmm
+    return function(total, left, right, beta=beta, alpha=alpha)
 
-    These are small where a sample is fitted, and nothing is left of ``1 - p`` of the likeliest.
-    Since ``Q`` maps equal entries to zero, rows are measured from the likeliest class's, whose own
-    entry is zero then.
+
+class _InP(NamedTuple):
+    """The adjoint of ``p``, up to a constant of each sample, or that times ``p``."""
+
+    plain: Tensor | None = None
+    times_p: Tensor | None = None
+
+
+class _Softmax(LogitCurvature):
+    r"""Cross-entropy, from what the probabilities ``p`` are away from the likeliest class ``e``.
+
+    These differences are small where a sample is fitted, and nothing would be left of
+    ``1 - p`` of the likeliest. With them :math:`p_j p_k` is avoided, too: of :math:`d = p - e`
+
+    .. math:: v^T Q v = \sum_k p_k (v_k - v \cdot p)^2 = v^2 \cdot d - (v \cdot d)(v \cdot (p + e))
+
+    The middle one says that ``J`` of the columns :math:`\sqrt{p_k} (v_k - v \cdot p)` has the core
+    ``I``; and the derivative in the logits takes that in ``p`` times ``p``, the square of a column.
     """
 
     def __init__(self, logits: Vectors, target: Vectors, scale: float | Tensor) -> None:
-        self.p = torch.softmax(logits, 1)
-        self.top = logits.argmax(1, keepdim=True)
-        self.others = self.p.scatter(1, self.top, 0)
-        self.rest = self.others.sum(1, keepdim=True)  # of the likeliest class 1 - p
+        # The fast way round for each of the two.
+        self.top = logits.mT.argmax(-1, keepdim=True).mT
+        self.p = torch.softmax(logits.contiguous(), -2)
+        others = self.p.scatter(-2, self.top, 0)
+        self.rest = others.sum(-2, keepdim=True)  # of the likeliest class 1 - p
+        self.d = others.scatter_(-2, self.top, -self.rest)
+        self.minus = torch.add(self.d, self.p, alpha=-2)  # - (p + e)
         self.target, self.scale = target, scale
         # The target need not sum to one: class weights are in it.
-        self.total = target.sum(1, keepdim=True)
+        self.total = target.sum(-2, keepdim=True)
         self.weight = self.total * scale
-        self.weighed = self.weight * self.p
+        self.weighed = self.d * self.weight
 
     def residual(self) -> Vectors:
-        rest = (1 - self.p).scatter(1, self.top, self.rest)
+        rest = (1 - self.p).scatter_(-2, self.top, self.rest)
         # sum_j (p_k target_j - p_j target_k): a fitted sample's terms vanish one by one.
         return (self.p * (self.total - self.target) - self.target * rest) * self.scale
 
     def trace(self) -> Vectors:
-        rest = (1 - self.p).scatter_(1, self.top, self.rest)
-        return (self.weighed * rest).sum(1, keepdim=True)
+        return (self.weighed * self.minus).sum(-2, keepdim=True)
 
     def columns(self, outgoing: Tensor) -> Matrices:
-        shape = outgoing.shape[0], outgoing.shape[1], self.top.shape[2]
-        likeliest = outgoing.gather(2, self.top.expand(shape))
-        return outgoing.unsqueeze(3) - likeliest.unsqueeze(2)
+        self._root = (self.weight * self.p).sqrt_().unsqueeze(-3)
+        likeliest = outgoing.gather(-1, self.top.expand(*outgoing.shape[:-1], -1))
+        # In two steps: the likeliest class's own column is what the second one subtracts.
+        rows = outgoing.unsqueeze(-1) - likeliest.unsqueeze(-2)
+        return rows.sub_((outgoing @ self.d).unsqueeze(-2)).mul_(self._root)
+
+    def in_outgoing(self, rows: Matrices) -> Tensor:
+        # The mean over columns is zero, so that its own derivative adds nothing.
+        return (rows * self._root).sum(-1)
 
     def times(self, rows: Matrices) -> Matrices:
-        mean = (rows * self.others.unsqueeze(1)).sum(2, keepdim=True)
-        return (rows - mean).mul_(self.weighed.unsqueeze(1))
+        return rows
 
     def quadratic(self, rows: Matrices) -> Vectors:
-        weighed = rows * self.others.unsqueeze(1)
-        mean = weighed.sum(2)
-        return torch.addcmul(weighed.mul_(rows).sum(2), mean, mean, value=-1) * self.weight
+        return rows.square().sum(-2)
 
     def squares(self, outgoing: Tensor) -> Vectors:
-        others, rest = self.others, self.rest
-        shape = outgoing.shape[0], outgoing.shape[1], self.top.shape[2]
-        # Of the likeliest class, and the mean over all classes from there.
-        self._likeliest = likeliest = outgoing.gather(2, self.top.expand(shape))
-        self._away = away = torch.addcmul(outgoing @ others, likeliest, rest, value=-1)
-        total = torch.addcmul(outgoing.square() @ others, away, away, value=-1)
-        return total.sub_(likeliest * torch.addcmul(2 * away, likeliest, rest)).mul_(self.weight)
+        # Each of two terms has one factor d.
+        self._square = outgoing.square()
+        self._left, self._right = outgoing @ self.weighed, outgoing @ self.minus
+        return torch.addcmul(self._square @ self.weighed, self._left, self._right)
 
-    def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
-        likeliest, away = self._likeliest, self._away
-        weighed, others = self.weight * weights, self.others.mT
-        # p_k (V_k - mean), for the likeliest class from what it is away from the mean.
-        adjoint = outgoing * (weighed @ others)
-        adjoint -= (weighed * likeliest) @ others
-        adjoint -= (weighed * away) @ self.p.mT
-        inner = outgoing.square().mT @ weights
-        inner -= outgoing.mT @ (2 * weights * (likeliest + away))
-        return 2 * adjoint, inner
+    def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, _InP]:
+        left, right = weights * self._left, weights * self._right
+        half = outgoing * (weights @ self.weighed.mT)
+        half = add_product(half, right, self.weighed.mT, alpha=0.5)
+        half = add_product(half, left, self.minus.mT, alpha=0.5)
+        inner = add_product(self._square.mT @ weights, outgoing.mT, right).mul_(self.weight)
+        return half, _InP(add_product(inner, outgoing.mT, left, alpha=-1))
 
-    def between(self, left: Matrices, right: Matrices) -> Tensor:
-        mean = (right * self.others.unsqueeze(1)).sum(2, keepdim=True)
-        return (left * (right - 2 * mean)).sum(1)
+    def between(self, left: Matrices, right: Matrices) -> _InP:
+        return _InP(times_p=(left * right).sum(-3))
 
-    def chain(self, residual: Vectors | None, alone: Vectors, inner: Tensor | None) -> Vectors:
-        # <S, Q> = diag(S) . p - p S p, then through the softmax: inner is diag(S) - 2 S p.
-        along = alone * (1 - 2 * self.p)
-        if inner is not None:
-            along = along + inner
+    def chain(self, residual: Vectors | None, alone: Vectors, inner: Any) -> Vectors:
+        # Of Tr Q = sum p (1 - p).
+        alone = self.weight * alone
+        if inner is not None and inner.plain is not None:
+            along = torch.addcmul(inner.plain, self.p, alone, value=-2)
+        else:
+            along = self.p * (-2 * alone)
         if residual is not None:
-            along = along + residual
+            along = torch.addcmul(along, self.weight, residual)
         # Measured from the likeliest class, for which the difference is small, nothing cancels.
-        along = along - along.gather(1, self.top)
-        return self.weighed * (along - (self.others * along).sum(1, keepdim=True))
+        along = (along - along.gather(-2, self.top)).mul_(self.p)
+        if inner is not None and inner.times_p is not None:
+            along += inner.times_p
+        return torch.addcmul(along, self.p, along.sum(-2, keepdim=True), value=-1)
 
 
 class _Separable(LogitCurvature):
@@ -174,23 +212,25 @@ class _Separable(LogitCurvature):
         return self.first
 
     def trace(self) -> Vectors:
-        return self.second.sum(1, keepdim=True)
+        return self.second.sum(-2, keepdim=True)
 
     def columns(self, outgoing: Tensor) -> Matrices:
-        return outgoing.unsqueeze(3).expand(*outgoing.shape, self.second.shape[2])
+        return outgoing.unsqueeze(-1).expand(*outgoing.shape, self.second.shape[-1])
+
+    def in_outgoing(self, rows: Matrices) -> Tensor:
+        return rows.sum(-1)
 
     def times(self, rows: Matrices) -> Matrices:
-        return rows * self.second.unsqueeze(1)
+        return rows * self.second.unsqueeze(-3)
 
     def squares(self, outgoing: Tensor) -> Vectors:
         return outgoing.square() @ self.second
 
     def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
-        adjoint = 2 * outgoing * (weights @ self.second.mT)
-        return adjoint, outgoing.square().mT @ weights
+        return outgoing * (weights @ self.second.mT), outgoing.square().mT @ weights
 
     def between(self, left: Matrices, right: Matrices) -> Tensor:
-        return (left * right).sum(1)  # the diagonal
+        return (left * right).sum(-3)  # the diagonal
 
     def chain(self, residual: Vectors | None, alone: Vectors, inner: Tensor | None) -> Vectors:
         result = self.third * (alone if inner is None else alone + inner)
@@ -207,32 +247,35 @@ class _Coupled(LogitCurvature):
         return self.first
 
     def trace(self) -> Vectors:
-        return self.second.diagonal(dim1=2, dim2=3).sum(2).unsqueeze(1)
+        return self.second.diagonal(dim1=-2, dim2=-1).sum(-1).unsqueeze(-2)
 
     def columns(self, outgoing: Tensor) -> Matrices:
-        return outgoing.unsqueeze(3).expand(*outgoing.shape, self.second.shape[1])
+        return outgoing.unsqueeze(-1).expand(*outgoing.shape, self.second.shape[-3])
+
+    def in_outgoing(self, rows: Matrices) -> Tensor:
+        return rows.sum(-1)
 
     def times(self, rows: Matrices) -> Matrices:
-        return (rows.permute(0, 3, 1, 2) @ self.second).permute(0, 2, 3, 1)
+        return (rows.movedim(-1, -3) @ self.second).movedim(-3, -1)
 
     def squares(self, outgoing: Tensor) -> Vectors:
         rows = self.columns(outgoing)
-        return (rows * self.times(rows)).sum(2)
+        return self.quadratic(rows)
 
     def weigh(self, outgoing: Tensor, weights: Vectors) -> tuple[Tensor, Tensor]:
         rows = self.columns(outgoing)
-        weighed = rows * weights.unsqueeze(2)
-        return 2 * self.times(weighed).sum(3), self.between(rows, weighed)
+        weighed = rows * weights.unsqueeze(-2)
+        return self.times(weighed).sum(-1), self.between(rows, weighed)
 
     def between(self, left: Matrices, right: Matrices) -> Tensor:
-        matrices = left.permute(0, 3, 2, 1) @ right.permute(0, 3, 1, 2)
+        matrices = left.movedim(-1, -3).mT @ right.movedim(-1, -3)
         return 0.5 * (matrices + matrices.mT)  # symmetric but for rounding
 
     def chain(self, residual: Vectors | None, alone: Vectors, inner: Tensor | None) -> Vectors:
-        eye = torch.eye(self.second.shape[2], dtype=alone.dtype, device=alone.device)
-        adjoint = alone.mT.unsqueeze(3) * eye
+        eye = torch.eye(self.second.shape[-1], dtype=alone.dtype, device=alone.device)
+        adjoint = alone.mT.unsqueeze(-1) * eye
         adjoint = (adjoint if inner is None else adjoint + inner).expand_as(self.second)
         result = self.third(adjoint)
         if residual is not None:
-            result = result + (self.second @ residual.mT.unsqueeze(3)).squeeze(3).mT
+            result = result + (self.second @ residual.mT.unsqueeze(-1)).squeeze(-1).mT
         return result

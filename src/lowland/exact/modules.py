@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from lowland._layers import has_hooks, is_plain_sequence, walk
 from lowland.activations import ACTIVATIONS, Activation, compose, read_activation
 from lowland.criteria import Criterion, encode, read_loss
 from lowland.errors import ANY_MODULE, UnsupportedModelError
-from lowland.exact.setup import Setup, prepare
+from lowland.exact.setup import Setup, prepare_layers
 from lowland.exact.terms import activate
 from lowland.validation import check_parameters, check_tensor, check_types
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class _Network:
     flat: bool
     before: Activation | None
     layers: list[nn.Linear]
+    parameters: list[tuple[Tensor, Tensor | None]]  # weights and biases of each
     activations: list[Activation]
 
 
@@ -51,11 +54,17 @@ def read(
             targets require gradients.
         TypeError, ValueError: As :func:`lowland.exact.moments`.
     """
-    named = dict(model.named_parameters())
-    check_parameters(named)
-    network = _read_layers(model)
+    check_parameters(dict(model.named_parameters()))
     chosen = model.parameters() if parameters is None else parameters
-    trained = {id(parameter) for parameter in chosen if parameter.requires_grad}
+    return read_checked(model, criterion, x, y, chosen)
+
+
+def read_checked(
+    model: nn.Module, criterion: Criterion, x: Any, y: Any, parameters: Iterable[Tensor]
+) -> Setup:
+    """:func:`read` of a model whose parameters are here and have their shapes."""
+    network = _read_layers(model)
+    trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
     loss = read_loss(criterion)
     for name, part in (("x", x), ("y", y)):
         dense = isinstance(part, Tensor) and part.layout == torch.strided
@@ -65,7 +74,7 @@ def read(
                 f"{ANY_MODULE}"
             )
         check_tensor(part, name)
-    check_types(named)
+    check_types({f"{place}.weight": each for place, (each, _) in enumerate(network.parameters)})
     first, outputs = network.layers[0], network.layers[-1].out_features
     if network.flat and x.ndim > 2:
         x = x.flatten(1)
@@ -83,32 +92,24 @@ def read(
     if network.before is not None:
         x, *_ = activate(x, network.before)
     targets = encode(criterion, loss, y, outputs=outputs, like=x)
-    return prepare(
-        [_given(layer) for layer in network.layers],
+    return prepare_layers(
+        [(_constant(weight), _constant(bias)) for weight, bias in network.parameters],
         x,
-        targets.y,
+        targets,
         network.activations,
         loss,
-        targets.reduction,
-        scale=targets.scale,
-        rows=[_trained_rows(layer, trained) for layer in network.layers],
-        inputs_vary=True,
+        [_trained_rows(*parts, trained) for parts in network.parameters],
     )
 
 
-def _given(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The layer's weights and biases; those that are constants now stay so."""
-    matrix, bias = layer.weight, layer.bias
-    return _constant(matrix), None if bias is None else _constant(bias)
+def _constant(part: T) -> T:
+    """Weights or biases; those that are constants now stay so."""
+    return part if part is None or part.requires_grad else part.detach()
 
 
-def _constant(part: Tensor) -> Tensor:
-    return part if part.requires_grad else part.detach()
-
-
-def _trained_rows(layer: nn.Linear, trained: set[int]) -> slice:
-    start = 0 if layer.bias is not None and id(layer.bias) in trained else 1
-    stop = layer.in_features + 1 if id(layer.weight) in trained else 1
+def _trained_rows(weight: Tensor, bias: Tensor | None, trained: set[int]) -> slice:
+    start = 0 if bias is not None and id(bias) in trained else 1
+    stop = weight.shape[1] + 1 if id(weight) in trained else 1
     return slice(start, stop)
 
 
@@ -144,9 +145,10 @@ def _read_layers(model: nn.Module) -> _Network:
             "the outputs of a Linear layer, and a criterion on logits; remove it, or "
             f"{ANY_MODULE}"
         )
-    _require_fit(layers)
+    parameters: list[tuple[Tensor, Tensor | None]] = [(each.weight, each.bias) for each in layers]
+    _require_fit(layers, parameters)
     hidden = [ACTIVATIONS["identity"] if each is None else each for each in activations[:-1]]
-    return _Network(flat, before, layers, hidden)
+    return _Network(flat, before, layers, parameters, hidden)
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -190,10 +192,10 @@ def _not_covered(path: str, layer: nn.Module) -> str:
     return f"{name}, is not covered by the closed form; {ANY_MODULE}"
 
 
-def _require_fit(layers: list[nn.Linear]) -> None:
+def _require_fit(layers: list[nn.Linear], parameters: list[tuple[Tensor, Tensor | None]]) -> None:
     seen: dict[int, int] = {}
     for index, layer in enumerate(layers, start=1):
-        for parameter in (layer.weight, layer.bias):
+        for parameter in parameters[index - 1]:
             if parameter is None:
                 continue
             other = seen.setdefault(id(parameter), index)

@@ -9,6 +9,7 @@ with ``C``; autograd never sees the inside of the forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -108,9 +109,12 @@ TWICE = (
 )
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """Keep a caller's autocast out: it would round the factors of each product to 16 bits."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind):  # nearly always, and then the look is far cheaper
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def save(ctx: Any, x: Tensor, y: Tensor, scale: float | Tensor, *others: Tensor) -> None:

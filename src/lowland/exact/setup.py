@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from torch.autograd import grad
 from lowland._limits import DEFAULT_MEMORY_BUDGET, MEBIBYTE
 from lowland._loss_checks import check_loss
 from lowland.activations import Activation, get_activation
+from lowland.criteria import Targets
 from lowland.exact.blocks import blocks
 from lowland.exact.c_backend import covers
 from lowland.exact.of_matrix import ByMatrix, run
 from lowland.exact.plan import (
     OrderChoice,
     Path,
+    Plan,
     cost,
     diagonal_floats,
     gradient_cost,
@@ -104,6 +106,8 @@ class Setup:
                 f"unknown matrix {matrix!r}: the closed form on tensors gives one of {known}; of "
                 "'bce', 'ce' and 'mse' the Fisher matrix is 'ggn'"
             )
+        if matrix == self.arch.matrix:
+            return self
         # The compiled code has the Hessian alone.
         covered = self.covered and matrix == "hessian"
         return replace(self, arch=replace(self.arch, matrix=matrix), covered=covered)
@@ -228,14 +232,17 @@ class Setup:
     def logits_and_trace(
         self, memory_budget: int = DEFAULT_MEMORY_BUDGET
     ) -> tuple[Tensor, Tensor] | None:
-        """The logits, ``(networks, samples, K)``, and ``Tr H``, where one piece of work gives both.
+        """The logits and ``Tr H``, where one piece of work gives both.
+
+        Of networks ``(networks, samples, K)`` and ``(networks,)``; of a model's layers without the
+        first dimension.
 
         None where samples or networks have to be taken in turn, compiled code does it, or
         derivatives in the data are wanted.
         """
         if self.data.inputs_vary:
             return None
-        plan = self.trace_problem(memory_budget).plan
+        plan = self._trace_plan(memory_budget)
         whole = plan.chunk >= self.size.samples and plan.networks >= self.size.networks
         # Transforms of torch.func cannot see into it.
         if plan.compiled or not whole or torch._C._are_functorch_transforms_active():  # noqa: SLF001
@@ -332,16 +339,19 @@ class Setup:
 
     def trace_problem(self, memory_budget: int, quantity: Quantity = "trace") -> Problem:
         """The problem of ``Tr H`` alone, its diagonal, or the loss: no matrix is formed."""
+        plan = self._trace_plan(memory_budget, quantity)
+        return Problem(self.arch, self.data, plan, self.size, quantity)
+
+    def _trace_plan(self, memory_budget: int, quantity: Quantity = "trace") -> Plan:
         memory_budget = check_budget(memory_budget)
         floats = trace_floats(self.size, in_full=bends_in_full(self.arch))
-        plan = make_trace_plan(
+        return make_trace_plan(
             self.size,
             memory_budget,
             floats if quantity == "trace" else diagonal_floats(self.size),
             on_cpu=self._device.type == "cpu",
             compiled=self.covered,
         )
-        return Problem(self.arch, self.data, plan, self.size, quantity)
 
     @property
     def _device(self) -> torch.device:
@@ -366,38 +376,96 @@ class Setup:
             )
 
 
+def prepare_layers(  # noqa: PLR0917 - as for prepare
+    layers: Sequence[tuple[Tensor, Tensor | None]],
+    x: Tensor,
+    targets: Targets,
+    activations: Sequence[Activation],
+    loss: Loss,
+    rows: Sequence[slice],
+) -> Setup:
+    """:func:`prepare` of one network that was read from layers which fit, once a step of training.
+
+    Args:
+        layers: Each one's weights and biases.
+        x: Inputs, ``(samples, inputs)``; results carry gradients in them if they ask for some.
+        targets: What the criterion takes its targets for.
+        activations: Of all layers but the last.
+        loss: Of the logits.
+        rows: The trained rows of each layer's weights.
+    """
+    first, _ = layers[0]
+    for index, layer in enumerate(layers):
+        for part in layer:
+            if part is not None:
+                check_features(part, like=first, name=f"weights[{index}]")
+    check_features(x, like=first)
+    samples, outputs = len(x), layers[-1][0].shape[0]
+    check_constant(targets.y, "y")
+    y, scale = targets.y, targets.scale
+    if not (targets.of_labels and outputs > 1):
+        y = as_outputs(y, samples=(samples,), outputs=outputs, loss=loss, like=first)
+    check_loss(loss, y, like=first)
+    inputs_vary = x.requires_grad and torch.is_grad_enabled()
+    data = Data(
+        (x if inputs_vary else x.detach()).unsqueeze(0),
+        y.detach().unsqueeze(0),
+        _mean_or_sum(targets.reduction, samples, outputs, loss)
+        if scale is None
+        else (scale if scale.ndim == y.ndim else scale.unsqueeze(-1)).unsqueeze(0),
+        inputs_vary,
+    )
+    arch = Architecture(tuple(activations), loss, tuple(rows))
+    size = Size(
+        1,
+        samples,
+        (x.shape[1], *(weight.shape[0] for weight, _ in layers)),
+        tuple(part.stop - part.start for part in rows),
+        first.element_size(),
+    )
+    return Setup(
+        arch,
+        data,
+        tuple(layers),
+        torch.Size(),
+        size,
+        is_mean=targets.reduction == "mean",
+        covered=not inputs_vary and covers(arch, size, data),
+    )
+
+
+def _mean_or_sum(reduction: Reduction, samples: int, outputs: int, loss: Loss) -> float:
+    """What every sample, or each of its outputs, weighs."""
+    return 1 / (samples * (outputs if loss.per_output else 1)) if reduction == "mean" else 1.0
+
+
 def prepare(  # noqa: PLR0917 - the arguments of every public function, in their order
-    weights: Sequence[Given],
+    weights: Sequence[Tensor],
     x: Tensor,
     y: Tensor,
     activation: Activations,
     loss: str | Loss,
     reduction: Reduction,
     *,
-    scale: float | Tensor | None = None,
-    rows: Sequence[slice] | None = None,
     inputs_vary: bool = False,
 ) -> Setup:
     """Check all arguments and bring them into the shapes of :class:`Setup`.
 
     Args:
-        weights: As for :func:`lowland.exact.moments`, like all that follows; or each layer's as
-            PyTorch's Linear has them, ``(outputs, inputs)`` and biases.
+        weights: As for :func:`lowland.exact.moments`, like all that follows.
         x: Inputs.
         y: Targets; for classes also a distribution over them for each sample.
         activation: Of all layers but the last, or one for each of them.
         loss: Of the logits.
         reduction: Of the loss over samples.
-        scale: The weight of each sample, ``(*ensemble, samples)``, or of each of its outputs, in
-            place of what ``reduction`` gives.
-        rows: The trained rows of each layer's weights (all by default).
         inputs_vary: Whether the caller's results carry gradients in ``x``, if it asks for them;
             otherwise such an ``x`` is refused.
     """
     loss = get_loss(loss)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"unknown reduction {reduction!r}: expected 'mean' or 'sum'")
-    first, shapes = _look_at(weights)
+    check_weights(weights)
+    first, shapes = weights[0], [each.shape for each in weights]
     activations = _read_activations(activation, len(weights) - 1)
     outputs = shapes[-1][-1]
     check_features(x, like=first)
@@ -428,13 +496,8 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
             f"expected at least one network; got an ensemble of shape {tuple(ensemble)}"
         )
     samples = x.shape[-2]
-    if scale is None:
-        terms = samples * (outputs if loss.per_output else 1)
-        scale = 1 / terms if reduction == "mean" else 1.0
-    if isinstance(scale, Tensor):
-        scale = _flatten(scale if scale.ndim == y.ndim else scale.unsqueeze(-1), ensemble)
-    rows = tuple(rows or (slice(0, shape[-2]) for shape in shapes))
-    arch = Architecture(activations, loss, rows)
+    scale = _mean_or_sum(reduction, samples, outputs, loss)
+    arch = Architecture(activations, loss, tuple(slice(0, shape[-2]) for shape in shapes))
     # Autograd adds up what networks that share x have in it.
     x = x.expand(*ensemble, *x.shape[-2:]) if inputs_vary else x.detach()
     data = Data(_flatten(x, ensemble), _flatten(y.detach(), ensemble), scale, inputs_vary)
@@ -442,7 +505,7 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         networks,
         samples,
         (x.shape[-1], *(shape[-1] for shape in shapes)),
-        tuple(part.stop - part.start for part in rows),
+        tuple(shape[-2] for shape in shapes),
         first.element_size(),
     )
     return Setup(
@@ -450,8 +513,6 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         data,
         tuple(
             weight.expand(*ensemble, *weight.shape[-2:]).reshape(networks, *weight.shape[-2:])
-            if isinstance(weight, Tensor)
-            else weight
             for weight in weights
         ),
         ensemble,
@@ -460,21 +521,6 @@ def prepare(  # noqa: PLR0917 - the arguments of every public function, in their
         # The compiled code differentiates in the weights alone.
         covered=not inputs_vary and covers(arch, size, data),
     )
-
-
-def _look_at(weights: Sequence[Given]) -> tuple[Tensor, list[torch.Size]]:
-    """Check weights; one of their tensors, and the shapes that they have with biases in row 0."""
-    layers = [each for each in weights if isinstance(each, tuple)]
-    if not layers or len(layers) < len(weights):
-        tensors = cast("Sequence[Tensor]", weights)  # or something else, which is refused
-        check_weights(tensors)
-        return tensors[0], [each.shape for each in tensors]
-    first, _ = layers[0]
-    for index, layer in enumerate(layers):
-        for part in layer:
-            if part is not None:
-                check_features(part, like=first, name=f"weights[{index}]")
-    return first, [torch.Size((matrix.shape[1] + 1, matrix.shape[0])) for matrix, _ in layers]
 
 
 def _with_biases(matrix: Tensor, bias: Tensor | None) -> Tensor:

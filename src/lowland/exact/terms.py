@@ -83,6 +83,11 @@ class Data:
         scale = pick(self.scale) if isinstance(self.scale, Tensor) else self.scale
         return replace(self, x=pick(self.x), y=pick(self.y), scale=scale)
 
+    def of_the_one_network(self) -> Data:
+        """The data of a single network, without the dimension of networks."""
+        scale = self.scale[0] if isinstance(self.scale, Tensor) else self.scale
+        return Data(self.x[0], self.y[0], scale)
+
     def of_samples(self, samples: slice | Tensor) -> Data:
         """Some of the samples, by their places."""
         scale = self.scale[:, samples] if isinstance(self.scale, Tensor) else self.scale

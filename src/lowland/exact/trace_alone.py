@@ -25,18 +25,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lowland.activations import Activation
-from lowland.exact.logits import LogitCurvature, at_logits
-from lowland.exact.terms import Architecture, Data, Matrices, Vectors, batched_matmul
+from lowland.exact.logits import LogitCurvature, Matrices, Vectors, add_product, at_logits
+from lowland.exact.terms import Architecture, Data, batched_matmul
 
-PerNetwork = Float[Tensor, " networks"]
+PerNetwork = Float[Tensor, "*networks"]
 
 # A layer's V^T, (networks, outputs, inputs), and its biases, (networks, outputs, 1), if it has any.
+# Of a single network all tensors here come without that first dimension, which products of
+# matrices are the slower with.
 Layer = tuple[Tensor, Tensor | None]
 
 
@@ -64,22 +67,32 @@ class _Units:
     bend: list[Tensor | None]
     twist: list[Tensor | None]
     outgoing: list[Tensor]  # V_l+1, (networks, M_l, M_l+1)
+    zero_or_one: list[bool] = field(default_factory=list)  # whether all slopes are
     c: list[Tensor | None] = field(default_factory=list)
+
+    def squared(self, layer: int) -> Vectors:
+        """The squares of the slopes."""
+        slope = self.slope[layer]
+        return slope if self.zero_or_one[layer] else slope.square()
 
     def rows(self, layer: int) -> Tensor:
         """The slopes, as what multiplies the rows of matrices."""
-        return self.slope[layer].unsqueeze(2)
+        return self.slope[layer].unsqueeze(-2)
 
 
 @dataclass
 class _Adjoints:
-    """Derivatives of the weighed trace, by layer: in slopes, in bends, in ``V``, and in ``Q``."""
+    """Derivatives of the weighed trace, by layer: in slopes, in bends, in ``V``, and in ``Q``.
 
-    slope: dict[int, Tensor] = field(default_factory=dict)
+    Of what the trace is quadratic in half of them: a factor is free where they are added to others.
+    """
+
+    half_slope: dict[int, Tensor] = field(default_factory=dict)
     bend: dict[int, Tensor] = field(default_factory=dict)
-    matrix: dict[int, Tensor] = field(default_factory=dict)
+    half_matrix: dict[int, Tensor] = field(default_factory=dict)
     diagonal: dict[int, Tensor] = field(default_factory=dict)  # of S_l, the derivative in c_l
-    inner: Tensor | None = None  # the part of S_L from below, as the loss takes it
+    size: dict[int, Tensor] = field(default_factory=dict)  # in m_l
+    inner: Any = None  # the part of S_L from below, as the loss takes it
 
 
 class _Alone:
@@ -93,28 +106,29 @@ class _Alone:
 
     def __init__(self, units: _Units, loss: LogitCurvature | None, layers: range) -> None:
         self.units, self.loss, (self.layer,) = units, loss, layers
-        slope, c = units.slope[self.layer], units.c[self.layer]
+        c = units.c[self.layer]
+        self.slopes = units.squared(self.layer)
         self.traces: dict[int, Vectors] = {}
         total = None
         if loss is not None:
             self.squares = loss.squares(units.outgoing[self.layer])
-            total = slope.square() * self.squares
+            total = self.slopes * self.squares
         if c is not None:
             total = _add(total, c)
         if total is not None:
-            self.traces[self.layer] = total.sum(1, keepdim=True)
+            self.traces[self.layer] = total.sum(-2, keepdim=True)
 
-    def rise(self, size: list[Tensor], into: _Adjoints) -> None:
+    def rise(self, size: dict[int, Tensor], into: _Adjoints) -> None:
         """The adjoints, from the squared lengths ``m``."""
         units, layer, m = self.units, self.layer, size[self.layer]
         into.diagonal[layer] = m
         if self.loss is None:
             return
-        weighed = m * units.slope[layer]
         if units.bend[layer] is not None:
-            into.slope[layer] = 2 * weighed * self.squares
+            into.half_slope[layer] = m * units.slope[layer] * self.squares
         outgoing = units.outgoing[layer]
-        into.matrix[layer + 1], into.inner = self.loss.weigh(outgoing, weighed * units.slope[layer])
+        half, into.inner = self.loss.weigh(outgoing, m * self.slopes)
+        into.half_matrix[layer + 1] = half
 
 
 class _InFactors:
@@ -126,10 +140,9 @@ class _InFactors:
 
     def __init__(self, units: _Units, loss: LogitCurvature | None, layers: range) -> None:
         self.units, self.loss, self.layers = units, loss, layers
-        # By layer P = V J of J = diag(phi') P; and P Q above the lowest, which needs no more than
-        # the diagonal of P Q P^T.
+        # By layer P = V J; and above the lowest J = diag(phi') P.
         self.pulled: dict[int, Matrices] = {}
-        self.curved: dict[int, Matrices] = {}
+        self.jacobian: dict[int, Matrices] = {}
         self.near: dict[int, Vectors] = {}  # (V o V) c of the layer above
         self.traces: dict[int, Vectors] = {}
         for layer in reversed(layers):
@@ -138,24 +151,22 @@ class _InFactors:
                 if layer == layers[-1]:
                     pulled = loss.columns(outgoing)
                 else:
-                    pulled = _product(outgoing, units.rows(layer + 1) * self.pulled[layer + 1])
+                    pulled = _product(outgoing, self.jacobian[layer + 1])
                 self.pulled[layer] = pulled
                 if layer > layers[0]:
-                    self.curved[layer] = loss.times(pulled)
-                    total = (pulled * self.curved[layer]).sum(2)
-                else:
-                    total = self.squares = loss.quadratic(pulled)
+                    self.jacobian[layer] = units.rows(layer) * pulled
+                total = self.squares = loss.quadratic(pulled)  # kept of the lowest
             if layer < layers[-1] and (above := units.c[layer + 1]) is not None:
                 self.near[layer] = outgoing.square() @ above
                 total = _add(total, self.near[layer])
             if total is not None:
-                total = units.slope[layer].square() * total
+                total = units.squared(layer) * total
             if c is not None:
                 total = _add(total, c)
             if total is not None:
-                self.traces[layer] = total.sum(1, keepdim=True)
+                self.traces[layer] = total.sum(-2, keepdim=True)
 
-    def rise(self, size: list[Tensor], into: _Adjoints) -> None:
+    def rise(self, size: dict[int, Tensor], into: _Adjoints) -> None:
         """Go up with ``A = S J``, from the squared lengths ``m``."""
         units, last = self.units, self.layers[-1] if self.layers else -1
         carried: Matrices | None = None  # E^T A of the layer below
@@ -168,21 +179,21 @@ class _InFactors:
                 pulled, own = self.pulled[layer], m * slope
                 if carried is None:  # the lowest layer, where A = m J
                     if curves:
-                        into.slope[layer] = 2 * own * self.squares
-                    scaled = (own * slope).unsqueeze(2) * pulled
+                        into.half_slope[layer] = own * self.squares
+                    scaled = (own * slope).unsqueeze(-2) * pulled
                 else:
-                    product = torch.addcmul(carried, own.unsqueeze(2), pulled)
-                    if curves or layer == last:
-                        weighed = self.loss.times(product)
-                    if curves:
-                        into.slope[layer] = 2 * (weighed * pulled).sum(2)
+                    product = torch.addcmul(carried, own.unsqueeze(-2), pulled)
                     scaled = rows * product
+                    if curves:
+                        weighed = self.loss.times(product)
+                        into.half_slope[layer] = (weighed * pulled).sum(-2)
                 if layer == last:
-                    into.matrix[layer + 1] = 2 * (rows * weighed).sum(3)
-                    into.inner = self.loss.between(rows * pulled, product)
+                    weighed = self.loss.times(scaled)
+                    into.half_matrix[layer + 1] = self.loss.in_outgoing(weighed)
+                    into.inner = self.loss.between(pulled, scaled)
                 else:
-                    above = units.rows(layer + 1) * self.curved[layer + 1]
-                    into.matrix[layer + 1] = 2 * _gram(scaled, above)
+                    above = self.loss.times(self.jacobian[layer + 1])
+                    into.half_matrix[layer + 1] = _gram(scaled, above)
                     carried = _product(outgoing.mT, scaled)
             if layer == last:
                 break
@@ -196,10 +207,10 @@ class _InFactors:
         squares, above = slope.square() * m, units.c[layer + 1]
         assert above is not None  # noqa: S101 - which is why it is called
         if units.bend[layer] is not None:
-            more = 2 * m * slope * self.near[layer]
-            into.slope[layer] = _add(into.slope.get(layer), more)
-        more = 2 * outgoing * batched_matmul(squares, above.mT)
-        into.matrix[layer + 1] = _add(into.matrix.get(layer + 1), more)
+            more = m * slope * self.near[layer]
+            into.half_slope[layer] = _add(into.half_slope.get(layer), more)
+        more = outgoing * _matmul(squares, above.mT)
+        into.half_matrix[layer + 1] = _add(into.half_matrix.get(layer + 1), more)
         return outgoing.square().mT @ squares
 
 
@@ -216,48 +227,47 @@ class _InFull:
             outgoing, c, rows = units.outgoing[layer], units.c[layer], units.rows(layer)
             if layer < last:
                 half = _product(outgoing, self.whole[layer + 1])
-                across = self.across[layer] = _product(outgoing, half.transpose(1, 2))
-                matrices = rows * across * rows.transpose(1, 2)
+                across = self.across[layer] = _product(outgoing, half.transpose(-3, -2))
+                matrices = rows * across * rows.transpose(-3, -2)
             elif loss is not None:
                 self.pulled = loss.columns(outgoing)
-                self.curved = loss.times(self.pulled)
                 left = rows * self.pulled
-                matrices = _by_sample(left, (rows * self.curved).transpose(1, 2))
+                matrices = _by_sample(left, loss.times(left).transpose(-3, -2))
             else:
-                matrices = torch.zeros_like(rows * rows.transpose(1, 2))
+                matrices = torch.zeros_like(rows * rows.transpose(-3, -2))
             if c is not None:
-                matrices.diagonal(dim1=1, dim2=2).add_(c.mT)
+                matrices.diagonal(dim1=-3, dim2=-2).add_(c.mT)
             self.whole[layer] = matrices
-            self.traces[layer] = matrices.diagonal(dim1=1, dim2=2).sum(2).unsqueeze(1)
+            self.traces[layer] = matrices.diagonal(dim1=-3, dim2=-2).sum(-1).unsqueeze(-2)
 
-    def rise(self, size: list[Tensor], into: _Adjoints) -> None:
+    def rise(self, size: dict[int, Tensor], into: _Adjoints) -> None:
         """Go up with ``S``, from the squared lengths ``m``."""
         units, last = self.units, self.layers[-1]
         lowest = self.layers[0]
         matrices = torch.diag_embed(size[lowest].expand_as(units.slope[lowest]).mT)
-        matrices = matrices.permute(0, 2, 3, 1)
+        matrices = matrices.movedim(-3, -1)
         for layer in self.layers:
             rows, outgoing = units.rows(layer), units.outgoing[layer]
             curves = units.bend[layer] is not None
-            into.diagonal[layer] = matrices.diagonal(dim1=1, dim2=2).mT
+            into.diagonal[layer] = matrices.diagonal(dim1=-3, dim2=-2).mT
             if layer == last:
                 break
-            scaled = matrices * rows.transpose(1, 2)  # S diag(phi')
+            scaled = matrices * rows.transpose(-3, -2)  # S diag(phi')
             if curves:
-                into.slope[layer] = 2 * (scaled * self.across[layer]).sum(2)
+                into.half_slope[layer] = (scaled * self.across[layer]).sum(-2)
             # V^T diag(phi') S diag(phi')
             half = _product(outgoing.mT, rows * scaled)
-            into.matrix[layer + 1] = 2 * _gram(half.transpose(1, 2), self.whole[layer + 1])
-            matrices = _product(outgoing.mT, half.transpose(1, 2))
-            matrices.diagonal(dim1=1, dim2=2).add_(size[layer + 1].mT)
+            into.half_matrix[layer + 1] = _gram(half.transpose(-3, -2), self.whole[layer + 1])
+            matrices = _product(outgoing.mT, half.transpose(-3, -2))
+            matrices.diagonal(dim1=-3, dim2=-2).add_(size[layer + 1].mT)
         if self.loss is None:
             return
         jacobian = units.rows(last) * self.pulled
         product = _by_sample(matrices, jacobian)
         weighed = self.loss.times(product)
         if units.bend[last] is not None:
-            into.slope[last] = 2 * (weighed * self.pulled).sum(2)
-        into.matrix[last + 1] = 2 * (units.rows(last) * weighed).sum(3)
+            into.half_slope[last] = (weighed * self.pulled).sum(-2)
+        into.half_matrix[last + 1] = self.loss.in_outgoing(units.rows(last) * weighed)
         into.inner = self.loss.between(jacobian, product)
 
 
@@ -292,24 +302,25 @@ class TracePass:
         data: The samples.
 
     Attributes:
-        logits: ``(networks, K, samples)``.
+        logits: ``(networks, samples, K)``. What is made of them here does not hold them.
         trace: These samples' share of ``Tr H``, ``(networks,)``.
     """
 
     def __init__(self, arch: Architecture, layers: Sequence[Layer], data: Data) -> None:
         self.arch, self.layers = arch, layers
         self.top, self.lowest = len(layers) - 1, arch.lowest
+        if layers[0][0].ndim == 2:
+            data = data.of_the_one_network()
         self.units = units = _Units([data.x.mT], [], [], [], [v.mT for v, _ in layers[1:]])
-        a = _affine(layers[0], units.z[0])
-        for activation, layer in zip(arch.activations, layers[1:], strict=True):
-            value, slope, bend, twist = _activate(activation, a)
+        for activation, layer in zip(arch.activations, layers[:-1], strict=True):
+            value, slope, bend, twist = _activate(activation, _affine(layer, units.z[-1]))
             units.z.append(value)
             units.slope.append(slope)
             units.bend.append(bend)
             units.twist.append(twist)
-            a = _affine(layer, value)
-        self.logits = a
-        self.loss = at_logits(arch.loss, a, data)
+            units.zero_or_one.append(activation.negative_slope == 0)
+        self.logits = _logits(layers[-1], units.z[-1])
+        self.loss = at_logits(arch.loss, self.logits.mT, data)
         self._bend_down()
         between = range(self.lowest, self.top)
         far = bends_in_full(arch)
@@ -319,20 +330,33 @@ class TracePass:
         self.traces = dict(self.curves.traces)
         if curvature is not None:
             self.traces[self.top] = curvature.trace()
-        self.sizes = [self._size(layer) for layer in range(self.top + 1)]
-        total = a.new_zeros(a.shape[0])
-        for index, trace in self.traces.items():
-            total = total + (self.sizes[index] * trace).sum((1, 2))
+        self.sizes = {layer: self._size(layer) for layer in range(self.lowest, self.top + 1)}
+        shares = [(self.sizes[layer] * trace).sum((-2, -1)) for layer, trace in self.traces.items()]
+        total = shares[0] if shares else self.logits.new_zeros(self.logits.shape[:-2])
+        for share in shares[1:]:
+            total = total + share
         self.trace: PerNetwork = total
+
+    def hand_out(self) -> tuple[Tensor, PerNetwork]:
+        """The logits and the trace, which the pass no longer holds.
+
+        As outputs of a function that holds the pass they would be in a circle with it, until these
+        are collected.
+        """
+        logits, trace = self.logits, self.trace
+        del self.logits, self.trace
+        return logits, trace
 
     def _size(self, layer: int) -> Vectors:
         """``m_l``."""
         z, arch = self.units.z[layer], self.arch
         bias = float(arch.rows[layer].start == 0 and arch.trains(layer))
         if not arch.trains_beyond_bias(layer):
-            return z.new_full((1, 1, z.shape[2]), bias)
-        # No temporary of all inputs, as their squares would be.
-        length: Tensor = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+            return z.new_full((1, z.shape[-1]), bias)
+        if layer:
+            return z.square().sum(-2, keepdim=True).add_(bias)
+        # No temporary of all inputs, as their squares would be. Across rows it takes far longer.
+        length: Tensor = torch.linalg.vector_norm(z, dim=-2, keepdim=True)
         return length.square_().add_(bias)
 
     def _bend_down(self) -> None:
@@ -352,50 +376,64 @@ class TracePass:
             units.c[layer] = None if bend is None else bend * beta
 
     def gradient(
-        self, weight: PerNetwork, logits: Vectors | None = None, *, everywhere: bool = False
+        self,
+        weight: PerNetwork | None,
+        logits: Vectors | None = None,
+        *,
+        everywhere: bool = False,
     ) -> tuple[list[Layer | None], Vectors | None]:
         """The gradient of ``weight Tr H``, and of ``<logits, the logits>`` beside it.
 
         Args:
-            weight: One for each network.
-            logits: An adjoint of the logits.
+            weight: One for each network. Without it, this is the backward pass of the logits.
+            logits: An adjoint of the logits, samples last.
             everywhere: Whether that in layers below all that are trained, and in the data, is
                 wanted, too; else it is None.
 
         Returns:
             For each layer, and that in the data.
         """
-        units, adjoints = self.units, _Adjoints()
-        weight = weight[:, None, None]
-        sizes = [weight * size for size in self.sizes]
-        self.curves.rise(sizes, adjoints)
-        residual = self._bend_up(adjoints)
-        alone = sizes[self.top]
-        if self.arch.matrix == "residual":
-            alone = torch.zeros_like(alone)
-        a = self.loss.chain(residual, alone, adjoints.inner)
-        a = a if logits is None else a + logits
+        units, adjoints, a = self.units, _Adjoints(), logits
+        if weight is not None:
+            a = self._rise(weight, adjoints, everywhere=everywhere)
+            a = a if logits is None else a.add_(logits)
+        assert a is not None  # noqa: S101 - there is something to differentiate
         result: list[Layer | None] = [None] * (self.top + 1)
         for layer in range(self.top, -1, -1):
             (matrix, bias), z = self.layers[layer], units.z[layer]
-            part = batched_matmul(a, z.mT)
-            if layer in adjoints.matrix:
-                part += adjoints.matrix[layer].mT
-            result[layer] = part, None if bias is None else a.sum(2, keepdim=True)
+            if layer in adjoints.half_matrix:
+                part = _add_outer(adjoints.half_matrix[layer].mT, a, z)
+            else:
+                part = _matmul(a, z.mT)
+            result[layer] = part, None if bias is None else a.sum(-1, keepdim=True)
             if layer == self.lowest and not everywhere:
                 break
             below = matrix.mT @ a
-            if layer in self.traces and self.arch.trains_beyond_bias(layer):
-                below = below + (2 * weight * self.traces[layer]) * z
+            if layer in adjoints.size:
+                below.addcmul_(adjoints.size[layer], z, value=2)
             if layer == 0:
                 return result, below
-            a = units.slope[layer - 1] * below
+            a = below.mul_(units.slope[layer - 1])
             bend, twist = units.bend[layer - 1], units.twist[layer - 1]
-            if bend is not None and layer - 1 in adjoints.slope:
-                a = a + adjoints.slope[layer - 1] * bend
+            if bend is not None and layer - 1 in adjoints.half_slope:
+                a.addcmul_(adjoints.half_slope[layer - 1], bend, value=2)
             if twist is not None and layer - 1 in adjoints.bend:
-                a = a + adjoints.bend[layer - 1] * twist
+                a.addcmul_(adjoints.bend[layer - 1], twist)
         return result, None
+
+    def _rise(self, weight: PerNetwork, adjoints: _Adjoints, *, everywhere: bool) -> Vectors:
+        """The adjoint of the logits from that of the trace, and all others on the way."""
+        weight = weight[..., None, None]
+        sizes = {layer: weight * size for layer, size in self.sizes.items()}
+        self.curves.rise(sizes, adjoints)
+        for layer, trace in self.traces.items():
+            # The units that come into the lowest layer are no function of what is trained.
+            if self.arch.trains_beyond_bias(layer) and (everywhere or layer > self.lowest):
+                adjoints.size[layer] = weight * trace
+        alone = sizes[self.top]
+        if self.arch.matrix == "residual":
+            alone = torch.zeros_like(alone)
+        return self.loss.chain(self._bend_up(adjoints), alone, adjoints.inner)
 
     def _bend_up(self, adjoints: _Adjoints) -> Vectors | None:
         """The adjoint of ``r``, and on the way to it those of slopes, bends and weights."""
@@ -409,11 +447,11 @@ class TracePass:
                 in_beta = _add(in_beta, in_c * bend)
                 if in_g is not None:
                     more = beta * in_g
-                    adjoints.slope[layer] = _add(adjoints.slope.get(layer), more)
+                    adjoints.half_slope[layer] = _add_half(adjoints.half_slope.get(layer), more)
             assert in_beta is not None  # noqa: S101 - the lowest has a bend
             in_g = units.outgoing[layer].mT @ in_beta
             more = in_beta @ self.g[layer + 1].mT
-            adjoints.matrix[layer + 1] = _add(adjoints.matrix.get(layer + 1), more)
+            adjoints.half_matrix[layer + 1] = _add_half(adjoints.half_matrix.get(layer + 1), more)
         return in_g
 
 
@@ -424,32 +462,58 @@ def _activate(
     below = activation.negative_slope
     if below is None:
         return activation(a)
-    slope = (a > 0).to(a.dtype)
-    if below:
-        slope.masked_fill_(slope == 0, below)
+    if below == 0:
+        value = a.relu()
+        return value, value.sign(), None, None
+    # Far faster than a comparison, whose result is of another type.
+    slope = a.sign().clamp_min_(0)
+    slope = torch.where(slope == 0, below, slope) if below != 1 else torch.ones_like(slope)
     return a * slope, slope, None, None
 
 
 def _affine(layer: Layer, z: Vectors) -> Vectors:
     matrix, bias = layer
-    a = batched_matmul(matrix, z)
+    if bias is not None and z.ndim == 2:
+        return torch.addmm(bias, matrix, z)
+    a = _matmul(matrix, z)
     return a if bias is None else a.add_(bias)
+
+
+def _logits(layer: Layer, z: Vectors) -> Tensor:
+    """The last layer's, sample after sample, as a criterion takes them."""
+    matrix, bias = layer
+    return _affine((z.mT, None if bias is None else bias.mT), matrix.mT)
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right if left.ndim == 2 else batched_matmul(left, right)
+
+
+def _add_outer(total: Tensor, a: Vectors, z: Vectors) -> Tensor:
+    """``2 total + a @ z^T``, where ``z`` may be shared by all networks."""
+    if a.shape[:-2] == z.shape[:-2]:
+        return add_product(total, a, z.mT, beta=2)
+    return torch.add(batched_matmul(a, z.mT), total, alpha=2)
 
 
 def _add(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total + more
 
 
+def _add_half(total: Tensor | None, more: Tensor) -> Tensor:
+    return 0.5 * more if total is None else torch.add(total, more, alpha=0.5)
+
+
 def _product(left: Tensor, right: Matrices) -> Matrices:
     """``left @ right`` of each sample, with one ``left`` for all."""
-    return (left @ right.flatten(2)).view(*left.shape[:2], *right.shape[2:])
+    return (left @ right.flatten(-2)).view(*left.shape[:-1], *right.shape[-2:])
 
 
 def _by_sample(left: Matrices, right: Matrices) -> Matrices:
     """``left @ right`` of each sample."""
-    return (left.permute(0, 3, 1, 2) @ right.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return (left.movedim(-1, -3) @ right.movedim(-1, -3)).movedim(-3, -1)
 
 
 def _gram(left: Matrices, right: Matrices) -> Tensor:
     """``left @ right^T`` of each sample, summed."""
-    return left.flatten(2) @ right.flatten(2).mT
+    return left.flatten(-2) @ right.flatten(-2).mT

@@ -27,7 +27,8 @@ def logits_and_trace(
 ) -> tuple[Tensor, Tensor]:
     """The logits, ``(networks, samples, K)``, and ``Tr H`` of each network.
 
-    Both can be differentiated once in the weights.
+    Of a network as PyTorch's layers have it, without that dimension. Both can be differentiated
+    once in the weights; one alone at its own price, that of a plain backward pass for the logits.
     """
     flat = [part for each in given for part in (each if isinstance(each, tuple) else (each,))]
     logits, trace = _LogitsAndTrace.apply(arch, data, *flat)  # type: ignore[no-untyped-call]
@@ -39,7 +40,7 @@ def _layers(arch: Architecture, flat: Sequence[Tensor | None]) -> list[Layer]:
         return [split(weight) for weight in flat if weight is not None]
     pairs = zip(flat[::2], flat[1::2], strict=True)
     return [
-        (weight.unsqueeze(0), None if bias is None else bias[None, :, None])
+        (weight, None if bias is None else bias.unsqueeze(1))
         for weight, bias in pairs
         if weight is not None
     ]
@@ -56,14 +57,31 @@ class _LogitsAndTrace(Function):
         ctx.save_for_backward(data.x, data.y, *flat)
         ctx.passed, ctx.joined = passed, len(flat) == len(arch.rows)
         ctx.set_materialize_grads(False)
-        # Copies: outputs that the pass holds would hold it in turn, until cycles are collected.
-        logits = passed.logits.mT.clone(memory_format=torch.contiguous_format)
-        return logits, passed.trace.clone()
+        return passed.hand_out()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.saved_tensors  # noqa: B018 - raises if one has changed, or the graph is freed
+        if not torch.is_grad_enabled():  # nobody will differentiate it
+            return None, None, *_gradient(ctx.passed, ctx.joined, *grads)
         return None, None, *_Gradient.apply(ctx.passed, ctx.joined, *grads)  # type: ignore[no-untyped-call]
+
+
+def _gradient(
+    passed: TracePass,
+    as_joined: bool,  # noqa: FBT001 - autograd functions take their arguments by position
+    logits: Tensor | None,
+    trace: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    with full_precision(passed.layers[0][0]):
+        found, _ = passed.gradient(trace, None if logits is None else logits.mT)
+    if as_joined:
+        return tuple(None if part is None else joined(part) for part in found)
+    flat: list[Tensor | None] = []
+    for part in found:
+        matrix, bias = part or (None, None)
+        flat += [matrix, None if bias is None else bias.squeeze(1)]
+    return tuple(flat)
 
 
 class _Gradient(Function):
@@ -77,17 +95,7 @@ class _Gradient(Function):
         logits: Tensor | None,
         trace: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        weight = torch.zeros_like(passed.trace) if trace is None else trace
-        with full_precision(weight):
-            found, _ = passed.gradient(weight, None if logits is None else logits.mT)
-        if as_joined:
-            return tuple(None if part is None else joined(part) for part in found)
-        flat: list[Tensor | None] = []
-        for part in found:
-            matrix, bias = part or (None, None)
-            flat.append(None if matrix is None else matrix.squeeze(0))
-            flat.append(None if bias is None else bias.view(-1))
-        return tuple(flat)
+        return _gradient(passed, as_joined, logits, trace)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004

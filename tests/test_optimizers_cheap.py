@@ -163,7 +163,7 @@ WAYS = [
 ]
 
 
-def sam_of(model, base, **settings):
+def sam_of(model, base, /, **settings):
     kind, of_base = BASES[base]
     return lowland.SAM(model.parameters(), kind, **settings, **of_base)
 
@@ -640,7 +640,7 @@ def test_the_curvature_of_scaled_micro_batches_is_that_of_the_loss():
 
 
 @pytest.mark.parametrize("way", ["two calls", "clipped", "trainer's scaler", "overflow"])
-def test_a_curvature_that_cannot_be_known_is_none(way):
+def test_a_curvature_that_cannot_be_known_is_not_given(way):
     model, loss_of = problem()
     sam = sam_of(model, "SGD", measure=True)
     closure, backward = both_of(model, loss_of, sam)
@@ -655,7 +655,7 @@ def test_a_curvature_that_cannot_be_known_is_none(way):
         )
     else:
         drive(way, sam, closure, backward)
-    assert sam.curvature is None
+    assert sam.curvature.isnan() if way == "trainer's scaler" else sam.curvature is None
     sam.zero_grad()
     sam.step(closure)
     assert sam.curvature is not None

@@ -40,11 +40,15 @@ def families(groups: Groups, vector: Vector) -> list[Family]:
         for p in group["params"]:
             value = vector(p)
             if value is not None:
-                key = (index, p.device, p.dtype, layout(p))
-                family = found.setdefault(key, Family(group, layout(p), [], [], []))
+                how, weight = layout(p), p
+                if how is not None:
+                    weight, value = local(p), local_like(value, p)
+                key = (index, p.device, p.dtype, how)
+                if key not in found:
+                    found[key] = Family(group, how, [], [], [])
+                family = found[key]
                 family.parameters.append(p)
-                family.weights.append(local(p))
-                value = local_like(value, p)
+                family.weights.append(weight)
                 family.values.append(value.to_dense() if value.is_sparse else value)
     return list(found.values())
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowland._active import window
-from lowland._displacement import Displacement, inner, norm
+from lowland._displacement import Displacement, families, inner, norm
 from lowland._leftovers import Leftovers, amount, nonzero
 from lowland._orthogonal import Orthogonal, copied, gradient
 from lowland._sharding import is_flattened, is_spread, local
@@ -116,9 +116,9 @@ class SAM(Optimizer):
             where ``rho`` is small against how fast that changes. A scalar tensor, for which nothing
             waits; with micro-batches their mean. None where there is none to be had: before and
             between such steps, after :meth:`first_step` and :meth:`second_step`, where a closure
-            changes gradients after its backward pass, as by clipping, and where a gradient scaler
-            leaves the step out. With :meth:`accumulate` it needs the constructor's ``scaler``, if
-            there is one.
+            changes gradients after its backward pass, as by clipping, where ``fully_shard`` keeps it
+            from being seen whether one does, and where a gradient scaler leaves the step out. Not a number, if gradients were changed after :meth:`accumulate`,
+            as by a scaler that the constructor does not know.
 
     Notes:
         A step costs two gradients, and with ``perturb="momentum"``, or outside ``active``, one.
@@ -263,7 +263,7 @@ class SAM(Optimizer):
         self._nothing = torch.zeros(())
         self._plain: dict[Tensor, Tensor] = {}  # gradients at the weights, where both are needed
         self._curvatures: list[Tensor | None] = []
-        self._versions: dict[Tensor, int] = {}  # of gradients that were accumulated
+        self._length = torch.zeros(())  # of accumulated gradients, where curvature is measured
         self._ascent = _Part(self, self._move)
         self._descent = _Part(self, self._descend)
 
@@ -396,9 +396,8 @@ class SAM(Optimizer):
         if closure is None:
             if self._stage not in ("back", "gathered"):
                 raise RuntimeError(_ONE_GRADIENT)
-            now = {g: g._version for g in self._gradients()}  # noqa: SLF001 - has no public name
-            if self._stage == "gathered" and self.scaler is None and now != self._versions:
-                self._curvatures = [None]  # of gradients that may have been unscaled since
+            if self._stage == "gathered":
+                self._doubt_scale()
             self._stage = "at rest"
             self._descend()
             return None
@@ -471,7 +470,8 @@ class SAM(Optimizer):
         self.curvature = None
         loss = self._add(closure, model, self.scaler)
         self._stage = "gathered"
-        self._versions = {g: g._version for g in self._gradients()}  # noqa: SLF001 - no public name
+        if self._curvatures:
+            self._length = self._gradient_length()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 - as its base's
@@ -678,9 +678,9 @@ class SAM(Optimizer):
 
     def _move(self) -> None:
         """Keep the weights and add ``epsilon`` to them."""
-        norm = self._displacement.move(self.param_groups, gradient)
-        if norm is not None:
-            self._nothing = norm - norm  # NaN where a gradient is not finite
+        length = self._displacement.move(self.param_groups, gradient)
+        if length is not None:
+            self._nothing = length - length  # NaN where a gradient is not finite
         self._stage = "moved"
 
     def _return(self) -> None:
@@ -710,6 +710,16 @@ class SAM(Optimizer):
             if slope is not None:
                 square = norm(self._displacement.way()).square()
                 self._curvatures = [(self._slope(scaled_by) - slope) / square]
+
+    @torch.no_grad()
+    def _gradient_length(self) -> Tensor:
+        return norm(families(self.param_groups, gradient))
+
+    def _doubt_scale(self) -> None:
+        """Let no curvature stand of gradients that were unscaled by who knows what."""
+        if any(each is not None for each in self._curvatures) and self.scaler is None:
+            same = self._gradient_length() == self._length
+            self._curvatures.append(torch.where(same, 0.0, torch.nan).to(self._length))
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])

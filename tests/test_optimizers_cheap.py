@@ -289,6 +289,16 @@ def test_outside_of_some_steps_it_is_the_base_optimizer(settings, expected, shar
     assert torch.equal(flat(model), flat(plain))
 
 
+def test_a_share_of_one_has_no_end():
+    model, loss_of = problem()
+    sam = sam_of(model, "SGD", active=(0.5, 1.0), total_steps=4)
+    counts = []
+    for _ in range(6):
+        counts.append(sam.gradients)
+        sam.step(counted(model, loss_of, sam)[0])
+    assert counts == [1, 1, 2, 2, 2, 2]
+
+
 @pytest.mark.usefixtures("as_installed")
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -639,7 +649,9 @@ def test_the_curvature_of_scaled_micro_batches_is_that_of_the_loss():
         torch.testing.assert_close(second, results[1], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("way", ["two calls", "clipped", "trainer's scaler", "overflow"])
+@pytest.mark.parametrize(
+    "way", ["two calls", "clipped", "clipped at last", "trainer's scaler", "overflow"]
+)
 def test_a_curvature_that_cannot_be_known_is_not_given(way):
     model, loss_of = problem()
     sam = sam_of(model, "SGD", measure=True)
@@ -649,6 +661,15 @@ def test_a_curvature_that_cannot_be_known_is_not_given(way):
     sam.zero_grad()
     if way == "clipped":
         sam.step(lambda: (closure(), nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
+    elif way == "clipped at last":
+        lengths = iter([math.inf, 0.1])
+
+        def clipping():
+            closure()
+            if (length := next(lengths)) < math.inf:
+                nn.utils.clip_grad_norm_(model.parameters(), length)
+
+        sam.step(clipping)
     elif way == "overflow":
         drive(
             "scaler", sam, None, lambda scaler: scaler.scale(math.inf * loss_of(model)).backward()

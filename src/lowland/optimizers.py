@@ -116,9 +116,10 @@ class SAM(Optimizer):
             where ``rho`` is small against how fast that changes. A scalar tensor, for which nothing
             waits; with micro-batches their mean. None where there is none to be had: before and
             between such steps, after :meth:`first_step` and :meth:`second_step`, where a closure
-            changes gradients after its backward pass, as by clipping, where ``fully_shard`` keeps it
-            from being seen whether one does, and where a gradient scaler leaves the step out. Not a number, if gradients were changed after :meth:`accumulate`,
-            as by a scaler that the constructor does not know.
+            changes gradients after its backward pass, as by clipping, where ``fully_shard`` keeps
+            it from being seen whether one does, and where a gradient scaler leaves the step out.
+            Not a number, if gradients were changed after :meth:`accumulate`, as by a scaler that
+            the constructor does not know.
 
     Notes:
         A step costs two gradients, and with ``perturb="momentum"``, or outside ``active``, one.
@@ -774,7 +775,7 @@ class SAM(Optimizer):
         super().load_state_dict(state_dict | {"state": state, "param_groups": groups})
         indices = (index for group in groups for index in group["params"])
         self._orthogonal.unit = {
-            p: units[index].detach().to(p.device, p.dtype, copy=True)
+            p: units[index].detach().to(p.device, p.dtype)
             for index, p in zip(indices, self._parameters(), strict=True)
             if index in units
         }

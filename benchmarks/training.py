@@ -99,22 +99,26 @@ def plain(network: Network) -> Step:
     return step
 
 
-def sam(network: Network, *, adaptive: bool = False) -> Step:
-    optimizer = lowland.SAM(
-        network.model.parameters(), torch.optim.SGD, adaptive=adaptive, **SETTINGS
-    )
+def sam(**settings: object) -> Callable[[Network], Step]:
+    """A step with SAM; of one that looks nearby in some steps only, as many as until then."""
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = network.loss()
-        loss.backward()
-        return loss
+    def build(network: Network) -> Step:
+        model = network.model
+        optimizer = lowland.SAM(model.parameters(), torch.optim.SGD, **SETTINGS, **settings)
 
-    return lambda: optimizer.step(closure, model=network.model)
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = network.loss()
+            loss.backward()
+            return loss
 
+        def step() -> None:
+            for _ in range(optimizer.every):
+                optimizer.step(closure, model=model)
 
-def adaptive_sam(network: Network) -> Step:
-    return sam(network, adaptive=True)
+        return step
+
+    return build
 
 
 def estimated(kind: type[Penalty], **settings: object) -> Callable[[Network], Step]:
@@ -168,8 +172,10 @@ class Job:
 
 
 JOBS = {
-    "SAM": Job(sam, 2.05),
-    "SAM, adaptive": Job(adaptive_sam),
+    "SAM": Job(sam(), 2.05),
+    "SAM, adaptive": Job(sam(adaptive=True)),
+    "SAM, momentum": Job(sam(perturb="momentum"), 1.1),
+    "SAM, every 5 (LookSAM)": Job(sam(every=5), steps=5),
     "Tr H², by hand": Job(by_hand),
     "Tr H², exact": Job(estimated(lowland.FlatnessAware), 5.5),
     "HSR, exact": Job(estimated(lowland.HSR), 5.5),

@@ -1281,10 +1281,12 @@ def test_a_compiled_model_trains_like_the_model(backend):
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_joined_batch(tmp_path):
-    counts = (1, 3)
-    results = two_processes.run(parallel_training.several, tmp_path, counts)
-    model, x, y = parallel_training.problem()
-    expected = parallel_training.train(model, [(x, y)])
-    for rank in range(2):
-        for case in range(len(counts)):
-            torch.testing.assert_close(results[rank][case], expected, rtol=1e-10, atol=1e-12)
+    kinds = [{}, {"perturb": "momentum"}, {"every": 2, "measure": True}, {"active": (1, 2)}]
+    cases = [(count, settings) for settings in kinds for count in (1, 3)]
+    results = two_processes.run(parallel_training.several, tmp_path, cases)
+    for index, (_, settings) in enumerate(cases):
+        model, x, y = parallel_training.problem()
+        expected = parallel_training.train(model, [(x, y)], **settings)
+        assert ("curvature" in expected) == ("measure" in settings)
+        for rank in range(2):
+            torch.testing.assert_close(results[rank][index], expected, rtol=1e-9, atol=1e-11)

@@ -36,11 +36,16 @@ def local(tensor: Any) -> Tensor:
     return part
 
 
-def local_like(tensor: Any, p: Any) -> Tensor:
-    """The part that lies here of a tensor when it lies as a parameter does."""
+def like(tensor: Any, p: Any) -> Any:
+    """A tensor as it lies where a parameter does."""
     if layout(tensor) != layout(p):
         tensor = tensor.redistribute(p.device_mesh, p.placements)
-    return local(tensor)
+    return tensor
+
+
+def local_like(tensor: Any, p: Any) -> Tensor:
+    """The part that lies here of a tensor when it lies as a parameter does."""
+    return local(like(tensor, p))
 
 
 def sum_over_parts(here: Tensor, how: Any) -> Tensor:

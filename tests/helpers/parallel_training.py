@@ -15,10 +15,12 @@ def problem():
     return model, torch.randn(24, 4).double(), torch.rand(24, 1).double().round()
 
 
-def train(model, micro_batches):
+def train(model, micro_batches, **settings):
     """Three steps on the mean loss over micro-batches of equal size; the weights that result."""
     criterion = nn.BCEWithLogitsLoss()
-    optimizer = lowland.SAM(model.parameters(), torch.optim.SGD, 0.3, lr=0.5, momentum=0.9)
+    optimizer = lowland.SAM(
+        model.parameters(), torch.optim.SGD, 0.3, lr=0.5, momentum=0.9, **settings
+    )
     *early, last = micro_batches
 
     def backward(x, y):
@@ -35,17 +37,20 @@ def train(model, micro_batches):
 
     for _ in range(3):
         optimizer.step(closure, model=model)
-    return {name: value.detach() for name, value in model.state_dict().items()}
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    if optimizer.curvature is not None:
+        weights["curvature"] = optimizer.curvature
+    return weights
 
 
-def in_parallel(rank, micro_batches):
+def in_parallel(rank, micro_batches, settings):
     model, x, y = problem()
     part = slice(rank, None, 2)  # every second sample
     pairs = zip(x[part].chunk(micro_batches), y[part].chunk(micro_batches), strict=True)
-    weights = train(DistributedDataParallel(model), list(pairs))
+    weights = train(DistributedDataParallel(model), list(pairs), **settings)
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
-def several(rank, counts):
+def several(rank, cases):
     """One start of the processes for several trainings, since starting takes the time."""
-    return [in_parallel(rank, micro_batches) for micro_batches in counts]
+    return [in_parallel(rank, *case) for case in cases]

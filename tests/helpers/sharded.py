@@ -46,13 +46,13 @@ def sam_of(model, **settings):
     return lowland.SAM(model.parameters(), torch.optim.SGD, 0.3, lr=0.5, momentum=0.9, **settings)
 
 
-def train(rank, sharding, adaptive, way):
+def train(rank, sharding, adaptive, way, **settings):
     """Three steps, and the whole weights that result; or what was said instead."""
     model, x, y = parallel_training.problem()
     model = SHARDINGS[sharding](model)
     if sharding != "tensor parallel":
         x, y = x[rank::2], y[rank::2]
-    sam = sam_of(model, adaptive=adaptive)
+    sam = sam_of(model, adaptive=adaptive, **settings)
 
     def closure(part=None):
         if way in ("zero", "zero in place"):
@@ -72,11 +72,24 @@ def train(rank, sharding, adaptive, way):
                 sam.step(closure, micro_batches=2 if way == "micro-batches" else None)
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    if sam.curvature is not None:
+        weights["curvature"] = sam.curvature
+    if settings.get("every"):
+        take_up(sam, sam_of(model, adaptive=adaptive, **settings))
+    return weights
+
+
+def take_up(sam, fresh):
+    """A state of shards goes to another optimizer of theirs."""
+    fresh.load_state_dict(sam.state_dict())
+    for p, unit in sam._orthogonal.unit.items():
+        assert type(unit) is type(p.data)
+        assert fresh._orthogonal.unit[p].full_tensor().equal(unit.full_tensor())
 
 
 def trainings(rank, cases):
-    return [train(rank, *case) for case in cases]
+    return [train(rank, *case, **settings) for *case, settings in cases]
 
 
 def calls_of(model, x, y):

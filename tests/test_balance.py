@@ -550,7 +550,7 @@ def test_an_overflow_in_half_precision_leaves_the_penalty_out_and_the_loss_as_it
         ({"weight": 1, "samples": 1.5}, ValueError, "samples must be a whole number of samples"),
         ({"weight": 1, "samples": "a"}, TypeError, "samples must be a number of samples"),
         ({"weight": 1, "total_steps": 0}, ValueError, "total_steps must be a whole number"),
-        ({"weight": 1, "active": (0.5, 2), "total_steps": 9}, ValueError, "as shares of these"),
+        ({"weight": 1, "active": (0.5, 2), "total_steps": 9}, ValueError, "a pair of shares"),
         ({"weight": 1, "active": (2, 1)}, ValueError, "active must be"),
         ({"weight": 1, "active": ("a", 1)}, ValueError, "active must be"),
     ],

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowland._active import window
 from lowland._batches import one_batch
 from lowland._call import call
 from lowland._carried import carried
 from lowland._sampling import WHOLE, Part, Window, check_samples
-from lowland._schedule import span
 from lowland.balance import LIMIT, Balance, PenaltyReport, check_balance
 from lowland.criteria import Criterion, scalar_loss
 from lowland.gradients import Gradients, both_gradients
@@ -82,7 +82,7 @@ class Penalty(nn.Module, ABC):
         subset = None if parameters is None else tuple(parameters)
         if subset == ():
             raise ValueError("parameters= must name at least one parameter; got none")
-        self._span = span(active, total_steps)
+        self._first, self._last = window(active, total_steps)
         self.criterion = criterion
         self.weight, self.strength, self.limit, self.samples = weight, strength, limit, samples
         # Not in a list of nn.Module's own: they are the model's to move and to save.
@@ -270,9 +270,9 @@ class Penalty(nn.Module, ABC):
         """How many steps this call stands for; None if it applies nothing."""
         if not self.training:
             return 1
-        call, (start, _) = self.calls, self._span
+        call = self.calls
         self.calls += 1
-        if self._span.holds(call) and (call - start) % self.every == 0:
+        if self._first <= call < self._last and (call - self._first) % self.every == 0:
             return self.every
         return None
 

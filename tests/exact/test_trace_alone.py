@@ -85,7 +85,7 @@ def problems(draw):
 @given(problems())
 def test_loss_and_trace_are_those_of_brute_force(problem):
     model, criterion, data = problem
-    penalty = lowland.HessianTrace(criterion, 0.3, method="exact")
+    penalty = lowland.HessianTrace(criterion, 0.3, method="exact", limit=1e9)
     require_same(ours(penalty, model, *data), by_hand(model, criterion, *data, 0.3), 1e-9)
 
 
@@ -195,7 +195,7 @@ def test_nothing_is_left_from_the_call_before(name):
     change = dict(changes())[name]
     model, criterion = network((3, 5, 4, 3), (nn.Tanh, nn.LeakyReLU)), nn.CrossEntropyLoss()
     model[4].bias.requires_grad_(requires_grad=False)
-    penalty = lowland.HessianTrace(criterion, 0.3, method="exact")
+    penalty = lowland.HessianTrace(criterion, 0.3, method="exact", limit=1e9)
     data = batch(criterion, 3, 3)
     before, _ = ours(penalty, model, *data)
     change(model, criterion)
@@ -208,7 +208,7 @@ def test_nothing_is_left_from_the_call_before(name):
 def test_a_model_that_has_changed_is_refused(name):
     change, why = {name: rest for name, *rest in obstacles()}[name]
     model, criterion = network((3, 5, 5, 3), (nn.Tanh, nn.LeakyReLU)), nn.CrossEntropyLoss()
-    penalty, data = lowland.HessianTrace(criterion, 0.3, method="exact"), batch(CE, 3, 3)
+    penalty, data = lowland.HessianTrace(criterion, 0.3, method="exact", limit=1e9), batch(CE, 3, 3)
     ours(penalty, model, *data)
     change(model, criterion)
     with pytest.raises((lowland.UnsupportedModelError, ValueError, TypeError), match=why):
@@ -258,7 +258,7 @@ def test_nothing_of_the_logits_is_kept_that_a_criterion_may_write_to():
 
 def test_batches_and_types_may_change():
     model = network((3, 5, 3), (nn.Tanh,))
-    penalty = lowland.HessianTrace(CE, 0.3, method="exact")
+    penalty = lowland.HessianTrace(CE, 0.3, method="exact", limit=1e9)
     for samples in (6, 1, 9):
         data = batch(CE, 3, 3, samples)
         require_same(ours(penalty, model, *data), by_hand(model, CE, *data, 0.3))
@@ -285,7 +285,7 @@ def test_pieces_of_a_batch_give_what_the_whole_gives(kinds):
             high = middle
     assert setup.logits_and_trace(low) is None
     whole, pieces = (
-        ours(lowland.HessianTrace(CE, 0.3, method="exact", memory_budget=budget), model, *data)
+        ours(lowland.HessianTrace(CE, 0.3, method="exact", memory_budget=budget, limit=1e9), model, *data)
         for budget in (1 << 28, low)
     )
     require_same(pieces, whole)
@@ -293,7 +293,7 @@ def test_pieces_of_a_batch_give_what_the_whole_gives(kinds):
 
 def test_it_is_differentiated_once_and_no_tensor_may_change_before_that():
     model = network((3, 5, 3), (nn.Tanh,))
-    penalty, data = lowland.HessianTrace(CE, 0.3, method="exact"), batch(CE, 3, 3)
+    penalty, data = lowland.HessianTrace(CE, 0.3, method="exact", limit=None), batch(CE, 3, 3)
     first, second = (
         torch.autograd.grad(total, list(model.parameters()), retain_graph=True)
         for total in [penalty.loss(model, *data)] * 2
@@ -326,7 +326,7 @@ def test_what_a_step_held_is_free_without_the_collector(monkeypatch):
     gc.collect()
     gc.disable()
     try:
-        lowland.HessianTrace(CE, 0.3, method="exact").loss(model, *data).backward()
+        lowland.HessianTrace(CE, 0.3, method="exact", limit=1e9).loss(model, *data).backward()
         assert made
         assert made[0]() is None
     finally:
@@ -335,7 +335,7 @@ def test_what_a_step_held_is_free_without_the_collector(monkeypatch):
 
 def test_the_loss_is_in_parameters_too_that_the_trace_is_not_in():
     model, data = network((3, 5, 3), (nn.Tanh,)), batch(CE, 3, 3)
-    head = lowland.HessianTrace(CE, 0.3, method="exact", parameters=model[2].parameters())
+    head = lowland.HessianTrace(CE, 0.3, method="exact", parameters=model[2].parameters(), limit=1e9)
     head.loss(model, *data).backward()
     found = model[0].weight.grad
     (expected,) = torch.autograd.grad(CE(model(data[0]), data[1]), model[0].weight)
@@ -349,7 +349,7 @@ def test_of_fitted_samples_single_precision_keeps_its_digits(kinds):
     with torch.no_grad():
         model[-1].bias.copy_(torch.tensor([0.0, 20.0, 1.0]))
     x, y = torch.randn(8, 3).double(), torch.ones(8, dtype=torch.long)
-    penalty = lowland.HessianTrace(CE, 1.0, method="exact")
+    penalty = lowland.HessianTrace(CE, 1.0, method="exact", limit=1e9)
     exact = torch.autograd.grad(penalty(model, x, y), list(model.parameters()))
     model.float()
     single = torch.autograd.grad(penalty(model, x.float(), y), list(model.parameters()))
@@ -374,6 +374,6 @@ def test_one_output_takes_a_column_of_targets():
 @pytest.mark.parametrize(("kind", "engine"), [(nn.ReLU, "exact"), (nn.Tanh, "probes")])
 def test_bends_of_deep_networks_are_left_to_probes(kind, engine):
     model = network((8, *[64] * 20, 5), [kind] * 20, dtype=torch.float32)
-    penalty = lowland.HessianTrace(CE, 0.1)
+    penalty = lowland.HessianTrace(CE, 0.1, limit=1e9)
     penalty.loss(model, *batch(CE, 8, 5, 64, torch.float32))
     assert penalty.used == engine

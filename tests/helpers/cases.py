@@ -7,6 +7,7 @@ import oracle
 import torch
 from hypothesis import strategies as st
 
+from lowland.exact.c_backend import covers
 from lowland.exact.setup import prepare as prepare_tensors
 from lowland.losses import Coupled, Loss, Separable
 
@@ -199,13 +200,21 @@ def cases(draw, dtypes=(torch.float64,), *, ensembles=True, networks=None, most_
     )
 
 
-def prepare(case, *, activation=None, **options):
-    """The library's own preparation of a case; ``activation`` takes the place of the case's."""
+def prepare(case, *, activation=None, rows=None, **options):
+    """The library's own preparation of a case.
+
+    ``activation`` takes the place of the case's, ``rows`` are those that are trained of each layer.
+    """
     names = case.settings
     activation = activation or names["activation"]
-    return prepare_tensors(
+    setup = prepare_tensors(
         *case.arguments, activation, names["loss"], names["reduction"], **options
     )
+    if rows is None:
+        return setup
+    arch = replace(setup.arch, rows=tuple(rows))
+    size = replace(setup.size, rows=tuple(each.stop - each.start for each in rows))
+    return replace(setup, arch=arch, size=size, covered=covers(arch, size, setup.data))
 
 
 def smallest_budget(case, order, **options):

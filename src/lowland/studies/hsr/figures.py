@@ -543,6 +543,12 @@ def figure_16(results: Results) -> Figure:
     return figure
 
 
+def _apart(count: int) -> Array:
+    """Where points stand beside their box: in no order, as they may come sorted by their values."""
+    places: Array = np.random.default_rng(0).permutation(np.linspace(-0.1, 0.1, count))
+    return places
+
+
 def figure_17(results: Results) -> Figure:
     """How closely closed-form directions follow the steepest descent of the largest eigenvalue."""
     found = {name: part.numpy() for name, part in results.theory["alignment"].items()}
@@ -560,7 +566,7 @@ def figure_17(results: Results) -> Figure:
                 middles = _swarms(ax, cosines, gap.clip(max=most), colors)
                 median = f":  median {middles[0]:.3f}" if len(middles) == 1 else ""
                 ax.set_title(heading + median, fontsize=10)
-            row[0].set_ylabel(rf"cosine of {title} with $-\nabla \lambda_{{\max}}$")
+            row[0].set_ylabel(f"{title}:\n" + r"cosine with $-\nabla \lambda_{\max}$")
         steps = found["steps"]
         axes[1, 1].set_xticks(range(len(steps)), [f"{step}" for step in steps], fontsize=9)
         axes[1, 1].set_xlabel("step of plain descent")
@@ -788,7 +794,7 @@ def _boxes(ax: Axes, results: Results, measure: Callable[[Tensors], Tensor]) -> 
                 capprops={"color": color},
             )
             ax.plot(
-                position + 0.26 + np.linspace(-0.1, 0.1, len(values)),
+                position + 0.26 + _apart(len(values)),
                 values,
                 MARKERS[method],
                 color=color,

@@ -285,7 +285,11 @@ def test_pieces_of_a_batch_give_what_the_whole_gives(kinds):
             high = middle
     assert setup.logits_and_trace(low) is None
     whole, pieces = (
-        ours(lowland.HessianTrace(CE, 0.3, method="exact", memory_budget=budget, limit=1e9), model, *data)
+        ours(
+            lowland.HessianTrace(CE, 0.3, method="exact", memory_budget=budget, limit=1e9),
+            model,
+            *data,
+        )
         for budget in (1 << 28, low)
     )
     require_same(pieces, whole)
@@ -335,7 +339,9 @@ def test_what_a_step_held_is_free_without_the_collector(monkeypatch):
 
 def test_the_loss_is_in_parameters_too_that_the_trace_is_not_in():
     model, data = network((3, 5, 3), (nn.Tanh,)), batch(CE, 3, 3)
-    head = lowland.HessianTrace(CE, 0.3, method="exact", parameters=model[2].parameters(), limit=1e9)
+    head = lowland.HessianTrace(
+        CE, 0.3, method="exact", parameters=model[2].parameters(), limit=1e9
+    )
     head.loss(model, *data).backward()
     found = model[0].weight.grad
     (expected,) = torch.autograd.grad(CE(model(data[0]), data[1]), model[0].weight)

@@ -87,7 +87,8 @@ def report(results: Results, ways: Ways, seeds: range, limit: float | None) -> s
     head = (
         f"{NOISE:.0%} random labels, at most {first.samples:,} samples, {EPOCHS} epochs, "
         f"{len(seeds)} seeds{'' if limit is None else f', limit={limit:g}'}; accuracies in %. "
-        f"**{missed}** of {len(rows)} best strengths are more than one step away from the first row's (reach: 0)."
+        f"**{missed}** of {len(rows)} best strengths are more than one step away "
+        "from the first row's (reach: 0)."
     )
     heads = ["penalty", "data", "plain", f"strength {strengths}", "deviation over seeds", "best"]
     heads += ["points lost by the first row's best", "limited"]

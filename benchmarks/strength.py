@@ -28,7 +28,7 @@ from trainings import (
 
 DATA = ("MNIST", "Fashion-MNIST", "digits", *TABLES, "CIFAR-10")
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
-SAMPLES, EPOCHS, NOISE = 2_000, 30, 0.4
+SAMPLES, EPOCHS, NOISE = 1_000, 30, 0.4
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "loss times 10": {"scale": 10.0},

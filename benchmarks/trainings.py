@@ -42,6 +42,7 @@ PENALTIES: dict[str, type[Penalty]] = {
 }
 TABLES = ("segment", "vowel", "texture")
 IMAGES = (3, 32, 32)  # of CIFAR-10
+SEEN = 5_000  # samples to validate by, at most
 LOOK = 1_000  # samples of which the largest eigenvalue is found
 Step = Callable[[Tensor, Tensor], object]
 
@@ -54,7 +55,7 @@ class Job:
         data: ``"MNIST"``, ``"Fashion-MNIST"``, ``"CIFAR-10"``, ``"digits"`` or a table's name.
         method: ``"plain"``, ``"SAM"``, or a penalty's name.
         settings: The method's own.
-        samples: At most so many are trained on; as many others, at most, are for validation.
+        samples: At most so many are trained on; the others are for validation.
         noise: The share of training labels that are drawn anew from all classes.
         steps: With a learning rate that follows a cosine down to zero.
         momentum: Of SGD.
@@ -135,8 +136,8 @@ def samples_of(name: str) -> tuple[Tensor, Tensor]:
 def data_of(job: Job) -> Data:
     x, y = samples_of(job.data)
     classes = int(y.max()) + 1
-    count = min(job.samples, 7 * len(x) // 10 if len(x) < 2 * job.samples else job.samples)
-    x, seen_x, y, seen_y = x[:count], x[count : 2 * count], y[:count], y[count : 2 * count]
+    count = min(job.samples, 7 * len(x) // 10)
+    x, seen_x, y, seen_y = x[:count], x[count:][:SEEN], y[:count], y[count:][:SEEN]
     # Pixels are of one unit: they have one mean and one deviation.
     by = {"dim": 0} if job.data in TABLES else {}
     mean, deviation = x.mean(**by), x.std(**by) + 1e-6

@@ -119,6 +119,7 @@ def main() -> None:
         for label, job in plain.items()
     }
     jobs = [job for row in ways.values() for each in row for job in each]
+    jobs.sort(key=lambda job: job.seed)  # what is interrupted has the first seeds in full
     results = measured(jobs, arguments.out, arguments.jobs)
     script = "strength.py --invariance" if arguments.invariance else "strength.py"
     tell(script, report(results, ways, seeds, arguments.limit), write=arguments.keep)

@@ -32,7 +32,6 @@ from torch.nn import functional
 import lowland
 from lowland.penalty import Penalty
 from lowland.studies.data.images import data_folder, fashion_mnist, mnist
-from lowland.studies.data.tables import read_csv
 
 PENALTIES: dict[str, type[Penalty]] = {
     "HSR": lowland.HSR,
@@ -40,7 +39,7 @@ PENALTIES: dict[str, type[Penalty]] = {
     "FlatnessAware": lowland.FlatnessAware,
     "LambdaMax": lowland.LambdaMax,
 }
-TABLES = ("segment", "vowel", "texture")
+TABLES = ("segment", "vowel", "texture")  # of numbers, classes in the last column
 IMAGES = (3, 32, 32)  # of CIFAR-10
 SEEN = 5_000  # samples to validate by, at most
 LOOK = 1_000  # samples of which the largest eigenvalue is found
@@ -123,8 +122,8 @@ def samples_of(name: str) -> tuple[Tensor, Tensor]:
         x, y = cifar10(folder())
     elif name in TABLES:
         (path,) = folder().rglob(f"{name}.csv")
-        table = read_csv(path, "target")
-        x, y = table.x, table.y
+        table = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1))
+        x, y = table[:, :-1], table[:, -1].unique(return_inverse=True)[1]
     else:
         load = {"MNIST": mnist, "Fashion-MNIST": fashion_mnist}[name]
         test = load(folder())[1]

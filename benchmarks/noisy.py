@@ -10,6 +10,7 @@ benchmarks/README.md; trainings that are in ``--out`` are not run again.
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -50,6 +51,7 @@ def ways_of_training() -> dict[str, tuple[Job, str | None]]:
 def costs(jobs: dict[str, Job]) -> dict[str, float]:
     """A step of each in plain ones, its update included; of one in some steps, their average."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "the limit of")  # repeated on one batch it often acts
 
     def steps(job: Job) -> Callable[[], None]:
         job = replace(job, rate=1e-6)  # a long measurement stays at the same network

@@ -165,6 +165,8 @@ def network(job: Job, inputs: int, classes: int) -> nn.Module:
 def criterion_of(job: Job) -> Callable[[Tensor, Tensor], Tensor]:
     if job.scale == 1:
         return nn.CrossEntropyLoss()
+    if job.scale == job.batch:  # by the same engine, which knows this one as well
+        return nn.CrossEntropyLoss(reduction="sum")
     return lambda output, target: job.scale * functional.cross_entropy(output, target)
 
 

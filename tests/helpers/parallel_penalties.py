@@ -14,6 +14,12 @@ CASES = [
 ]
 CASES += [{**case, "loss": True} for case in CASES[:2]]
 CASES += [{**case, "unbiased": True} for case in CASES[4:6]]
+# Limits that act, and strengths, go by the gradients of all processes' samples.
+CASES += [
+    {**case, "loss": loss, "amount": amount}
+    for case in CASES[:4:2]
+    for loss, amount in ((True, {"weight": 50.0}), (False, {"strength": 0.3}))
+]
 
 
 def problem():
@@ -31,7 +37,7 @@ def two_steps(model, x, y, case, seed=0):
     generator = torch.Generator().manual_seed(seed)
     penalty = KINDS[case["kind"]](
         CROSS_ENTROPY,
-        0.1,
+        **case.get("amount", {"weight": 0.1}),
         method="probes",
         probes=2,
         products=case["products"],

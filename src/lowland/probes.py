@@ -22,7 +22,6 @@ from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
 from lowland.moments import HessianMoments
 from lowland.objective import Objective, data_parallel, objective
-from lowland.passes import remember_state
 from lowland.products import (
     Average,
     Vector,
@@ -72,7 +71,7 @@ class Estimate:
         if target.apart:
             return self._apart()
         if target.others or target.parallel or self.settings.unbiased:
-            again = remember_state(*target.holders)
+            again = target.state_kept()
             loss = target.step_loss()
             with again():
                 return loss, self.moments(count)
@@ -83,7 +82,7 @@ class Estimate:
         target = reachable(self.target, self.settings)
         directions = _draw(target, self.settings)
         # What the model draws, and what it writes to its state, is put back; not so the directions.
-        with target.remember()(), target.others_frozen():
+        with target.unnoticed(), target.others_frozen():
             return self._estimate(target, directions)
 
     def _estimate(

@@ -136,7 +136,7 @@ class Objective:
             RuntimeError: If the derivatives have been looked at, but not those of this batch's
                 operations, and these are wrong.
         """
-        return self._checked(self.value())
+        return self.checked(self.value())
 
     def step_loss(self) -> Tensor:
         """What a step of training without us would have computed: by the model as it is wrapped."""
@@ -157,6 +157,11 @@ class Objective:
     def others_require_grad(self) -> bool:
         """Whether somebody may ask for gradients in more than the parameters, as in the data."""
         return torch.is_grad_enabled() and (self.beside or any_requires_grad(self.batch))
+
+    @property
+    def others_beside(self) -> bool:
+        """Whether more than the parameters may have a gradient of an ordinary model's loss."""
+        return bool(self.others) or self.beside or any_requires_grad(self.batch)
 
     def with_others(self) -> Objective:
         """The same loss, of which gradients may be asked for in the other parameters, too."""
@@ -310,7 +315,8 @@ class Objective:
             check_even(self.criterion, first, second)
         return halves
 
-    def _checked(self, loss: Tensor) -> Tensor:
+    def checked(self, loss: Tensor) -> Tensor:
+        """:meth:`loss`, of a value that is at hand; errors as there."""
         if loss.ndim:
             raise ValueError(
                 f"the criterion must return a scalar for its Hessian to be a matrix; got shape "

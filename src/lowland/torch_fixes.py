@@ -41,7 +41,10 @@ def is_ordinary(*models: object) -> bool:
     """
     return all(
         isinstance(model, nn.Module)
-        and all(_is_ordinary(type(each)) and not has_hooks(each) for each in model.modules())
+        and all(
+            _is_ordinary(type(each)) and not has_hooks(each)  # type: ignore[arg-type]
+            for each in model.modules()
+        )
         for model in models
     )
 

@@ -66,9 +66,9 @@ class LambdaMax(Penalty):
         parameters; by automatic differentiation about three plain steps of plain sequences of
         PyTorch's layers (:mod:`lowland.jets`) and five of other networks, ten of deep ones with
         batch normalization; more of all where batches are so small that a pass over the parameters
-        is as dear as a gradient. The first call takes 8 products more, and one of ``refresh`` steps 6, each of
-        one to two gradients. From call to call there are two vectors of the parameters' size, and
-        during these products as many as there are.
+        is as dear as a gradient. The first call takes 8 products more, and one of ``refresh`` steps
+        6, each of one to two gradients. From call to call there are two vectors of the parameters'
+        size, and during these products as many as there are.
 
         Tracking starts anew, with these products, where the model is another object or the
         parameters that are looked at have other names or shapes; the vector goes with the model to

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,10 +29,22 @@ class Block(nn.Module):
 
 def resnet18(width: int, classes: int) -> nn.Module:
     widths = [width, width, *(2 * [2 * width]), *(2 * [4 * width]), *(2 * [8 * width])]
-    layers = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    for index, (inputs, outputs) in enumerate(zip([width, *widths], widths, strict=False)):
-        layers.append(Block(inputs, outputs, 2 if index in (2, 4, 6) else 1))
-    head = nn.Linear(8 * width, classes)
+    return residual_network([width, *widths], classes)
+
+
+def resnet8(width: int, classes: int) -> nn.Module:
+    return residual_network([width, width, 2 * width, 4 * width], classes)
+
+
+def residual_network(widths: list[int], classes: int) -> nn.Module:
+    """Blocks between these widths, at half the height and width where there are more channels."""
+    first = widths[0]
+    layers = [nn.Conv2d(3, first, 3, 1, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU()]
+    layers += [
+        Block(inputs, outputs, 1 if inputs == outputs else 2)
+        for inputs, outputs in pairwise(widths)
+    ]
+    head = nn.Linear(widths[-1], classes)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 

@@ -13,16 +13,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import traces
-from networks import GPT, resnet18
+from networks import GPT, resnet8, resnet18
 from page import keep
 from timing import interleaved, median_ratio
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowland
 from lowland.penalties import Penalty
@@ -39,6 +41,11 @@ class Network:
 
     def loss(self) -> Tensor:
         return self.criterion(self.model(self.x), self.y)
+
+
+def shallow() -> Network:
+    layers = nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10)
+    return Network(nn.Sequential(*layers), torch.randn(64, 784), 10, 64)
 
 
 def wide() -> Network:
@@ -60,6 +67,10 @@ def convolutional() -> Network:
     return Network(nn.Sequential(*layers), torch.randn(64, 1, 28, 28), 10, 64)
 
 
+def small_residual() -> Network:
+    return Network(resnet8(16, 10), torch.randn(128, 3, 32, 32), 10, 128)
+
+
 def residual() -> Network:
     return Network(resnet18(32, 10), torch.randn(16, 3, 32, 32), 10, 16)
 
@@ -77,9 +88,11 @@ def attentive() -> Network:
 
 
 NETWORKS: dict[str, Callable[[], Network]] = {
-    "MLP 3072→512→100, batch 128": wide,
+    "MLP 784→128→10, batch 64": shallow,
     "MLP 784→256→128→10, batch 64": narrow,
+    "MLP 3072→512→100, batch 128": wide,
     "CNN 28x28, 16 and 32 channels, batch 64": convolutional,
+    "ResNet-8, 16 to 64 channels, 32x32, batch 128": small_residual,
     "ResNet-18, 32 to 256 channels, 32x32, batch 16": residual,
     "the same in evaluation mode": evaluated,
     "GPT-2, 4 layers of width 128, 8 times 64 tokens": attentive,
@@ -164,14 +177,32 @@ def by_hand(network: Network) -> Step:
 
 @dataclass(frozen=True)
 class Job:
-    """A way of training: what makes its step, the most that it may cost, steps in one call."""
+    """A way of training: what makes its step, the most that it may cost, steps in one call.
+
+    Where the most differs from network to network it is given for the first ones, in their order.
+    """
 
     build: Callable[[Network], Step]
-    reach: float | None = None
+    reach: float | tuple[float, ...] | None = None
     steps: int = 1
 
+    def reach_on(self, label: str) -> float | None:
+        if not isinstance(self.reach, tuple):
+            return self.reach
+        return dict(zip(NETWORKS, self.reach, strict=False)).get(label)
 
+
+QUARTER = {"samples": 0.25}
 JOBS = {
+    "Tr H": Job(penalized(lowland.HessianTrace), (1.7, 4, 3, 4.5, 4.5)),
+    "Tr H, ¼ of the samples, every 2": Job(
+        penalized(lowland.HessianTrace, every=2, **QUARTER), (1.2, 1.6, 1.5, 1.5, 1.5), 2
+    ),
+    "HSR, ¼ of the samples": Job(estimated(lowland.HSR, **QUARTER), (2.5, 2.5, 2.5, 2, 2)),
+    "HSR, ¼ of the samples, every 4": Job(
+        estimated(lowland.HSR, every=4, **QUARTER), (1.4, 1.4, 1.4, 1.3, 1.3), 4
+    ),
+    "λ_max": Job(penalized(lowland.LambdaMax), 3.3),
     "SAM": Job(sam(), 2.05),
     "SAM, adaptive": Job(sam(adaptive=True)),
     "SAM, momentum": Job(sam(perturb="momentum"), 1.1),
@@ -182,28 +213,72 @@ JOBS = {
     "HSR, finite": Job(estimated(lowland.HSR, products="differences"), 4.2),
     "HSR, exact, every 4": Job(estimated(lowland.HSR, every=4), 2.2, 4),
     "HSR, finite, every 4": Job(estimated(lowland.HSR, every=4, products="differences"), 2.2, 4),
-    "λ_max, exact": Job(penalized(lowland.LambdaMax, products="autograd"), 4.5),
     "λ_max, finite": Job(penalized(lowland.LambdaMax, products="differences"), 3.3),
 }
 
 
 def costs(chosen: list[str], names: list[str], rounds: int) -> list[str]:
-    heads = [
-        name if (reach := JOBS[name].reach) is None else f"{name} (≤ {reach})" for name in names
-    ]
-    lines = table("network", "P", "a plain step, ms", *heads)
+    lines = table("network", "P", "a plain step, ms", *names)
     for label, network in networks(chosen):
         # One network for all jobs: a training has one too, and its caches hold no other.
         jobs = {"plain": plain(network)} | {name: JOBS[name].build(network) for name in names}
         times = interleaved(jobs, rounds=rounds)
-        ratios = [
-            f"{median_ratio(times[name], times['plain']) / JOBS[name].steps:.2f}" for name in names
-        ]
+        ratios = []
+        for name in names:
+            ratio = median_ratio(times[name], times["plain"]) / JOBS[name].steps
+            reach = JOBS[name].reach_on(label)
+            ratios.append(f"{ratio:.2f}" + ("" if reach is None else f" (≤ {reach})"))
         size = sum(p.numel() for p in network.model.parameters())
         milliseconds = 1e3 * sorted(times["plain"])[rounds // 2]
         lines.append(f"| {label} | {size:,} | {milliseconds:.2f} | {' | '.join(ratios)} |")
         print(lines[-1], file=sys.stderr)
     return lines
+
+
+def counts(chosen: list[str], names: list[str]) -> list[str]:
+    """Calls of Python functions and operations of PyTorch in a step, which no busy machine moves.
+
+    On small networks they decide: each costs microseconds, whatever it does.
+    """
+    lines = table("network", "a plain step", *names)
+    for label, network in networks(chosen):
+        steps = {"plain": (plain(network), 1)} | {
+            name: (JOBS[name].build(network), JOBS[name].steps) for name in names
+        }
+        cells = [f"{calls(step) // n}, {operations(step) // n}" for step, n in steps.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def calls(step: Step) -> int:
+    """How many Python functions a call runs."""
+    for _ in range(3):
+        step()
+    count = 0
+
+    def seen(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(seen)
+    step()
+    sys.setprofile(None)
+    return count
+
+
+def operations(step: Step) -> int:
+    """How many operations of PyTorch a call runs, those of backward passes included."""
+    with _Operations() as seen:
+        step()
+    return seen.count
+
+
+class _Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def peaks(chosen: list[str], names: list[str]) -> list[str]:
@@ -253,9 +328,11 @@ def main() -> None:
     )
     memory = "Peak memory in multiples of a plain step's, parameters, momentum and data included:"
     chosen = [name for name in NETWORKS if name in arguments.networks]
-    tables = [costs(chosen, arguments.jobs, arguments.rounds), peaks(chosen, arguments.jobs)]
-    first, second = ("\n".join(table) for table in tables)
-    report = f"{head}\n\n{first}\n\n{memory}\n\n{second}"
+    beside = "Calls of Python functions in a step, and operations of PyTorch:"
+    tables = [part(chosen, arguments.jobs) for part in (counts, peaks)]
+    tables.insert(0, costs(chosen, arguments.jobs, arguments.rounds))
+    first, second, third = ("\n".join(table) for table in tables)
+    report = f"{head}\n\n{first}\n\n{beside}\n\n{second}\n\n{memory}\n\n{third}"
     print(report)
     exact = traces.report(arguments.rounds)
     print(f"\n{exact}")

@@ -185,3 +185,15 @@ def test_estimates_carry_their_standard_errors():
 )
 def test_print_shows_a_line(moments, shown):
     assert repr(moments) == shown
+
+
+@given(
+    values=st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+)
+def test_slopes_of_the_upper_bound_are_its_derivatives(values, scale):
+    eigenvalues = scale * torch.tensor(values, dtype=torch.float64)
+    traces = [eigenvalues.pow(power).sum().requires_grad_() for power in (1, 2)]
+    moments = HessianMoments(len(values), *traces)
+    expected = torch.autograd.grad(moments.upper, traces, materialize_grads=True)
+    torch.testing.assert_close(moments.slopes_of_upper, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, NoneType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary, ref
 
@@ -34,12 +34,21 @@ def _kind_of(module: nn.Module) -> object:
     """Its class, its switches, the functions that it holds, and its hooks."""
     held = vars(module)
     switches = tuple(
-        (name, value if isinstance(value, bool | str | None) else _identity(value))
-        for name, value in held.items()
-        if isinstance(value, bool | str | None) or callable(value)
+        [
+            (name, value if isinstance(value, _SWITCHES) else _identity(value))
+            for name, value in held.items()
+            if name not in _COLLECTIONS and (isinstance(value, _SWITCHES) or callable(value))
+        ]
     )
     hooks = (held.get("_forward_hooks"), held.get("_forward_pre_hooks"))
     return type(module), switches, *(tuple(map(id, each.values())) for each in hooks if each)
+
+
+_SWITCHES = (bool, str, NoneType)
+# What each module has of parameters, buffers, hooks and modules within: neither of both.
+_COLLECTIONS = frozenset(
+    name for name, value in vars(nn.Module()).items() if hasattr(value, "__len__")
+)
 
 
 def _identity(function: Any) -> object:

@@ -24,6 +24,13 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(hooks or everywhere) or "forward" in vars(module)
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a backward pass through it runs something beside."""
+    hooks = module._backward_hooks or module._backward_pre_hooks  # noqa: SLF001
+    everywhere = _modules._global_backward_hooks or _modules._global_backward_pre_hooks  # noqa: SLF001
+    return bool(hooks or everywhere)
+
+
 def has_parameters(module: nn.Module) -> bool:
     """Whether there is a parameter in it, or in a module within."""
     # Most activations have neither, which is told without a walk.

@@ -112,12 +112,32 @@ class HessianMoments:
 
         At zero spread the square root has no gradient; the subgradient zero is used there.
         """
+        variance, flat = self._variance()
+        root = torch.where(flat, 1, variance).sqrt()
+        return torch.where(flat, variance.detach().clamp(min=0).sqrt(), root)
+
+    def _variance(self) -> tuple[Tensor, Tensor]:
+        """That of the eigenvalues, and where it is none."""
         second = self.trace_sq / self.dim
         variance = second - self.mean.square()
         # Below this the difference is rounding noise, and 1 / s would amplify it without limit.
-        flat = variance <= 4 * torch.finfo(variance.dtype).eps * second
-        root = torch.where(flat, 1, variance).sqrt()
-        return torch.where(flat, variance.detach().clamp(min=0).sqrt(), root)
+        return variance, variance <= 4 * torch.finfo(variance.dtype).eps * second
+
+    @property
+    def slopes_of_upper(self) -> tuple[Tensor, Tensor]:
+        """The derivatives of :attr:`upper` in ``Tr H`` and in ``Tr H^2``, as autograd has them.
+
+        Example:
+            >>> import torch
+            >>> from lowland import HessianMoments
+            >>> moments = HessianMoments(3, torch.tensor(9.0), torch.tensor(41.0))
+            >>> [round(slope.item(), 4) for slope in moments.slopes_of_upper]
+            [-0.3213, 0.1091]
+        """
+        variance, flat = self._variance()
+        root = torch.where(flat, math.inf, variance).rsqrt()
+        by_square = root * (math.sqrt(self.dim - 1) / (2 * self.dim))
+        return 1 / self.dim - 2 * self.mean * by_square, by_square
 
     @property
     def upper(self) -> Tensor:

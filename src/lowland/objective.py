@@ -32,8 +32,8 @@ from lowland.criteria import (
 )
 from lowland.errors import UnsupportedModelError
 from lowland.matrices import Matrix, check_matrix
-from lowland.passes import remember
-from lowland.torch_fixes import is_ordinary
+from lowland.passes import remember, remember_randomness, remember_state
+from lowland.torch_fixes import is_ordinary, leaves_no_trace
 from lowland.validation import check_parameters, check_types
 
 Gradient = tuple[Tensor, list[Tensor]]
@@ -62,7 +62,8 @@ class Objective:
         beside: Whether the model has parameters that are no constants here, beside those that the
             loss is looked at as a function of.
         once: Whether what is found of the loss will be differentiated once at most.
-        apart: Whether it is looked at beside a step of training: its passes leave no trace.
+        apart: Whether it is looked at beside a step of training: its passes leave no trace, and
+            who says so keeps the state of what they write to (:meth:`state_kept`).
     """
 
     outer: nn.Module
@@ -92,6 +93,15 @@ class Objective:
     def is_ordinary(self) -> bool:
         """Whether model and criterion are, by :func:`lowland.torch_fixes.is_ordinary`."""
         return is_ordinary(self.model, self.criterion)
+
+    @cached_property
+    def leaves_no_trace(self) -> bool:
+        """Whether its passes write to nothing and draw nothing, so that there is nothing to keep.
+
+        For as long as nobody changes the model: of a pass that may come later :meth:`remember`.
+        """
+        # An ordinary criterion is a module.
+        return self.is_ordinary and leaves_no_trace(self.model, cast("nn.Module", self.criterion))
 
     @property
     def parallel(self) -> DistributedDataParallel | None:
@@ -126,13 +136,13 @@ class Objective:
             RuntimeError: If the derivatives have been looked at, but not those of this batch's
                 operations, and these are wrong.
         """
-        return self._checked(self.value())
+        return self.checked(self.value())
 
     def step_loss(self) -> Tensor:
         """What a step of training without us would have computed: by the model as it is wrapped."""
         x, y = self.batch
         if self.apart:
-            with self.remember()():
+            with nullcontext() if self.leaves_no_trace else self.remember()():
                 return self.value()
         return scalar_loss(self.criterion, call(self.outer, x), y)
 
@@ -147,6 +157,11 @@ class Objective:
     def others_require_grad(self) -> bool:
         """Whether somebody may ask for gradients in more than the parameters, as in the data."""
         return torch.is_grad_enabled() and (self.beside or any_requires_grad(self.batch))
+
+    @property
+    def others_beside(self) -> bool:
+        """Whether more than the parameters may have a gradient of an ordinary model's loss."""
+        return bool(self.others) or self.beside or any_requires_grad(self.batch)
 
     def with_others(self) -> Objective:
         """The same loss, of which gradients may be asked for in the other parameters, too."""
@@ -226,6 +241,16 @@ class Objective:
         """:func:`lowland.passes.remember` of all that a pass of the loss may write to."""
         return remember(*self.holders, device=self.device)
 
+    def state_kept(self) -> Callable[[], AbstractContextManager[None]]:
+        """As :meth:`remember`, for passes that come at once, and without the random numbers."""
+        return nullcontext if self.leaves_no_trace else remember_state(*self.holders)
+
+    def unnoticed(self) -> AbstractContextManager[None]:
+        """As ``remember()()``, for passes that come at once."""
+        if self.leaves_no_trace:
+            return nullcontext()
+        return remember_randomness([self.device])() if self.apart else self.remember()()
+
     def free(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """A direction without what is a constant of the loss, though it belongs to a parameter.
 
@@ -290,7 +315,8 @@ class Objective:
             check_even(self.criterion, first, second)
         return halves
 
-    def _checked(self, loss: Tensor) -> Tensor:
+    def checked(self, loss: Tensor) -> Tensor:
+        """:meth:`loss`, of a value that is at hand; errors as there."""
         if loss.ndim:
             raise ValueError(
                 f"the criterion must return a scalar for its Hessian to be a matrix; got shape "

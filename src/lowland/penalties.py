@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed
 from torch import Generator, Tensor, nn
-from torch.autograd import grad
 
 from lowland._batches import rows
 from lowland._limits import DEFAULT_MEMORY_BUDGET
@@ -285,12 +284,12 @@ class HSR(CurvaturePenalty):
         if moments.stderr is None:
             return moments.upper
         now = torch.stack([moments.trace, moments.trace_sq])
-        with torch.enable_grad():
-            mean = self._remember(now.detach()).requires_grad_()
-            upper = replace(moments, trace=mean[0], trace_sq=mean[1]).upper
-        (slopes,) = grad(upper, mean)
+        with torch.no_grad():
+            trace, trace_sq = self._remember(now.detach()).unbind()
+            mean = replace(moments, trace=trace, trace_sq=trace_sq)
+            upper, slopes = mean.upper, torch.stack(mean.slopes_of_upper)
         change = (slopes * now).sum()
-        return upper.detach() + (change - change.detach())
+        return upper + (change - change.detach())
 
     @torch.no_grad()
     def _remember(self, now: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from lowland.balance import LIMIT, Balance, PenaltyReport, check_balance
 from lowland.criteria import Criterion, scalar_loss
 from lowland.gradients import Gradients, both_gradients
 from lowland.objective import Objective, half_autocast, objective
-from lowland.passes import remember_state
 
 
 class Penalty(nn.Module, ABC):
@@ -106,7 +105,7 @@ class Penalty(nn.Module, ABC):
             return weighted
         with _outside_inference_mode():
             target = self._target(model, x, y)
-            with remember_state(*target.holders)():
+            with target.state_kept()():
                 return self._alone(target, times)
 
     def loss(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
@@ -126,7 +125,7 @@ class Penalty(nn.Module, ABC):
                 return total
             if not self.samples:
                 return self._together(target, times)
-            again = remember_state(*target.holders)
+            again = target.state_kept()
             loss = target.step_loss()
             with again():
                 return loss + self._alone(target, times)

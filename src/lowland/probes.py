@@ -6,6 +6,7 @@ With a random direction ``v`` of independent signs, :math:`E[v^T H v] = \mathrm{
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,15 +21,16 @@ from lowland._weights import Count, Weights
 from lowland.criteria import Criterion
 from lowland.errors import UnsupportedModelError
 from lowland.estimation import Estimation, Products
+from lowland.jets import covers
 from lowland.moments import HessianMoments
 from lowland.objective import Objective, data_parallel, objective
-from lowland.passes import remember_state
 from lowland.products import (
     Average,
     Vector,
     dot,
     hessian_products,
     quadratic_forms,
+    traces_along,
     warn_of_kinks,
 )
 from lowland.verification import routed, verify_backward
@@ -59,7 +61,7 @@ class Estimate:
                 "moments=4 needs the closed form or brute force: probes estimate two moments; use "
                 "method='exact' or method='dense'"
             )
-        return self._apart()[1]
+        return self._apart(count)[1]
 
     def loss_and_moments(self, count: int = 2) -> tuple[Tensor, HessianMoments]:
         """Both from one forward pass, which counts as that of a step of training.
@@ -70,30 +72,35 @@ class Estimate:
         """
         target = reachable(self.target, self.settings)
         if target.apart:
-            return self._apart()
+            return self._apart(count)
         if target.others or target.parallel or self.settings.unbiased:
-            again = remember_state(*target.holders)
+            again = target.state_kept()
             loss = target.step_loss()
             with again():
                 return loss, self.moments(count)
-        return self._estimate(target, _draw(target, self.settings))
+        return self._estimate(target, _draw(target, self.settings), count)
 
-    def _apart(self) -> tuple[Tensor, HessianMoments]:
+    def _apart(self, count: int) -> tuple[Tensor, HessianMoments]:
         """Both, of passes that leave no trace."""
         target = reachable(self.target, self.settings)
         directions = _draw(target, self.settings)
         # What the model draws, and what it writes to its state, is put back; not so the directions.
-        with target.remember()(), target.others_frozen():
-            return self._estimate(target, directions)
+        with target.unnoticed(), target.others_frozen():
+            return self._estimate(target, directions, count)
 
     def _estimate(
-        self, target: Objective, directions: list[Vector]
+        self, target: Objective, directions: list[Vector], count: int
     ) -> tuple[Tensor, HessianMoments]:
         settings = routed(self.target, self.settings)
         if settings.products == "differences":
             warn_of_kinks(target.model)
         parts = target.halves() if settings.unbiased else [target]
         average = average_over_processes(target.outer)
+        if count == 1 and settings.products == "autograd" and len(parts) == 1 and covers(target):
+            loss, traces = traces_along(target, directions, average)
+            verify_backward(target, traces)
+            unknown = torch.full_like(traces.detach(), math.nan)
+            return loss, replace(_moments(target, traces, unknown), method=self.name)
         loss, traces, squares = quadratic_forms(
             parts,
             directions,

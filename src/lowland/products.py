@@ -30,13 +30,14 @@ from torch.autograd import Function, grad
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointError
 
-from lowland._batches import any_requires_grad, tensors
+from lowland._batches import tensors
 from lowland._carried import carried, leaves
 from lowland._once import any_once
 from lowland._precision import best_precision
 from lowland.activations import has_kinks
 from lowland.estimation import Products
 from lowland.gauss_newton import Split, surrogate
+from lowland.jets import along, covers
 from lowland.objective import (
     Gradient,
     Objective,
@@ -159,6 +160,8 @@ def form_along(
         loss, form, *found = _Central.apply(run, *run.parameters)  # type: ignore[no-untyped-call]
         return loss, form, found
     wanted = torch.is_grad_enabled()
+    if covers(part):
+        return _form_by_jets(part, direction, average, wanted=wanted)
     scale = _loss_scale(part.device)
     with derivatives_of(part):
         curvature = Curvature(part, scale)
@@ -175,6 +178,49 @@ def form_along(
             raise ValueError(_NO_CURVATURE)
         form = form + 0 * loss
     return loss, form, value
+
+
+def _form_by_jets(
+    part: Objective, direction: Vector, average: Average | None, *, wanted: bool
+) -> tuple[Tensor, Tensor, Vector]:
+    size = len(part.parameters)
+    with derivatives_of(part):
+        ways = [way.detach().requires_grad_() for way in direction]
+        loss, form = along(part, ways)
+        once = wanted and part.once and not part.others_beside
+        inputs = [*part.parameters, *ways] if once else ways
+        found = list(grad(form, inputs, retain_graph=wanted, materialize_grads=True))
+        product = list(torch._foreach_mul(found[-size:], 0.5))  # noqa: SLF001
+        _check_product(part, product)
+        (value,) = _averaged([product], average)
+        if once:
+            form = carried(form.detach(), part.parameters, found[:size])
+            gradient = grad(loss, part.parameters, materialize_grads=True)
+            loss = carried(loss.detach(), part.parameters, gradient)
+        if average:
+            form = _carry(dot(direction, value), form)
+    return (loss, form, value) if wanted else (loss.detach(), form.detach(), value)
+
+
+def traces_along(
+    part: Objective, directions: Sequence[Vector], average: Average | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""A loss, and :math:`v^T H v` alone for each direction, where :func:`lowland.jets.covers` it.
+
+    Both carry gradients if gradients are enabled, as :func:`quadratic_forms` has it.
+
+    Raises:
+        ValueError: As :func:`quadratic_forms`.
+    """
+    wanted = torch.is_grad_enabled()
+    with derivatives_of(part):
+        losses, forms = zip(*(along(part, direction) for direction in directions), strict=True)
+        loss, traces = losses[0], torch.stack(forms)
+        check_finite(traces.detach(), "the Hessian's product with a direction")
+        if average:
+            (value,) = _averaged([[traces.detach()]], average)
+            traces = _carry(value[0], traces)
+    return (loss, traces) if wanted else (loss.detach(), traces.detach())
 
 
 @contextmanager
@@ -288,7 +334,7 @@ class Curvature:
         if not part.once or gradient is None or self.scale != 1:
             return self.loss
         if part.is_ordinary:
-            known = not (part.others or part.beside or any_requires_grad(part.batch))
+            known = not part.others_beside
             used = part.parameters
         else:
             used = list(leaves([self.loss.grad_fn]))

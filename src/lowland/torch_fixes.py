@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, no_type_check
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from lowland._layers import has_hooks
+from lowland._layers import has_backward_hooks, has_hooks
 from lowland._plain_operations import PLAIN
 
 
@@ -38,18 +40,38 @@ def is_ordinary(*models: object) -> bool:
     Of functions nothing is known. Where all are ordinary no operation needs to be looked at.
     """
     return all(
-        type(module) is getattr(nn, type(module).__name__, None)
-        and type(module).__module__.rpartition(".")[2] in _ORDINARY
-        and not isinstance(module, nn.MultiheadAttention | nn.Hardsigmoid)
-        and not has_hooks(module)
+        isinstance(model, nn.Module)
+        and all(
+            _is_ordinary(type(each)) and not has_hooks(each)  # type: ignore[arg-type]
+            for each in model.modules()
+        )
         for model in models
-        for module in (model.modules() if isinstance(model, nn.Module) else [nn.Module()])
+    )
+
+
+def leaves_no_trace(*models: nn.Module) -> bool:
+    """Whether passes of ordinary models write to nothing that these keep, and draw no numbers."""
+    return not any(
+        isinstance(module, _DRAWING) or has_backward_hooks(module)
+        for model in models
+        for module in model.modules()
+    )
+
+
+@cache
+def _is_ordinary(kind: type[nn.Module]) -> bool:
+    return (
+        kind is getattr(nn, kind.__name__, None)
+        and kind.__module__.rpartition(".")[2] in _ORDINARY
+        and not issubclass(kind, nn.MultiheadAttention | nn.Hardsigmoid)
     )
 
 
 _ORDINARY = frozenset(
     ("activation", "container", "conv", "dropout", "flatten", "linear", "loss", "pooling")
 )
+# In training mode; in which they may be next time.
+_DRAWING = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
 @contextmanager

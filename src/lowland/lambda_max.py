@@ -63,10 +63,10 @@ class LambdaMax(Penalty):
 
     Notes:
         A call of :meth:`loss` costs three gradients by differences and some passes over all
-        parameters; by automatic differentiation about three plain steps of plain sequences of
-        PyTorch's layers (:mod:`lowland.jets`) and five of other networks, ten of deep ones with
-        batch normalization; more of all where batches are so small that a pass over the parameters
-        is as dear as a gradient. The first call takes 8 products more, and one of ``refresh`` steps
+        parameters; by automatic differentiation about three plain steps of convolutional or wide
+        sequences of PyTorch's own layers (:mod:`lowland.jets`), five of other networks, and ten of
+        deep ones with batch normalization; of small networks and batches more, where a pass over
+        the parameters is as dear as a gradient. The first call takes 8 products more, and one of ``refresh`` steps
         6, each of one to two gradients. From call to call there are two vectors of the parameters'
         size, and during these products as many as there are.
 

@@ -445,7 +445,8 @@ def test_a_report_says_what_was_done():
     for _ in range(5):
         penalty.loss(model, x, y)
     found = penalty.report()
-    loss, quantity = float(CROSS_ENTROPY(model(x), y)), float(penalty.measure(model, x, y))
+    loss = float(CROSS_ENTROPY(model(x), y).detach())
+    quantity = float(penalty.measure(model, x, y).detach())
     pure = trace(weight=1.0, limit=None)
     parameters = list(model.parameters())
     g = length(grad(CROSS_ENTROPY(model(x), y), parameters))

@@ -7,7 +7,7 @@ import warnings
 import any_models
 import pytest
 import torch
-from any_models import CROSS_ENTROPY, build, trainable
+from any_models import CROSS_ENTROPY, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -177,8 +177,16 @@ def test_everything_that_the_loss_depends_on_has_its_gradient():
         close(found[0], other)
 
 
-@pytest.mark.parametrize("products", ["autograd", "differences"])
-def test_what_the_loss_does_not_use_stays_without_a_gradient(products):
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"method": "probes", "products": "autograd"},
+        {"method": "probes", "products": "differences"},
+        {"method": "dense"},
+    ],
+)
+@pytest.mark.parametrize("kind", [lowland.HSR, lowland.HessianTrace])
+def test_what_the_loss_does_not_use_stays_without_a_gradient(kind, settings_):
     class Routed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -188,13 +196,29 @@ def test_what_the_loss_does_not_use_stays_without_a_gradient(products):
             return self.one(x).tanh()
 
     model = Routed().double()
-    settings_ = {"method": "probes", "products": products}
-    lowland.HSR(CROSS_ENTROPY, 0.1, **settings_).loss(model, *data()).backward()
-    assert model.one.weight.grad is not None
-    if products == "autograd":
+    penalty = kind(CROSS_ENTROPY, 0.1, **settings_)
+    for total in (penalty.loss(model, *data()), penalty(model, *data())):
+        model.zero_grad()
+        total.backward()
+        assert model.one.weight.grad is not None
         assert model.other.weight.grad is None
-    else:
-        assert model.other.weight.grad is None or not model.other.weight.grad.any()
+
+
+@pytest.mark.parametrize("limit", [1e9, None])
+def test_the_trace_of_upper_layers_has_a_gradient_in_those_below(limit):
+    layers = nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.GELU(), nn.Linear(3, 3)
+    model, (x, y) = nn.Sequential(*layers).double(), data()
+    parameters = list(model.parameters())
+    for chosen in (layers[2:], layers[4:]):
+        found = []
+        for method in ("exact", "dense"):
+            wanted = [p for layer in chosen for p in layer.parameters()]
+            penalty = lowland.HessianTrace(
+                CROSS_ENTROPY, 0.3, method=method, parameters=wanted, limit=limit
+            )
+            found.append(grad(penalty.loss(model, x, y), parameters))
+        close(*found)
+        assert found[0][0].norm() > 1e-3
 
 
 def test_hooks_on_parameters_see_the_whole_gradient_once():
@@ -272,12 +296,21 @@ def test_memory_of_graphs_is_given_back_before_the_backward_pass():
 # A part of the batch.
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("known", "how"),
+    [
+        (True, {}),
+        (False, {}),
+        (True, {"reduction": "sum"}),
+        (False, {"reduction": "sum"}),
+        (True, {"weight": torch.tensor([0.3, 2.0]).double()}),
+        (True, {"ignore_index": 1}),
+    ],
+)
 @pytest.mark.parametrize("kind", [lowland.HessianTrace, lowland.LambdaMax])
-def test_over_a_round_the_parts_have_the_gradient_of_the_whole(kind, known, reduction):
+def test_over_a_round_the_parts_have_the_gradient_of_the_whole(kind, known, how):
     model, (x, y) = any_models.mlp().double(), data(12)
-    inside = nn.CrossEntropyLoss(reduction=reduction)
+    inside = nn.CrossEntropyLoss(**how)
 
     def unknown(output, y):
         return inside(output, y)
@@ -315,6 +348,55 @@ def test_over_a_round_the_parts_have_the_gradient_of_the_whole(kind, known, redu
     close([torch.stack(each).mean(0) for each in zip(*gradients, strict=True)], gradient)
 
 
+def test_a_part_without_a_label_adds_nothing():
+    model, (x, y) = any_models.mlp().double(), data(12)
+    y[:4] = -100
+    penalty = trace(weight=0.3, samples=4, limit=1e9)
+    found = [penalty(model, x, y) for _ in range(3)]
+    assert found[0] == 0
+    whole = trace(weight=0.3, limit=1e9)(model, x, y)
+    torch.testing.assert_close(torch.stack(found).mean(), whole)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_without_a_comparison_parts_are_looked_at_too(gradients):
+    model, (x, y) = any_models.mlp().double(), data(12)
+    penalty = trace(weight=0.5, samples=4, limit=None)
+    for use in ("alone", "loss"):
+        start = penalty._window.start
+        with torch.set_grad_enabled(gradients):
+            part = trace(weight=0.5, limit=None)(model, x[start : start + 4], y[start : start + 4])
+            if use == "alone":
+                torch.testing.assert_close(penalty(model, x, y), part)
+            else:
+                expected = CROSS_ENTROPY(model(x), y) + part
+                torch.testing.assert_close(penalty.loss(model, x, y), expected)
+    # In evaluation mode the value is that of all.
+    torch.testing.assert_close(penalty.eval()(model, x, y), 0.5 * penalty.measure(model, x, y))
+
+
+def test_parts_that_are_too_small_are_made_larger_or_named():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 2)).double()
+    x, y = data(5)
+    penalty = lowland.HSR(CROSS_ENTROPY, 0.1, samples=0.25, method="probes")
+    penalty.loss(model, x, y).backward()
+    with pytest.raises(ValueError, match="samples=1 looked at 1 of 5 samples, and of these alone"):
+        lowland.HSR(CROSS_ENTROPY, 0.1, samples=1, method="probes").loss(model, x, y)
+    model, (x, y) = any_models.mlp().double(), data(10)
+    unbiased = {"unbiased": True, "method": "probes"}
+    lowland.HSR(CROSS_ENTROPY, 0.1, samples=0.25, **unbiased).loss(model, x, y).backward()
+    with pytest.raises(ValueError, match="empty"):
+        lowland.HSR(CROSS_ENTROPY, 0.1, samples=0.25).loss(model, x[:0], y[:0])
+
+
+def test_of_a_sum_what_is_known_is_what_is_penalized():
+    model, (x, y) = any_models.mlp().double(), data(12)
+    criterion = nn.CrossEntropyLoss(reduction="sum")
+    penalty = lowland.LambdaMax(criterion, 0.5, samples=4, limit=1e9, generator=signs())
+    value = penalty(model, x, y)
+    torch.testing.assert_close(value.detach(), 0.5 * penalty.known.eigenvalue)
+
+
 @given(count=st.integers(1, 9), samples=st.one_of(st.integers(1, 12), st.floats(0.05, 0.95)))
 @settings(max_examples=12, deadline=None)
 def test_all_samples_take_part_alike(count, samples):
@@ -330,7 +412,7 @@ def test_all_samples_take_part_alike(count, samples):
                 seen[x[:, 0].long()] += 1
             return self.inner(x)
 
-    samples_a_call = min(count, max(1, round(samples * count) if samples < 1 else samples))
+    samples_a_call = min(count, max(2, round(samples * count)) if samples < 1 else samples)
     model, x = Counting(), torch.arange(float(count))[:, None]
     penalty = lowland.HessianTrace(nn.MSELoss(), 0.1, samples=samples, method="dense")
     with lowland.unchecked():
@@ -412,7 +494,7 @@ def test_a_spectral_penalty_of_a_part_of_a_sum_is_refused():
     model, (x, y) = any_models.mlp().double(), data(12)
     criterion = nn.CrossEntropyLoss(reduction="sum")
     penalty = lowland.Spectral(criterion, 0.1, f="lambda_max", samples=0.5)
-    with pytest.raises(lowland.UnsupportedModelError, match="reduction is 'mean'"):
+    with pytest.raises(lowland.UnsupportedModelError, match="a criterion that is a plain mean"):
         penalty(model, x, y)
     mean = lowland.Spectral(CROSS_ENTROPY, 0.1, f="lambda_max", samples=0.5)
     assert float(mean.loss(model, x, y).detach()) > 0
@@ -442,6 +524,7 @@ def test_a_report_says_what_was_done():
     penalty = trace(weight=0.02, every=2)
     assert math.isnan(penalty.report().ratio)
     assert penalty.report().applied == 0
+    assert "no call in training mode" in str(penalty.report())
     for _ in range(5):
         penalty.loss(model, x, y)
     found = penalty.report()
@@ -462,20 +545,19 @@ def test_a_report_says_what_was_done():
     assert "of 3 calls" in str(found)
 
 
-@pytest.mark.slow
 def test_one_warning_says_that_the_limit_acts_most_of_the_time():
     model, (x, y) = any_models.mlp().double(), data()
     penalty = trace(weight=100.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(130):
+        for _ in range(40):
             penalty.loss(model, x, y)
     (warning,) = caught
-    assert "has acted in more than half of 100 calls" in str(warning.message)
+    assert "has acted in more than half of 30 calls" in str(warning.message)
     calm = trace(strength=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(130):
+        for _ in range(40):
             calm.loss(model, x, y)
 
 
@@ -524,18 +606,59 @@ def test_in_evaluation_mode_a_strength_is_the_weight_that_was_found():
         torch.testing.assert_close(penalty.train()(model, x, y), expected.detach())
 
 
-def test_an_overflow_in_half_precision_leaves_the_penalty_out_and_the_loss_as_it_is():
-    model, x, y = build("cnn", dtype=torch.float32)
-    penalty = lowland.HSR(CROSS_ENTROPY, 0.1, method="probes", products="autograd")
-    penalty._balance.scale = 2.0**120
-    with torch.autocast("cpu", torch.float16):
-        total = penalty.loss(model, x, y)
-        expected = CROSS_ENTROPY(model(x), y)
-    total.backward()
-    parameters = trainable(model)
-    assert all(p.grad.isfinite().all() for p in parameters) or penalty._balance.scale < 2.0**120
-    assert penalty._balance.scale <= 2.0**119
-    assert expected.isfinite()
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_half_precision_gradients_that_overflow_do_not_stop_a_training(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(64, 4)
+    y, criterion = 5 * x[:, :1], nn.MSELoss(reduction="sum")
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=2e-4), torch.amp.GradScaler("cpu")
+    more = {} if kind is lowland.LambdaMax else {"method": "probes"}
+    penalty = kind(criterion, strength=0.1, **more)
+    before = criterion(model(x), y).item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            total = penalty.loss(model, x, y)
+        assert total.isfinite()
+        scaler.scale(total).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert criterion(model(x), y).item() < 0.8 * before
+    assert penalty.report().weight > 0
+    assert penalty._balance.scale < 1024
+
+
+def test_settings_may_change_and_are_looked_at():
+    model, (x, y) = any_models.mlp().double(), data()
+    penalty = trace(weight=0.1, limit=1e9)
+    penalty.weight = 0.2
+    assert penalty(model, x, y).item() == pytest.approx(0.2 * penalty.measure(model, x, y).item())
+    penalty.active = (5, 9)
+    assert penalty(model, x, y) == 0
+    with pytest.raises(ValueError, match="weight must be a finite number of at least 0; got -1"):
+        penalty.weight = -1
+    with pytest.raises(ValueError, match="every must be a whole number"):
+        penalty.every = 0
+    with pytest.raises(TypeError, match=r"takes a weight=.*or a strength="):
+        penalty.strength = 0.1
+    assert penalty.weight == 0.2
+
+
+def test_nothing_can_be_added_to_any_loss():
+    class Empty(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.number = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+            self.inner = nn.Linear(4, 2)
+
+    for model in (Empty(), Counted(), nn.LazyLinear(2)):
+        penalty = trace(weight=0.1, active=(3, 9))
+        assert penalty(model, *data()) == 0
 
 
 @pytest.mark.parametrize(
@@ -547,6 +670,9 @@ def test_an_overflow_in_half_precision_leaves_the_penalty_out_and_the_loss_as_it
         ({"strength": "a"}, TypeError, "strength must be a finite number above 0; got 'a'"),
         ({"weight": 1, "limit": 0}, ValueError, "limit must be a finite number above 0; got 0"),
         ({"weight": 1, "limit": math.inf}, ValueError, "limit must be a finite number above 0"),
+        ({"weight": torch.tensor([0.1])}, TypeError, "weight must be a finite number"),
+        ({"weight": True}, TypeError, "weight must be a finite number"),
+        ({"weight": 1, "samples": True}, TypeError, "samples must be a number of samples"),
         ({"weight": 1, "samples": 0}, ValueError, "samples must be a whole number of samples"),
         ({"weight": 1, "samples": 1.5}, ValueError, "samples must be a whole number of samples"),
         ({"weight": 1, "samples": "a"}, TypeError, "samples must be a number of samples"),

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowland._batches import Batch, join, part_of, rows
 from lowland._weights import Weights
-from lowland.criteria import is_known, is_sum
+from lowland.criteria import is_known, is_sum, mass
 from lowland.objective import Objective
 from lowland.validation import is_number
 
@@ -20,7 +20,7 @@ class Part(NamedTuple):
     """A part of a batch: how large it is, and by what its loss is multiplied for all of it."""
 
     share: float = 1.0
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
 
 WHOLE = Part()
@@ -37,7 +37,7 @@ def check_samples(samples: object) -> None:
     """
     if samples is None:
         return
-    if not is_number(samples):
+    if isinstance(samples, bool) or not is_number(samples):
         raise TypeError(f"samples must be a number of samples or a share; got {samples!r}")
     if not (samples >= 1 and samples == int(samples)) and not 0 < samples < 1:
         raise ValueError(
@@ -58,8 +58,18 @@ class Window:
         self.start = 0
         self.is_sum: bool | None = None
 
-    def next(self, target: Objective, samples: float) -> tuple[Objective, Part]:
+    def next(
+        self, target: Objective, samples: float, multiple: int = 1
+    ) -> tuple[Objective, Part] | None:
         """The loss on the next part of a batch, and which part that is.
+
+        Args:
+            target: The loss on the whole batch.
+            samples: How many, or which share.
+            multiple: Of how many samples the part is to consist of a multiple.
+
+        Returns:
+            None where every target of the part is ignored, so that it adds nothing.
 
         Raises:
             TypeError: If the samples of the batch cannot be counted or taken apart.
@@ -72,8 +82,9 @@ class Window:
             raise TypeError(
                 f"samples= takes a part of each batch, and {error}; {_ADVICE}"
             ) from error
-        wanted = round(samples * count) if samples < 1 else int(samples)
-        wanted = max(1, min(wanted, count))
+        # A share is of two samples at least: of one there are no statistics.
+        wanted = max(2, round(samples * count)) if samples < 1 else int(samples)
+        wanted = min(count, -(-wanted // multiple) * multiple)
         if wanted == count:
             return target, WHOLE
         start = self.start % count
@@ -83,7 +94,12 @@ class Window:
             rest = _rows((x, y), count, (start + wanted) % count, count - wanted)
             self.is_sum = _is_sum(target, part, rest)
         share = wanted / count
-        return target.on(part), Part(share, 1 / share if self.is_sum else 1.0)
+        if self.is_sum:
+            return target.on(part), Part(share, 1 / share)
+        scale = _mass_of(target, part, (x, y)) / share
+        if isinstance(scale, float) and not scale:
+            return None
+        return target.on(part), Part(share, scale)
 
 
 def _rows(batch: Batch, count: int, start: int, wanted: int) -> Batch:
@@ -97,6 +113,20 @@ def _rows(batch: Batch, count: int, start: int, wanted: int) -> Batch:
     x, y = batch
     part = some(x)
     return part, part if y is x else some(y)  # one that holds both stays one
+
+
+def _mass_of(target: Objective, part: Batch, whole: Batch) -> float | Tensor:
+    """What the mean over a part divides by, relative to that over the whole batch.
+
+    With class weights, or ignored targets, that is not how many samples it has.
+    """
+    one, all_ = part[1], whole[1]
+    if not (is_known(target.criterion) and isinstance(one, Tensor) and isinstance(all_, Tensor)):
+        return rows(*part) / rows(*whole)
+    ratio = mass(target.criterion, one) / mass(target.criterion, all_)
+    if isinstance(ratio, Tensor) and ratio.device.type == "cpu":
+        return float(ratio)
+    return ratio
 
 
 def _is_sum(target: Objective, *parts: Batch) -> bool:

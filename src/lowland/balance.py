@@ -20,7 +20,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ Number = float | Tensor
 
 _MEMORY = 0.95  # of the running means: what a step keeps of them
 _LAST = 100  # ratios of which a report has the median and the largest
+_ENOUGH = 30  # calls, to tell how often the limit acts
 _SCALE, _LARGEST = 2.0**10, 2.0**16  # of gradients in half precision, to begin with and at most
 
 
@@ -70,6 +71,11 @@ class PenaltyReport:
     quantity_gradient: float
 
     def __str__(self) -> str:
+        if not self.applied:
+            return (
+                "no penalty has been compared with its loss: there was no call in training mode "
+                "with gradients in which it is applied, or it has a weight and limit=None"
+            )
         return (
             f"loss {self.loss:.4g}, penalty {self.penalty:.4g} = {self.weight:.4g} * "
             f"{self.quantity:.4g}; gradients' ratio {self.ratio:.2g} (largest "
@@ -149,9 +155,9 @@ class Balance:
 
         Where the host would have to wait for the number it is looked at twice in a training.
         """
-        if self.applied < _LAST:
+        if self.applied < _ENOUGH:
             return False
-        if isinstance(self.limited, Tensor) and self.applied not in (_LAST, 10 * _LAST):
+        if isinstance(self.limited, Tensor) and self.applied not in (_ENOUGH, 20 * _ENOUGH):
             return False
         return float(self.limited) > self.applied / 2
 
@@ -244,7 +250,11 @@ def check_balance(weight: object, strength: object, limit: object) -> None:
         if value is None:
             continue
         what = f"{name} must be a finite number {least} 0; got {value!r}"
-        if not (is_number(value) or isinstance(value, Tensor)):
+        if isinstance(value, bool) or not (is_number(value) or _is_scalar(value)):
             raise TypeError(what)
         if not (math.isfinite(value) and (value > 0 or (least == "of at least" and value == 0))):
             raise ValueError(what)
+
+
+def _is_scalar(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim == 0 and not value.requires_grad

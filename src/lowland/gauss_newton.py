@@ -51,7 +51,7 @@ class Split:
             way than by the outputs, or not at all in a curved way.
     """
 
-    def __init__(self, part: Objective, scale: float = 1.0) -> None:
+    def __init__(self, part: Objective, scale: float | Tensor = 1.0) -> None:
         self.part = part
         self._again = part.remember()
         reader = _Reader(part)
@@ -163,7 +163,7 @@ class _Reader:
                 self.curved = expected(output, as_target(criterion, output, y))
         return loss
 
-    def slopes(self, scale: float = 1.0) -> tuple[Tensor | None, ...]:
+    def slopes(self, scale: float | Tensor = 1.0) -> tuple[Tensor | None, ...]:
         """The criterion's derivatives in the outputs, with their graph; None for those not used.
 
         Raises:

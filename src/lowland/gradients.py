@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Gradients:
         of_quantity: As many parts.
         loss: Its value.
         quantity: Its value.
+        means: Both gradients over all processes of a data-parallel model, if it is one. What is
+            handed out are each process's own, which are averaged as the loss's are.
     """
 
     inputs: Inputs
@@ -36,10 +39,12 @@ class Gradients:
     of_quantity: list[Tensor | None]
     loss: Tensor
     quantity: Tensor
+    means: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
 
     def lengths(self) -> Tensor:
         """Those of both gradients, two numbers."""
-        return torch.stack([self._length(self.of_loss), self._length(self.of_quantity)])
+        parts = self.means or (self.of_loss, self.of_quantity)
+        return torch.stack([self._length(each) for each in parts])
 
     def sum(self, factor: Number) -> tuple[Inputs, Inputs]:
         """The inputs that either depends on, and the loss's gradient plus so much of the other."""
@@ -50,14 +55,21 @@ class Gradients:
         """The inputs that the quantity depends on, and so much of its gradient."""
         return self._kept([None if part is None else part * factor for part in self.of_quantity])
 
-    def leave_out_overflows(self) -> Tensor:
-        """Make the quantity's gradient zero if it is not finite; whether it was finite."""
-        finite = self._length(self.of_quantity).isfinite()
-        if finite.device.type != "cpu" or not finite:
-            self.of_quantity = [
-                None if part is None else torch.where(finite, part, 0) for part in self.of_quantity
-            ]
-        return finite
+    def without_overflows(self) -> tuple[Gradients, Tensor]:
+        """With a quantity and gradient of zero where these are not finite; whether all was."""
+        lengths = self.lengths()
+        finite = lengths[1].isfinite() & self.quantity.isfinite()
+        everything = finite & lengths[0].isfinite()
+        if finite.device.type == "cpu" and finite:
+            return self, everything
+
+        def zeroed(parts: Sequence[Tensor | None]) -> list[Any]:
+            return [None if part is None else torch.where(finite, part, 0) for part in parts]
+
+        means = self.means and (self.means[0], zeroed(self.means[1]))
+        quantity = torch.where(finite, self.quantity, 0)
+        new = replace(self, of_quantity=zeroed(self.of_quantity), quantity=quantity, means=means)
+        return new, everything
 
     def _kept(self, parts: Sequence[Tensor | None]) -> tuple[Inputs, Inputs]:
         pairs = [(i, part) for i, part in zip(self.inputs, parts, strict=True) if part is not None]
@@ -74,8 +86,7 @@ def both_gradients(
     """The gradients of a loss and of a quantity of it, whose graphs are given up.
 
     Args:
-        target: What they are of. Of several processes' samples the gradients are the mean of all
-            processes' own.
+        target: What they are of.
         loss: With its graph.
         quantity: With its graph.
         scale: Of the gradients on their way, against underflow.
@@ -85,14 +96,21 @@ def both_gradients(
         first = _gradient(loss, inputs, scale, keep=True)
         # What a model keeps from pass to pass, as cached weights, may hold a part of the graph.
         second = _gradient(quantity, inputs, scale, keep=not target.is_ordinary)
+    # What the loss does not depend on, no quantity of it does: some engines have zeros there.
+    second = [None if one is None else other for one, other in zip(first, second, strict=True)]
+    means = None
     if average := average_over_processes(target.outer):
-        for parts in (first, second):
-            parts[:shared] = [
-                torch.zeros_like(p) if part is None else part
-                for p, part in zip(inputs[:shared], parts[:shared], strict=True)
-            ]
-        average([part for part in (*first[:shared], *second[:shared]) if part is not None])
-    return Gradients(inputs, first, second, loss.detach(), quantity.detach())
+        means = _filled(inputs[:shared], first), _filled(inputs[:shared], second)
+        average([*means[0], *means[1]])
+    return Gradients(inputs, first, second, loss.detach(), quantity.detach(), means)
+
+
+def _filled(parameters: Inputs, parts: Sequence[Tensor | None]) -> list[Tensor]:
+    """Copies of a gradient's parts, with zeros for those that are missing."""
+    return [
+        torch.zeros_like(p) if part is None else part.clone()
+        for p, part in zip(parameters, parts, strict=False)
+    ]
 
 
 def _inputs(target: Objective, values: Iterable[Tensor]) -> tuple[Inputs, int]:

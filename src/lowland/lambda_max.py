@@ -66,9 +66,9 @@ class LambdaMax(Penalty):
         parameters; by automatic differentiation about three plain steps of convolutional or wide
         sequences of PyTorch's own layers (:mod:`lowland.jets`), five of other networks, and ten of
         deep ones with batch normalization; of small networks and batches more, where a pass over
-        the parameters is as dear as a gradient. The first call takes 8 products more, and one of ``refresh`` steps
-        6, each of one to two gradients. From call to call there are two vectors of the parameters'
-        size, and during these products as many as there are.
+        the parameters is as dear as a gradient. The first call takes 8 products more, and one of
+        ``refresh`` steps 6, each of one to two gradients. From call to call there are two vectors
+        of the parameters' size, and during these products as many as there are.
 
         Tracking starts anew, with these products, where the model is another object or the
         parameters that are looked at have other names or shapes; the vector goes with the model to
@@ -168,6 +168,8 @@ class LambdaMax(Penalty):
         if target.apart:
             with target.unnoticed(), target.others_frozen():
                 loss, value = self._forms(target)
+                if self.known is not None:  # as what is penalized
+                    self.known = Pair(*(part.scale * each for each in vars(self.known).values()))
                 return loss, part.scale * value
         if target.others or target.parallel:  # where the loss that is looked at is another one
             again = target.state_kept()

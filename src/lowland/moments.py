@@ -228,7 +228,7 @@ class HessianMoments:
             self, trace=moved[1], trace_sq=moved[2], stderr=error, higher=higher, pruned=pruned
         )
 
-    def scaled(self, by: float) -> HessianMoments:
+    def scaled(self, by: float | Tensor) -> HessianMoments:
         """The moments of ``by H``: every eigenvalue is so many times as large.
 
         Example:
@@ -237,15 +237,17 @@ class HessianMoments:
             >>> HessianMoments(3, torch.tensor(9.0), torch.tensor(41.0)).scaled(2.0)
             HessianMoments(dim=3, trace=18, trace_sq=164)
         """
-        if by == 1:
-            return self
-        error, higher = self.stderr, self.higher
+        if not isinstance(by, Tensor):
+            if by == 1:
+                return self
+            by = self.trace.new_tensor(by)
+        error, higher, square = self.stderr, self.higher, by.square()
         return replace(
             self,
             trace=by * self.trace,
-            trace_sq=by**2 * self.trace_sq,
-            stderr=error and (abs(by) * error[0], by**2 * error[1]),
-            higher=higher and (by**3 * higher[0], by**4 * higher[1]),
+            trace_sq=square * self.trace_sq,
+            stderr=error and (by.abs() * error[0], square * error[1]),
+            higher=higher and (by * square * higher[0], square.square() * higher[1]),
             pruned=self.pruned and self.pruned.scaled(by),
         )
 

@@ -62,6 +62,7 @@ class Objective:
         beside: Whether the model has parameters that are no constants here, beside those that the
             loss is looked at as a function of.
         once: Whether what is found of the loss will be differentiated once at most.
+        half_scale: What gradients are multiplied by on their way in half precision.
         apart: Whether it is looked at beside a step of training: its passes leave no trace, and
             who says so keeps the state of what they write to (:meth:`state_kept`).
     """
@@ -77,6 +78,7 @@ class Objective:
     matrix: Matrix = "hessian"
     beside: bool = False
     once: bool = False
+    half_scale: float | Tensor = 1024.0
     apart: bool = False
 
     @property
@@ -178,8 +180,14 @@ class Objective:
             for parameter in self.others:
                 parameter.requires_grad = True
 
-    def gradient(self, at: Sequence[Tensor] | None = None) -> Gradient:
+    def gradient(
+        self, at: Sequence[Tensor] | None = None, used: list[bool] | None = None
+    ) -> Gradient:
         """The loss and its gradient at other values of the parameters, without graphs.
+
+        Args:
+            at: Values of the parameters, if not their own.
+            used: Is told whether the loss depends on each of them at all.
 
         Raises:
             ValueError: As :meth:`loss`.
@@ -194,6 +202,8 @@ class Objective:
             loss = self.loss() if at is None else self.value()
             # In here, as activation checkpointing runs the model again during the backward pass.
             parts = grad(loss, self.parameters, allow_unused=True)
+        if used is not None:
+            used[:] = [part is not None for part in parts]
         return loss.detach(), self.complete(parts, loss)
 
     @contextmanager

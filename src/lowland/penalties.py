@@ -88,7 +88,11 @@ class CurvaturePenalty(Penalty):
 
     Notes:
         ``penalty.eval()`` gives the weighted value at every call, and counts none. The count, and
-        what HSR remembers, are part of ``penalty.state_dict()``.
+        what HSR remembers, are part of ``penalty.state_dict()``. Settings may be changed between
+        calls, a weight for example by a schedule.
+
+        Gradients of embeddings with ``sparse=True`` are dense with a penalty, which
+        ``torch.optim.SparseAdam`` does not take.
     """
 
     count: int = 2
@@ -178,6 +182,10 @@ class CurvaturePenalty(Penalty):
             "unbiased": (self.estimation.unbiased, False),
             "prune": (self.estimation.prune, None),
         }
+
+    @property
+    def _multiple(self) -> int:
+        return 2 if self.estimation.unbiased else 1  # halves meet each other
 
     def _samples(self, target: Objective) -> int:
         """Those of the batch, in all processes in which the model is trained side by side."""

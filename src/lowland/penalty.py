@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lowland._active import window
-from lowland._batches import one_batch
+from lowland._batches import one_batch, rows
 from lowland._call import call
 from lowland._carried import carried
 from lowland._sampling import WHOLE, Part, Window, check_samples
@@ -74,14 +75,19 @@ class Penalty(nn.Module, ABC):
                 f"expected a criterion, such as nn.BCEWithLogitsLoss(), then its penalty's weight; "
                 f"got {criterion!r} for the criterion"
             )
-        check_balance(weight, strength, limit)
-        check_samples(samples)
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1; got {every!r}")
+        settings = {
+            "weight": weight,
+            "strength": strength,
+            "limit": limit,
+            "samples": samples,
+            "every": every,
+            "active": active,
+            "total_steps": total_steps,
+        }
+        _check(settings)
         subset = None if parameters is None else tuple(parameters)
         if subset == ():
             raise ValueError("parameters= must name at least one parameter; got none")
-        self._first, self._last = window(active, total_steps)
         self.criterion = criterion
         self.weight, self.strength, self.limit, self.samples = weight, strength, limit, samples
         # Not in a list of nn.Module's own: they are the model's to move and to save.
@@ -90,6 +96,12 @@ class Penalty(nn.Module, ABC):
         self.calls = 0
         self._balance, self._window = Balance(), Window()
         self._warned = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings may change from step to step, and are looked at as when they came first."""
+        if name in _CHANGEABLE and "_warned" in self.__dict__:
+            _check({each: getattr(self, each) for each in _CHANGEABLE} | {name: value})
+        super().__setattr__(name, value)
 
     def forward(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
         """The penalty, a scalar tensor with a gradient in the model's trainable parameters.
@@ -100,11 +112,11 @@ class Penalty(nn.Module, ABC):
         times = self._times()
         if times is None:
             return _nothing(model)
-        if not self._compares:
-            weighted: Tensor = times * self._weight() * self.measure(model, x, y)
-            return weighted
         with _outside_inference_mode():
             target = self._target(model, x, y)
+            if self._is_plain:
+                weighted: Tensor = times * self._weight() * self._quantity(target)
+                return weighted
             with target.state_kept()():
                 return self._alone(target, times)
 
@@ -119,11 +131,11 @@ class Penalty(nn.Module, ABC):
             return scalar_loss(self.criterion, call(model, x), y)
         with _outside_inference_mode():
             target = self._target(model, x, y)
-            if not self._compares:
+            if self._is_plain:
                 loss, quantity = self._loss_and_quantity(target)
                 total: Tensor = loss + times * self._weight() * quantity
                 return total
-            if not self.samples:
+            if self.samples is None:
                 return self._together(target, times)
             again = target.state_kept()
             loss = target.step_loss()
@@ -174,20 +186,42 @@ class Penalty(nn.Module, ABC):
 
     def _alone(self, target: Objective, times: int) -> Tensor:
         """The penalty, of passes that leave no trace, on the samples whose turn it is."""
-        part = WHOLE
-        if self.samples:
-            target, part = self._window.next(target, self.samples)
+        if self.samples is None:
+            return self._of_part(target, WHOLE, times)
+        whole = target
+        taken = self._window.next(target, self.samples, self._multiple)
+        if taken is None:
+            return _nothing(target.model)
+        target, part = taken
+        try:
+            return self._of_part(target, part, times)
+        except (ValueError, RuntimeError) as error:
+            if part == WHOLE:
+                raise
+            raise type(error)(
+                f"samples={self.samples} looked at {rows(*target.batch)} of "
+                f"{rows(*whole.batch)} samples, and of these alone: {error}"
+            ) from error
+
+    def _of_part(self, target: Objective, part: Part, times: int) -> Tensor:
+        if not self._compares:
+            _, quantity = self._loss_and_quantity(replace(target, apart=True), part)
+            weighted: Tensor = times * self._weight() * quantity
+            return weighted
         found = self._gradients(replace(target, once=True, apart=True), part)
         weight, factor = self._factor(found, times)
         return carried(times * weight * found.quantity, *found.times(factor))
 
     def _gradients(self, target: Objective, part: Part) -> Gradients:
         half = half_autocast(target.device)
-        loss, quantity = self._loss_and_quantity(target, part)
         scale = self._balance.scale if half else 1.0
+        loss, quantity = self._loss_and_quantity(replace(target, half_scale=scale), part)
         found = both_gradients(target, loss * part.scale, quantity, scale)
         if half:
-            self._balance.rescale(found.leave_out_overflows())
+            found, finite = found.without_overflows()
+            self._balance.rescale(finite)
+        elif isinstance(part.scale, Tensor):  # zero where all targets are ignored, and no number
+            found, _ = found.without_overflows()
         return found
 
     def _factor(self, found: Gradients, times: int) -> tuple[Any, Any]:
@@ -201,7 +235,8 @@ class Penalty(nn.Module, ABC):
                 f"the limit of {type(self).__name__} has acted in more than half of "
                 f"{self._balance.applied} calls: its gradient would be {self._balance.ratio:.1g} "
                 f"times as long as the loss's, and {self.limit:g} times is allowed. A smaller "
-                "weight= acts as it is; with strength= at most a half of limit= it does on average",
+                "weight= acts as it is, on average also a strength= of at most a half of limit=; "
+                "divide either by every=, if that is above 1: rarer steps are stronger ones",
                 stacklevel=4,
             )
         return weight, factor
@@ -248,6 +283,16 @@ class Penalty(nn.Module, ABC):
         return objective(model, self.criterion, x, y, self._subset)
 
     @property
+    def _is_plain(self) -> bool:
+        """Whether the whole batch is looked at, and no gradient."""
+        return not self._compares and (self.samples is None or not self.training)
+
+    @property
+    def _multiple(self) -> int:
+        """Of how many samples a part of a batch is to consist of a multiple."""
+        return 1
+
+    @property
     def _compares(self) -> bool:
         """Whether gradients are taken here, and compared."""
         wanted = self.limit is not None or self.strength is not None
@@ -271,9 +316,23 @@ class Penalty(nn.Module, ABC):
             return 1
         call = self.calls
         self.calls += 1
-        if self._first <= call < self._last and (call - self._first) % self.every == 0:
+        first, last = window(self.active, self.total_steps)
+        if first <= call < last and (call - first) % self.every == 0:
             return self.every
         return None
+
+
+_CHANGEABLE = ("weight", "strength", "limit", "samples", "every", "active", "total_steps")
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Refuse settings that make no sense, together."""
+    check_balance(settings["weight"], settings["strength"], settings["limit"])
+    check_samples(settings["samples"])
+    every = settings["every"]
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"every must be a whole number of at least 1; got {every!r}")
+    window(settings["active"], settings["total_steps"])
 
 
 @contextmanager
@@ -288,5 +347,6 @@ def _outside_inference_mode() -> Iterator[None]:
 
 def _nothing(model: nn.Module) -> Tensor:
     """Zero, which can be added to a loss or go backward alone."""
-    parameter = next(model.parameters())
-    return parameter.new_zeros((), requires_grad=torch.is_grad_enabled())
+    floating = (p for p in model.parameters() if p.is_floating_point() and not is_lazy(p))
+    device = next((p.device for p in floating), None)
+    return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())

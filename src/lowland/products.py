@@ -162,12 +162,12 @@ def form_along(
     wanted = torch.is_grad_enabled()
     if covers(part):
         return _form_by_jets(part, direction, average, wanted=wanted)
-    scale = _loss_scale(part.device)
+    scale = _loss_scale(part)
     with derivatives_of(part):
         curvature = Curvature(part, scale)
         loss = curvature.loss_once
         found = curvature.product(direction, wanted=wanted)
-        if scale != 1:
+        if not _is_one(scale):
             found = [each / scale for each in found]
         (value,) = _averaged([[each.detach() for each in found]], average)
         form = _carry(dot(direction, value), dot(direction, found))
@@ -316,7 +316,7 @@ class Curvature:
         RuntimeError: If something in the loss can be differentiated once only.
     """
 
-    def __init__(self, part: Objective, scale: float = 1.0) -> None:
+    def __init__(self, part: Objective, scale: float | Tensor = 1.0) -> None:
         self.part, self.scale, self._split, self._gradient = part, scale, None, None
         if part.matrix == "hessian":
             self.loss = part.loss()
@@ -331,7 +331,7 @@ class Curvature:
     def loss_once(self) -> Tensor:
         """The loss; with the gradient that is known and no graph, where nobody needs more."""
         part, gradient = self.part, self._gradient
-        if not part.once or gradient is None or self.scale != 1:
+        if not part.once or gradient is None or not _is_one(self.scale):
             return self.loss
         if part.is_ordinary:
             known = not part.others_beside
@@ -462,7 +462,7 @@ def _by_autograd(
     halves: Sequence[Objective], directions: Sequence[Vector], average: Average | None
 ) -> Forms:
     wanted = torch.is_grad_enabled()
-    scale = _loss_scale(halves[0].device)
+    scale = _loss_scale(halves[0])
     first = halves[0]
     with differentiating(), not_compiled(), _operations(first), without_hooks(first.parameters):
         curvatures = [Curvature(part, scale) for part in halves]
@@ -470,7 +470,7 @@ def _by_autograd(
         forms = []
         for direction in directions:
             products = [each.product(direction, wanted=wanted) for each in curvatures]
-            if scale != 1:
+            if not _is_one(scale):
                 products = [[each / scale for each in one] for one in products]
             values = [[each.detach() for each in one] for one in products]
             forms.append(_forms(products, _averaged(values, average), direction))
@@ -579,12 +579,20 @@ class _Differences:
         self.parameters = halves[0].parameters
         self.device = self.parameters[0].device
         self.again: list[Callable[[], AbstractContextManager[None]]] = []
+        self.used = [False] * len(self.parameters)
 
     def first_gradient(self, part: Objective) -> Gradient:
         """The gradient at the parameters themselves, of a pass that counts as one."""
         self.again.append(part.remember())
+        used: list[bool] = []
         with self._full_precision():
-            return part.gradient()
+            found = part.gradient(used=used)
+        self.used = [one or other for one, other in zip(self.used, used, strict=True)]
+        return found
+
+    def of_used(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
+        """A gradient, without what belongs to parameters that the loss does not depend on."""
+        return [part if used else None for part, used in zip(parts, self.used, strict=True)]
 
     def gradient(self, number: int, at: Vector) -> Vector:
         """The gradient of a part elsewhere, from the same state and random numbers."""
@@ -685,7 +693,7 @@ class _Finite(Function):
         for gradient in gradients[1:]:
             plus_(total, gradient, share)
         if in_trace is None and in_square is None:
-            return None, *total
+            return None, *run.of_used(total)
         for i, (point, step) in enumerate(zip(points, steps, strict=True)):
             # Each product meets the other half's, or itself, and the direction.
             others = averages[i * count : (i + 1) * count][::-1]
@@ -714,7 +722,7 @@ class _Finite(Function):
                 found = run.gradient(part, at)
                 torch._foreach_sub_(found, near)
                 plus_(total, found, 1 / (step * far))
-        return None, *total
+        return None, *run.of_used(total)
 
 
 class _Central(Function):
@@ -738,6 +746,7 @@ class _Central(Function):
         form = dot(direction, product)
         check_finite(form, "the Hessian's product with a direction")
         ctx.save_for_backward(step, *gradient, *near)
+        ctx.run = run
         ctx.mark_non_differentiable(*product)
         ctx.set_materialize_grads(False)
         return loss, form, *product
@@ -745,19 +754,23 @@ class _Central(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
-        in_loss, in_form, *_ = slopes
-        step, *parts = ctx.saved_tensors
-        gradient, third = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-        if in_form is None:
-            return None, *(gradient if in_loss is None else times(gradient, in_loss))
-        in_third = in_form / step.square()
-        if in_loss is None:
-            return None, *times(third, in_third)
-        if in_loss.device.type == "cpu" and in_loss == 1:  # nearly always: one pass less
-            return None, *plus(gradient, third, in_third)
-        total = times(gradient, in_loss)
-        plus_(total, third, in_third)
-        return None, *total
+        return None, *ctx.run.of_used(_of_central(ctx.saved_tensors, *slopes[:2]))
+
+
+def _of_central(saved: Tensors, in_loss: Tensor | None, in_form: Tensor | None) -> Sequence[Tensor]:
+    """The gradient in the parameters, from the slopes in the loss and in the form."""
+    step, *parts = saved
+    gradient, third = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+    if in_form is None:
+        return gradient if in_loss is None else times(gradient, in_loss)
+    in_third = in_form / step.square()
+    if in_loss is None:
+        return times(third, in_third)
+    if in_loss.device.type == "cpu" and in_loss == 1:  # nearly always: one pass less
+        return plus(gradient, third, in_third)
+    total = times(gradient, in_loss)
+    plus_(total, third, in_third)
+    return total
 
 
 def _along(point: Tensors, origin: Tensors, parts: Tensors) -> Tensor:
@@ -851,9 +864,13 @@ def _averaged(parts: list[Vector], average: Average | None) -> list[Vector]:
     return copies
 
 
-def _loss_scale(device: torch.device) -> float:
+def _loss_scale(part: Objective) -> float | Tensor:
     """Small gradients would vanish on the way where the exponent is short."""
-    return 1024.0 if half_autocast(device) else 1.0
+    return part.half_scale if half_autocast(part.device) else 1.0
+
+
+def _is_one(scale: float | Tensor) -> bool:
+    return isinstance(scale, float) and scale == 1
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

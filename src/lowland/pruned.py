@@ -58,9 +58,9 @@ class Pruned:
             trace_sq_gradient=self.trace_sq_gradient + more * self.trace_gradient,
         )
 
-    def scaled(self, by: float) -> Pruned:
+    def scaled(self, by: Tensor) -> Pruned:
         """The certificates of the moments of ``by H``."""
-        one, two = abs(by), by**2
+        one, two = by.abs(), by.square()
         return replace(
             self,
             trace=one * self.trace,

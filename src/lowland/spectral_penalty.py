@@ -102,10 +102,11 @@ class Spectral(Penalty):
         return quantity
 
     def _loss_and_quantity(self, target: Objective, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
-        if part.scale != 1:
+        if isinstance(part.scale, Tensor) or part.scale != 1:
             raise UnsupportedModelError(
                 "a function of the eigenvalues of a part of the samples says nothing of the sum of "
-                "all: with samples= use a criterion whose reduction is 'mean'"
+                "all, or of a mean without ignored targets or by class weights: with samples= use "
+                "a criterion that is a plain mean"
             )
         quantity = self._quantity(target)  # first: it leaves state and random numbers as they are
         return target.step_loss(), quantity

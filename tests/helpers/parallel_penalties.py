@@ -1,7 +1,10 @@
 """The same penalties in one process or in several; no test module, so spawning finds it."""
 
+from functools import partial
+
 import torch
 from any_models import CROSS_ENTROPY, build
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowland
@@ -74,6 +77,28 @@ def loader(model, rank, x, y):
     return [found.trace, found.trace_sq]
 
 
+class Routed(nn.Module):
+    """Of which one part is used by nobody."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.one(x).tanh()
+
+
+def with_a_part_that_is_not_used(wrap, x, y):
+    """Gradients of the part that is."""
+    torch.manual_seed(0)
+    model = Routed().double()
+    penalty = lowland.HSR(CROSS_ENTROPY, 0.1, method="probes", generator=torch.Generator())
+    wrapped = wrap(model)  # which a backward pass needs alive
+    penalty.loss(wrapped, x, y).backward()
+    assert model.other.weight.grad is None or not model.other.weight.grad.any()
+    return [p.grad for p in model.one.parameters()]
+
+
 def in_parallel(rank):
     model, x, y = problem()
     own = share(rank)
@@ -81,6 +106,8 @@ def in_parallel(rank):
     # Other seeds than the first process's: the signs are to be its own everywhere.
     results = [two_steps(parallel, x[own], y[own], case, seed=7 * rank) for case in CASES]
     results.append(loader(parallel, rank, x, y))
+    wrap = partial(DistributedDataParallel, find_unused_parameters=True)
+    results.append(with_a_part_that_is_not_used(wrap, x[own], y[own]))
     compiled = torch.compile(parallel, backend="eager")
     results.append(two_steps(compiled, x[own], y[own], CASES[0], seed=7 * rank))
     errors = []
@@ -102,5 +129,6 @@ def alone():
     model, x, y = problem()
     results = [two_steps(model, x, y, case) for case in CASES]
     results.append(loader(model, None, x, y))
+    results.append(with_a_part_that_is_not_used(lambda model: model, x, y))
     results.append(results[0])
     return results

@@ -62,19 +62,24 @@ class _LogitsAndTrace(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.saved_tensors  # noqa: B018 - raises if one has changed, or the graph is freed
+        # Whether somebody asks for it in the layers below all that are looked at.
+        below = ctx.passed.lowest * (1 if ctx.joined else 2)
+        how = ctx.joined, any(ctx.needs_input_grad[2 : 2 + below])
         if not torch.is_grad_enabled():  # nobody will differentiate it
-            return None, None, *_gradient(ctx.passed, ctx.joined, *grads)
-        return None, None, *_Gradient.apply(ctx.passed, ctx.joined, *grads)  # type: ignore[no-untyped-call]
+            return None, None, *_gradient(ctx.passed, how, *grads)
+        return None, None, *_Gradient.apply(ctx.passed, how, *grads)  # type: ignore[no-untyped-call]
 
 
 def _gradient(
     passed: TracePass,
-    as_joined: bool,  # noqa: FBT001 - autograd functions take their arguments by position
+    how: tuple[bool, bool],
     logits: Tensor | None,
     trace: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
+    as_joined, everywhere = how
     with full_precision(passed.layers[0][0]):
-        found, _ = passed.gradient(trace, None if logits is None else logits.mT)
+        adjoint = None if logits is None else logits.mT
+        found, _ = passed.gradient(trace, adjoint, everywhere=everywhere)
     if as_joined:
         return tuple(None if part is None else joined(part) for part in found)
     flat: list[Tensor | None] = []
@@ -91,11 +96,11 @@ class _Gradient(Function):
     def forward(
         ctx: Any,  # noqa: ARG004
         passed: TracePass,
-        as_joined: bool,  # noqa: FBT001
+        how: tuple[bool, bool],
         logits: Tensor | None,
         trace: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        return _gradient(passed, as_joined, logits, trace)
+        return _gradient(passed, how, logits, trace)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004

@@ -25,15 +25,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from lowland.gradients import Gradients
+from lowland.gradients import Gradients, Number
 from lowland.validation import is_number
 
 LIMIT = 0.5
 """How long a penalty's gradient may be if nothing else is said, relative to the loss's."""
-
-# Numbers stay on the device where they are found, so that no host waits for them; on a processor
-# they are plain ones, since each operation on a tensor costs as much as some hundred of those.
-Number = float | Tensor
 
 _MEMORY = 0.95  # of the running means: what a step keeps of them
 _LAST = 100  # ratios of which a report has the median and the largest

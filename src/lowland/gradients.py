@@ -16,6 +16,8 @@ from lowland.objective import Objective, without_hooks
 from lowland.probes import average_over_processes
 from lowland.products import norm
 
+# Numbers stay on the device where they are found, so that no host waits for them; on a processor
+# they are plain ones, since each operation on a tensor costs as much as some hundred of those.
 Number = float | Tensor
 Inputs = list[Tensor]
 

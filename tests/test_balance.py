@@ -547,17 +547,17 @@ def test_a_report_says_what_was_done():
 
 def test_one_warning_says_that_the_limit_acts_most_of_the_time():
     model, (x, y) = any_models.mlp().double(), data()
-    penalty = trace(weight=100.0)
+    penalty = trace(weight=100.0, every=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(40):
+        for _ in range(120):
             penalty.loss(model, x, y)
     (warning,) = caught
-    assert "has acted in more than half of 30 calls" in str(warning.message)
+    assert "has acted in more than half of 50 calls" in str(warning.message)
     calm = trace(strength=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(40):
+        for _ in range(120):
             calm.loss(model, x, y)
 
 

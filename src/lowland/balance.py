@@ -33,7 +33,7 @@ LIMIT = 0.5
 
 _MEMORY = 0.95  # of the running means: what a step keeps of them
 _LAST = 100  # ratios of which a report has the median and the largest
-_ENOUGH = 30  # calls, to tell how often the limit acts
+_ENOUGH = 100  # steps, to tell how often the limit acts
 _SCALE, _LARGEST = 2.0**10, 2.0**16  # of gradients in half precision, to begin with and at most
 
 
@@ -88,6 +88,7 @@ class Balance:
         self.seen: Number = 0.0  # an average that starts at zero is too small by what it lacks
         self.limited: Number = 0.0
         self.applied = 0
+        self.steps, self.times = 0, 1  # that the calls have stood for, and the last of them
         self.scale: Number = _SCALE
         self.ratios: deque[Number] = deque(maxlen=_LAST)
         self.last: tuple[Number, ...] = (math.nan,) * 4
@@ -118,7 +119,7 @@ class Balance:
         assert weight is not None  # noqa: S101 - there is one or the other
         factor = times * weight
         size = factor * length
-        self.applied += 1
+        self.applied, self.steps, self.times = self.applied + 1, self.steps + times, times
         self.last = (*_numbers(torch.stack([found.loss, found.quantity])), weight, average)
         self.ratios.append(_over(size, average, math.inf))
         if limit is not None:
@@ -151,9 +152,9 @@ class Balance:
 
         Where the host would have to wait for the number it is looked at twice in a training.
         """
-        if self.applied < _ENOUGH:
-            return False
-        if isinstance(self.limited, Tensor) and self.applied not in (_ENOUGH, 20 * _ENOUGH):
+        before = self.steps - self.times
+        seldom = any(before < count <= self.steps for count in (_ENOUGH, 20 * _ENOUGH))
+        if self.steps < _ENOUGH or (isinstance(self.limited, Tensor) and not seldom):
             return False
         return float(self.limited) > self.applied / 2
 
@@ -180,6 +181,7 @@ class Balance:
             "lengths": tuple(map(float, (self.loss_length, self.length, self.seen))),
             "limited": float(self.limited),
             "applied": self.applied,
+            "steps": self.steps,
             "scale": float(self.scale),
             "ratios": [float(each) for each in self.ratios],
             "last": tuple(map(float, self.last)),
@@ -189,6 +191,7 @@ class Balance:
         """Put back what :meth:`state` gave."""
         self.loss_length, self.length, self.seen = state["lengths"]
         self.limited, self.applied, self.scale = state["limited"], state["applied"], state["scale"]
+        self.steps = state["steps"]
         self.ratios, self.last = deque(state["ratios"], maxlen=_LAST), state["last"]
 
     def _remember(self, here: Number, length: Number) -> None:

@@ -348,5 +348,5 @@ def _outside_inference_mode() -> Iterator[None]:
 def _nothing(model: nn.Module) -> Tensor:
     """Zero, which can be added to a loss or go backward alone."""
     floating = (p for p in model.parameters() if p.is_floating_point() and not is_lazy(p))
-    device = next((p.device for p in floating), None)
-    return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+    like = next(floating, torch.empty(0))
+    return like.new_zeros((), requires_grad=torch.is_grad_enabled())

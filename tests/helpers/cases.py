@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from lowland.exact.c_backend import covers
+from lowland.exact.setup import _flatten
 from lowland.exact.setup import prepare as prepare_tensors
 from lowland.losses import Coupled, Loss, Separable
 
@@ -200,21 +201,26 @@ def cases(draw, dtypes=(torch.float64,), *, ensembles=True, networks=None, most_
     )
 
 
-def prepare(case, *, activation=None, rows=None, **options):
-    """The library's own preparation of a case.
+def prepare(case, *, activation=None, rows=None, scale=None):
+    """The library's own preparation of a case, and what only a model's reading gives.
 
-    ``activation`` takes the place of the case's, ``rows`` are those that are trained of each layer.
+    ``activation`` takes the place of the case's; ``rows`` are those of each layer that are trained,
+    ``scale`` the weight of each sample, or of each of its outputs.
     """
     names = case.settings
     activation = activation or names["activation"]
-    setup = prepare_tensors(
-        *case.arguments, activation, names["loss"], names["reduction"], **options
-    )
-    if rows is None:
-        return setup
-    arch = replace(setup.arch, rows=tuple(rows))
-    size = replace(setup.size, rows=tuple(each.stop - each.start for each in rows))
-    return replace(setup, arch=arch, size=size, covered=covers(arch, size, setup.data))
+    setup = prepare_tensors(*case.arguments, activation, names["loss"], names["reduction"])
+    arch, size, data = setup.arch, setup.size, setup.data
+    if rows is not None:
+        arch = replace(arch, rows=tuple(rows))
+        size = replace(size, rows=tuple(each.stop - each.start for each in rows))
+    if scale is not None:
+        # As y has it: a dimension of samples and one of outputs.
+        own = scale if scale.ndim == case.x.ndim else scale.unsqueeze(-1)
+        data = replace(data, scale=_flatten(own.to(data.x.dtype), setup.ensemble))
+    mean = setup.is_mean and scale is None
+    covered = covers(arch, size, data)
+    return replace(setup, arch=arch, size=size, data=data, is_mean=mean, covered=covered)
 
 
 def smallest_budget(case, order, **options):

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import oracle
 import plain
@@ -32,9 +33,9 @@ def largest_eigenvalue(criterion, weight, **_):
 
 PENALTIES = {  # the library's modules, differentiated by autograd of the whole Hessian
     "lambda-max": largest_eigenvalue,
-    "hsr": lowland.HSR,
-    "hessian-trace": lowland.HessianTrace,
-    "flatness-aware": lowland.FlatnessAware,
+    "hsr": partial(lowland.HSR, limit=None),
+    "hessian-trace": partial(lowland.HessianTrace, limit=None),
+    "flatness-aware": partial(lowland.FlatnessAware, limit=None),
 }
 
 

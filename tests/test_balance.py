@@ -7,9 +7,10 @@ import warnings
 import any_models
 import pytest
 import torch
-from any_models import CROSS_ENTROPY, build
+from any_models import CROSS_ENTROPY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resuming import resumed
 from torch import nn
 from torch.autograd import grad
 
@@ -187,15 +188,7 @@ def test_everything_that_the_loss_depends_on_has_its_gradient():
 )
 @pytest.mark.parametrize("kind", [lowland.HSR, lowland.HessianTrace])
 def test_what_the_loss_does_not_use_stays_without_a_gradient(kind, settings_):
-    class Routed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.other = nn.Linear(4, 2), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.one(x).tanh()
-
-    model = Routed().double()
+    model = any_models.Routed().double()
     penalty = kind(CROSS_ENTROPY, 0.1, **settings_)
     for total in (penalty.loss(model, *data()), penalty(model, *data())):
         model.zero_grad()
@@ -563,27 +556,10 @@ def test_one_warning_says_that_the_limit_acts_most_of_the_time():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_continues_bit_for_bit(kind):
-    def start(seed):
-        model, x, y = build("cnn", seed=seed)
-        penalty = kind(CROSS_ENTROPY, strength=0.3, samples=3, generator=signs(seed))
-        return model, penalty, torch.optim.Adam(model.parameters()), x, y
+    def made(generator):
+        return kind(CROSS_ENTROPY, strength=0.3, samples=3, generator=generator)
 
-    def train(model, penalty, optimizer, x, y):
-        for _ in range(5):
-            optimizer.zero_grad()
-            penalty.loss(model, x, y).backward()
-            optimizer.step()
-
-    first = start(0)
-    train(*first)
-    parts = [copy.deepcopy(part.state_dict()) for part in first[:3]]
-    drawn = first[1].estimation.generator.get_state()
-    train(*first)
-    second = start(1)
-    for part, state in zip(second[:3], parts, strict=True):
-        part.load_state_dict(state)
-    second[1].estimation.generator.set_state(drawn)
-    train(*second[:3], *first[3:])
+    first, second = resumed(made, steps=5)
     close(list(first[0].parameters()), list(second[0].parameters()), rtol=0, atol=0)
     assert first[1].report() == second[1].report()
 

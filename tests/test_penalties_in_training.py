@@ -8,6 +8,7 @@ import pytest
 import torch
 import two_processes
 from any_models import CROSS_ENTROPY, build, error, trainable
+from resuming import resumed
 from test_products import signs_that_cover
 from torch import nn
 from torch.autograd import grad
@@ -85,29 +86,12 @@ def test_one_step_that_overflows_is_not_remembered():
 
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_a_checkpoint_continues_bit_for_bit(kind):
-    def start(seed):
-        model, x, y = build("cnn", seed=seed)
-        penalty = kind(
-            CROSS_ENTROPY, 0.1, method="probes", generator=signs(seed), every=2, active=(1, 7)
+    def made(generator):
+        return kind(
+            CROSS_ENTROPY, 0.1, method="probes", generator=generator, every=2, active=(1, 7)
         )
-        return model, penalty, torch.optim.Adam(model.parameters()), x, y
 
-    def train(model, penalty, optimizer, x, y):
-        for _ in range(4):
-            optimizer.zero_grad()
-            penalty.loss(model, x, y).backward()
-            optimizer.step()
-
-    first = start(0)
-    train(*first)
-    parts = [copy.deepcopy(part.state_dict()) for part in first[:3]]
-    drawn = first[1].estimation.generator.get_state()
-    train(*first)
-    second = start(1)
-    for part, state in zip(second[:3], parts, strict=True):
-        part.load_state_dict(state)
-    second[1].estimation.generator.set_state(drawn)
-    train(*second[:3], *first[3:])
+    first, second = resumed(made, steps=4)
     assert first[1].calls == second[1].calls == 8
     for one, other in zip(first[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(one, other)

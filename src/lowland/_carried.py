@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,23 +76,3 @@ class _Gradient(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
         raise RuntimeError(ONCE)
-
-
-def leaves(roots: Iterable[Any], until: Iterable[Tensor] = ()) -> Iterator[Tensor]:
-    """The tensors that a backward pass from some nodes would give a gradient, each once.
-
-    Those in ``until`` are taken for leaves, whatever they come from.
-    """
-    ends = {each.grad_fn: each for each in until if each.grad_fn is not None}
-    ahead, seen = list(roots), set()
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in ends:
-            yield ends[node]
-        elif (leaf := getattr(node, "variable", None)) is not None:
-            yield leaf
-        else:
-            ahead += [before for before, _ in node.next_functions]

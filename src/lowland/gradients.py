@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from lowland._batches import tensors
-from lowland._carried import leaves
-from lowland.objective import Objective, without_hooks
+from lowland.objective import Objective, leaves, without_hooks
 from lowland.probes import average_over_processes
 from lowland.products import norm
 
@@ -121,10 +120,10 @@ def _inputs(target: Objective, values: Iterable[Tensor]) -> tuple[Inputs, int]:
     given = [each for each in tensors(target.batch) if each.requires_grad]
     if target.is_ordinary:
         return [*parameters, *given], len(parameters)
-    known = set(map(id, parameters))
-    roots = [each.grad_fn for each in values]
-    others = [each for each in leaves(roots, until=given) if id(each) not in known]
-    return [*parameters, *others], len(parameters)
+    known = {id(each) for each in (*parameters, *given)}
+    found = leaves(*values, until=[each.grad_fn for each in given])
+    others = [each for each in found if id(each) not in known]
+    return [*parameters, *given, *others], len(parameters)
 
 
 def _gradient(value: Tensor, inputs: Inputs, scale: Number, *, keep: bool) -> list[Tensor | None]:

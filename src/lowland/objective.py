@@ -486,6 +486,12 @@ def graph(*values: Tensor, until: Iterable[Any] = ()) -> Iterator[Any]:
             ahead += [before for before, _ in node.next_functions]
 
 
+def leaves(*values: Tensor, until: Iterable[Any] = ()) -> list[Tensor]:
+    """The tensors that a backward pass from values would give a gradient; not beyond some nodes."""
+    nodes = graph(*values, until=until)
+    return [node.variable for node in nodes if hasattr(node, "variable")]
+
+
 def function_of(node: Any) -> Any:
     """The ``torch.autograd.Function`` that a node is of; None for PyTorch's own operations."""
     return getattr(type(node), "_forward_cls", None)

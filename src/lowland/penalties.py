@@ -316,8 +316,9 @@ class HessianTrace(CurvaturePenalty):
     """``weight * Tr H``.
 
     The closed form takes it beside the loss from one forward pass: with one hidden layer and ten
-    classes the two and their gradient cost about two to four gradients of the loss, the more the
-    smaller the batch is. :func:`lowland.exact.trace` says how that grows with depth and outputs.
+    classes the two and their gradient cost about two to three gradients of the loss, the more the
+    smaller the batch is, and three to five with a limit, which takes both gradients apart.
+    :func:`lowland.exact.trace` says how that grows with depth and outputs.
 
     Arguments and errors are those of :class:`CurvaturePenalty`.
 

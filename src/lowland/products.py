@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointError
 
 from lowland._batches import tensors
-from lowland._carried import carried, leaves
+from lowland._carried import carried
 from lowland._once import any_once
 from lowland._precision import best_precision
 from lowland.activations import has_kinks
@@ -45,6 +45,7 @@ from lowland.objective import (
     differentiating,
     graph,
     half_autocast,
+    leaves,
     may_look,
     not_compiled,
     without_hooks,
@@ -337,7 +338,7 @@ class Curvature:
             known = not part.others_beside
             used = part.parameters
         else:
-            used = list(leaves([self.loss.grad_fn]))
+            used = leaves(self.loss)
             known = {id(each) for each in used} <= {id(p) for p in part.parameters}
         if not known:
             return self.loss

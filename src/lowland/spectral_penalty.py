@@ -102,7 +102,7 @@ class Spectral(Penalty):
         return quantity
 
     def _loss_and_quantity(self, target: Objective, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
-        if isinstance(part.scale, Tensor) or part.scale != 1:
+        if float(part.scale) != 1:  # the eigenvalues are waited for anyway
             raise UnsupportedModelError(
                 "a function of the eigenvalues of a part of the samples says nothing of the sum of "
                 "all, or of a mean without ignored targets or by class weights: with samples= use "

@@ -73,6 +73,17 @@ MODELS = {
 }
 
 
+class Routed(nn.Module):
+    """Of which one part is used by nobody."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.one(x).tanh()
+
+
 def build(name, *, samples=8, dtype=torch.float64, seed=0):
     """A model with inputs and classes."""
     torch.manual_seed(seed)

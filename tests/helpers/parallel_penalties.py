@@ -3,8 +3,7 @@
 from functools import partial
 
 import torch
-from any_models import CROSS_ENTROPY, build
-from torch import nn
+from any_models import CROSS_ENTROPY, Routed, build
 from torch.nn.parallel import DistributedDataParallel
 
 import lowland
@@ -75,17 +74,6 @@ def loader(model, rank, x, y):
         generator=torch.Generator().manual_seed(0),
     )
     return [found.trace, found.trace_sq]
-
-
-class Routed(nn.Module):
-    """Of which one part is used by nobody."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.other = nn.Linear(4, 2), nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.one(x).tanh()
 
 
 def with_a_part_that_is_not_used(wrap, x, y):
